@@ -1,0 +1,28 @@
+"""What every codec offers: waveforms to frame-major codes and back."""
+
+from typing import Protocol
+
+import numpy as np
+
+
+class Codec(Protocol):
+    """A neural or learned audio codec with residual codebooks, at a fixed rate of frames.
+
+    Codebook 0 is the one called semantic, the others acoustic (paper, section on tokenization).
+    """
+
+    name: str
+    sample_rate: int  # Hz
+    samples_per_frame: int  # a frame covers this many samples; frame rate = sample_rate / samples_per_frame
+    codebooks: int
+    entries: int  # in every codebook
+    fingerprint: str  # changes whenever the same audio could give other codes
+
+    def encode(self, waves: list[np.ndarray]) -> list[np.ndarray]:
+        """Mono float32 waves in [-1, 1] at `sample_rate` -> int16 codes (frames, codebooks) each,
+        frames = ceil(samples / samples_per_frame). A list gives the same codes as its members one by one."""
+        ...
+
+    def decode(self, codes: list[np.ndarray]) -> list[np.ndarray]:
+        """Codes (frames, codebooks) -> mono float32 waves of frames * samples_per_frame samples each."""
+        ...

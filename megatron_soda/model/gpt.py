@@ -1,0 +1,153 @@
+"""The SODA decoder as megatron-core's GPTModel, with weights that do not depend on the layout."""
+
+import hashlib
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from ..config import Recipe
+from ..data.batch import Batch
+from ..vocab import TokenSpace
+from .specs import block_mask, choose_backend, layer_spec
+
+VOCAB_DIVISOR = 128  # the embedding is padded to a multiple of this times the tensor-parallel size
+
+
+def padded_size(space: TokenSpace, tensor_parallel_size: int) -> int:
+    divisor = VOCAB_DIVISOR * tensor_parallel_size
+    return -(-space.size // divisor) * divisor
+
+
+def transformer_config(recipe: Recipe) -> TransformerConfig:
+    """Qwen3 style: RMSNorm, SwiGLU, GQA, QK-norm, RoPE, no biases (paper, section 3)."""
+    m, p, t = recipe.model, recipe.parallel, recipe.training
+    dtype = torch.bfloat16 if t.precision == "bf16" else torch.float32
+    cuda = torch.cuda.is_available()
+    return TransformerConfig(
+        num_layers=m.num_layers,
+        hidden_size=m.hidden_size,
+        ffn_hidden_size=m.ffn_hidden_size,
+        num_attention_heads=m.num_attention_heads,
+        num_query_groups=m.num_query_groups,
+        kv_channels=m.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=m.norm_epsilon,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        qk_layernorm=True,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        # initialise() below fills the weights; but it is this step that marks which are cut across ranks.
+        perform_initialization=True,
+        init_method=_leave,
+        output_layer_init_method=_leave,
+        tensor_model_parallel_size=p.tensor,
+        pipeline_model_parallel_size=p.pipeline,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        calculate_per_token_loss=True,  # losses are sums; the gradient is divided by the global sum of weights
+        batch_p2p_sync=cuda,
+        # Fusions that need apex or CUDA extensions; all are off where they would be missing.
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        apply_rope_fusion=False,
+    )
+
+
+def _leave(weight: Tensor) -> Tensor:
+    return weight
+
+
+def build_model(recipe: Recipe, space: TokenSpace, device: torch.device) -> GPTModel:
+    """This rank's part of the model, initialised, on `device`."""
+    config = transformer_config(recipe)
+    m = recipe.model
+    model = GPTModel(
+        config=config,
+        transformer_layer_spec=layer_spec(choose_backend(recipe.training.backend)),
+        vocab_size=padded_size(space, recipe.parallel.tensor),
+        max_sequence_length=recipe.data.sequence_length,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        share_embeddings_and_output_weights=m.tie_embeddings,
+        position_embedding_type="rope",
+        rotary_base=m.rope_theta,
+        rope_scaling=m.rope_scaling_factor != 1.0,
+        rope_scaling_factor=m.rope_scaling_factor,
+    )
+    for parameter in model.parameters():
+        tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+    initialise(model, space, m.init_std, recipe.seed)
+    return model.to(device=device, dtype=config.params_dtype)
+
+
+@torch.no_grad()
+def initialise(model: GPTModel, space: TokenSpace, std: float, seed: int) -> None:
+    """N(0, std) for matrices, ones for norms, zeros for padded vocabulary rows.
+
+    Every tensor is drawn whole from a generator seeded by its global name, then cut as megatron-core cuts it, so a
+    run starts from the same model at every layout.
+    """
+    size, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            parameter.fill_(1.0)
+            continue
+        name = _global_name(model, name)
+        axis = parameter.partition_dim if parameter.tensor_model_parallel else -1
+        shape = list(parameter.shape)
+        if axis >= 0:
+            shape[axis] *= size
+        is_vocabulary = name.startswith(("embedding.", "output_layer."))
+        padded_rows = shape[0]
+        if is_vocabulary:
+            shape[0] = space.size
+        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+        full = torch.empty(shape, dtype=torch.float32).normal_(std=std, generator=generator)
+        if is_vocabulary:
+            full = torch.cat([full, torch.zeros(padded_rows - space.size, shape[1])])
+        if axis >= 0:
+            # SwiGLU's two matrices lie in one tensor, and each rank holds a part of both.
+            parts = full.chunk(2, 0) if "linear_fc1" in name else (full,)
+            full = torch.cat([part.chunk(size, axis)[rank] for part in parts])
+        parameter.copy_(full)
+
+
+def _global_name(model: GPTModel, name: str) -> str:
+    """`decoder.layers.0.…` of a later pipeline stage -> the number the layer has in the whole model."""
+    prefix = "decoder.layers."
+    if name.startswith(prefix):
+        local, _, rest = name[len(prefix) :].partition(".")
+        return f"{prefix}{model.decoder.layers[int(local)].layer_number - 1}.{rest}"
+    tied = name == "output_layer.weight" and model.share_embeddings_and_output_weights
+    return "embedding.word_embeddings.weight" if tied else name
+
+
+def forward(model: torch.nn.Module, batch: Batch, backend: str) -> Tensor:
+    """Logits (sequences, length, vocabulary of this rank) on the last pipeline stage, else hidden states.
+
+    Attention stays inside documents: by a mask in the local modules, by packed sequences in Transformer Engine
+    (which ignores masks).
+    """
+    if backend == "local":
+        return model(batch.tokens, batch.position_id, block_mask(batch.segment_id))
+    longest = int((batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).max())
+    packed = PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=batch.cu_seqlens,
+        cu_seqlens_kv=batch.cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
+    flat = batch.tokens.reshape(1, -1), batch.position_id.reshape(1, -1)
+    return model(*flat, None, packed_seq_params=packed)

@@ -1,0 +1,114 @@
+"""Lets megatron-core run without CUDA: the one place that bends anything. `install()` does nothing where CUDA is.
+
+megatron-core 0.16.1 names CUDA in some forty places (device="cuda", torch.cuda.current_device(), Tensor.cuda(),
+Tensor.type() == "torch.cuda.FloatTensor", the CUDA random state). Each goes through a public torch name, so each is
+wrapped here, for calls that come from a `megatron.*` module alone; everyone else sees stock torch. One private
+function of megatron-core is replaced (`_set_cuda_rng_state`, which reaches into the CUDA generator).
+
+Checked by tests/distributed against one process at every layout; run those after every change of the pin.
+"""
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_CPU = torch.device("cpu")
+_FACTORIES = ("zeros", "empty", "tensor", "ones", "full", "arange", "empty_like", "zeros_like")
+_installed = False
+
+
+def install() -> None:
+    global _installed
+    if torch.cuda.is_available() or _installed:
+        return
+    _installed = True
+    replacements: dict[str, Callable[..., Any]] = {
+        "current_device": lambda: _CPU,
+        "synchronize": lambda *a, **k: None,
+        "empty_cache": lambda: None,
+        "get_rng_state": lambda *a, **k: torch.get_rng_state(),
+        "set_rng_state": lambda state, *a, **k: torch.set_rng_state(state),
+        "manual_seed": torch.manual_seed,
+        "current_stream": lambda *a, **k: _NoStream(),
+        "default_stream": lambda *a, **k: _NoStream(),
+        "stream": lambda *a, **k: contextlib.nullcontext(),
+    }
+    for name, replacement in replacements.items():
+        _replace(torch.cuda, name, replacement)
+    _replace(torch.cuda.random, "get_rng_state", replacements["get_rng_state"])
+    for name in _FACTORIES:
+        _wrap_factory(name)
+    _wrap_tensor_methods()
+
+    import megatron.core.tensor_parallel.random as megatron_random
+
+    megatron_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+
+
+class _NoStream:
+    def wait_stream(self, *_: Any) -> None: ...
+    def wait_event(self, *_: Any) -> None: ...
+    def synchronize(self) -> None: ...
+    def record_event(self, *_: Any) -> "_NoStream":
+        return self
+
+
+def _called_by_megatron() -> bool:
+    """Whether the function that called our wrapper is megatron-core's (two frames up from here)."""
+    return sys._getframe(2).f_globals.get("__name__", "").startswith("megatron.")
+
+
+def _is_cuda(device: Any) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, str) and device.startswith("cuda")
+
+
+def _replace(module: Any, name: str, replacement: Callable[..., Any]) -> None:
+    original = getattr(module, name)
+
+    @functools.wraps(original)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return (replacement if _called_by_megatron() else original)(*args, **kwargs)
+
+    setattr(module, name, wrapper)
+
+
+def _wrap_factory(name: str) -> None:
+    original = getattr(torch, name)
+
+    @functools.wraps(original)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        if (_is_cuda(kwargs.get("device")) or kwargs.get("pin_memory")) and _called_by_megatron():
+            kwargs["device"] = _CPU
+            kwargs.pop("pin_memory", None)
+        return original(*args, **kwargs)
+
+    setattr(torch, name, wrapper)
+
+
+def _wrap_tensor_methods() -> None:
+    original_type, original_cuda, original_to = torch.Tensor.type, torch.Tensor.cuda, torch.Tensor.to
+
+    def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = original_type(self, *args, **kwargs)
+        if not args and not kwargs and not self.is_cuda and _called_by_megatron():
+            return result.replace("torch.", "torch.cuda.", 1)  # the optimizer refuses any other name
+        return result
+
+    def cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self if _called_by_megatron() else original_cuda(self, *args, **kwargs)
+
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if _called_by_megatron():
+            if args and _is_cuda(args[0]):
+                args = (_CPU, *args[1:])
+            if _is_cuda(kwargs.get("device")):
+                kwargs["device"] = _CPU
+        return original_to(self, *args, **kwargs)
+
+    torch.Tensor.type, torch.Tensor.cuda, torch.Tensor.to = type_, cuda, to  # type: ignore[method-assign]

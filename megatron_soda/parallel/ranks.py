@@ -1,0 +1,60 @@
+"""Process groups: torch.distributed and megatron-core's, on NCCL or gloo. Import this before `megatron`."""
+
+import os
+
+import torch
+import torch.distributed as dist
+
+from . import cpu
+
+cpu.install()
+
+from megatron.core import parallel_state, tensor_parallel  # noqa: E402
+
+from ..config import Recipe, check_layout  # noqa: E402
+
+
+def init(recipe: Recipe) -> torch.device:
+    """Starts the process group (torchrun's, or one process alone) and lays out the ranks. Returns the device.
+
+    Raises SodaError if the layout does not divide the model or the processes.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    check_layout(recipe, world_size)
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        if world_size == 1:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        else:
+            dist.init_process_group(backend)
+    layout(recipe)
+    return device
+
+
+def layout(recipe: Recipe) -> None:
+    """(Re)makes megatron-core's groups for the recipe's layout on the running process group."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=recipe.parallel.tensor, pipeline_model_parallel_size=recipe.parallel.pipeline
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(recipe.seed, force_reset_rng=True)
+
+
+def is_first() -> bool:
+    return dist.get_rank() == 0
+
+
+def describe(recipe: Recipe) -> str:
+    p = recipe.parallel
+    data_parallel = parallel_state.get_data_parallel_world_size()
+    optimizer = ", distributed optimizer" if p.distributed_optimizer else ""
+    return f"tensor {p.tensor} x pipeline {p.pipeline} x data {data_parallel}{optimizer}"

@@ -1,0 +1,31 @@
+"""What a run remembers of itself beside its products: environment.json and timings.json."""
+
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from .files import read_json, write_json
+
+
+def record_environment(run: Path, **facts: Any) -> None:
+    """Versions of what computes, and `facts` (device, layout, ..), into RUN/environment.json."""
+    packages = ("torch", "megatron-core", "transformer-engine", "transformers", "numpy", "megatron-soda")
+    versions = {}
+    for name in packages:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    environment = {"python": platform.python_version(), "platform": platform.platform(), "packages": versions}
+    write_json(run / "environment.json", {**environment, **facts})
+
+
+def record_timing(run: Path, stage: str, seconds: dict[str, float]) -> None:
+    """Seconds of one stage, into RUN/timings.json; a stage that was done in parts keeps its sum."""
+    path = run / "timings.json"
+    timings = read_json(path) if path.is_file() else {}
+    stage_timings = timings.setdefault(stage, {})
+    for name, value in seconds.items():
+        stage_timings[name] = round(stage_timings.get(name, 0.0) + value, 3)
+    write_json(path, timings)

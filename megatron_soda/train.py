@@ -1,0 +1,43 @@
+"""torchrun entry:  torchrun --nproc-per-node N -m megatron_soda.train RECIPE key=value ..."""
+
+import os
+import sys
+
+from .config import check_layout, load_recipe
+from .errors import SodaError
+
+
+def run(recipe_path: str, overrides: list[str]) -> int:
+    """Exit status: 0 done, 130 stopped on request with everything saved, 2 for an error the user can mend."""
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        recipe = load_recipe(recipe_path, overrides)
+        check_layout(recipe, int(os.environ.get("WORLD_SIZE", "1")))  # before the seconds that the engine takes
+
+        from .training.loop import exit_quietly, train
+
+        done = train(recipe)
+        exit_quietly()
+        return 0 if done else 130
+    except SodaError as error:
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+
+
+def main() -> None:
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        print(
+            "usage: torchrun --nproc-per-node N -m megatron_soda.train RECIPE [key=value ...]\n\n"
+            "Trains RECIPE (YAML) on N processes, going on from the newest checkpoint of its run folder.\n\n"
+            "examples:\n"
+            "  torchrun --nproc-per-node 2 -m megatron_soda.train examples/quickstart/recipe.yaml\n"
+            "  torchrun --nproc-per-node 4 -m megatron_soda.train recipe.yaml parallel.tensor=2 parallel.pipeline=2\n"
+            "  soda train recipe.yaml training.steps=20        (one process)"
+        )
+        sys.exit(0 if len(sys.argv) > 1 else 2)
+    sys.exit(run(sys.argv[1], sys.argv[2:]))
+
+
+if __name__ == "__main__":
+    main()

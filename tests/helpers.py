@@ -1,0 +1,63 @@
+"""Small stores and recipes for tests."""
+
+from pathlib import Path
+
+import numpy as np
+
+from data_prep import interleave
+from megatron_soda.config import Recipe, load_recipe
+from megatron_soda.data.store import write_store
+from megatron_soda.vocab import TokenSpace
+
+SPACE = TokenSpace(text_size=64, bos=1, eos=2, codebooks=4, entries=16)
+
+
+def documents(count: int, seed: int = 0, space: TokenSpace = SPACE) -> list[np.ndarray]:
+    """Documents with some structure to learn: codes depend on the codes before and on the text."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for _ in range(count):
+        text = [int(t) for t in rng.integers(3, space.text_size, rng.integers(1, 8))]
+        frames = int(rng.integers(1, 8))
+        codes = (np.cumsum(rng.integers(0, 3, (frames, space.codebooks)), 0) + text[0]) % space.entries
+        kind = rng.integers(0, 3)
+        if kind == 0:
+            made.append(interleave.text_first([(text, codes)], space))
+        elif kind == 1:
+            made.append(interleave.audio_first([(text, codes)] * 2, space))
+        else:
+            made.append(interleave.text_only(text, space))
+    return made
+
+
+def write_data(folder: Path, count: int = 200, space: TokenSpace = SPACE) -> Path:
+    for side, (n, seed) in {"train": (count, 0), "valid": (40, 1), "test": (40, 2)}.items():
+        write_store(folder / side, documents(n, seed, space), space, codec="none", tokenizer="none")
+    return folder
+
+
+def small_recipe(run: Path, data: Path, *overrides: str) -> Recipe:
+    """4 layers of 32, windows of 32 tokens, 8 sequences a step, in float32."""
+    return load_recipe(
+        None,
+        [
+            f"run={run}",
+            f"data.path={data}",
+            "data.sequence_length=32",
+            "model.num_layers=4",
+            "model.hidden_size=32",
+            "model.ffn_hidden_size=64",
+            "model.num_attention_heads=4",
+            "model.num_query_groups=2",
+            "model.head_dim=16",
+            "training.steps=20",
+            "training.global_batch_size=8",
+            "training.micro_batch_size=2",
+            "training.save_every=10",
+            "training.valid_every=20",
+            "training.valid_windows=4",
+            "training.log_every=1",
+            "training.epsilon=1e-8",
+            *overrides,
+        ],
+    )
