@@ -226,26 +226,18 @@ def load_data_codec(folder: Path):
 def _tokenizer(recipe: Recipe, transcripts: list[str], lines: list[str]) -> TextTokenizer:
     """Copies or trains the text tokenizer into RUN/data."""
     p, folder = recipe.prepare, recipe.data_folder
-    for old in folder.glob("tokenizer.*"):
+    for old in folder.glob("text_tokenizer.*"):
         old.unlink()
     if p.tokenizer:
         source = TextTokenizer(p.tokenizer)
-        path = folder / f"tokenizer{source.path.suffix}"
+        path = folder / f"text_tokenizer{source.path.suffix}"
         with atomic_path(path) as temporary:
             temporary.write_bytes(source.path.read_bytes())
     else:
-        path = folder / "tokenizer.model"
+        path = folder / "text_tokenizer.model"
         some = lines[: max(200, len(transcripts) // 4)]
         train_sentencepiece(path, sorted(transcripts) + some, p.text_pieces)
     return TextTokenizer(path)
-
-
-def data_tokenizer(folder: Path) -> TextTokenizer:
-    """The text tokenizer of a data folder."""
-    found = sorted(folder.glob("tokenizer.model")) + sorted(folder.glob("tokenizer.json"))
-    if not found:
-        raise SodaError(f"{folder}: no tokenizer in it; is it a data folder that `soda prepare` made?")
-    return TextTokenizer(found[0])
 
 
 # ---- stores

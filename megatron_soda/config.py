@@ -1,6 +1,6 @@
 """The recipe: one typed tree, from a YAML file and key=value overrides. An unknown key is an error.
 
-    recipe = load_recipe("examples/quickstart/recipe.yaml", ["training.steps=20", "model.preset=135m"])
+recipe = load_recipe("examples/quickstart/recipe.yaml", ["training.steps=20", "model.preset=135m"])
 """
 
 import difflib
@@ -225,7 +225,9 @@ def _full_key(key: str) -> str:
 def _fill_preset(model: Model) -> None:
     if model.preset not in PRESETS:
         near = difflib.get_close_matches(model.preset, PRESETS, 1, 0)
-        raise SodaError(f"model.preset={model.preset}: no such preset. Did you mean {near[0]}? Known: {', '.join(PRESETS)}")
+        raise SodaError(
+            f"model.preset={model.preset}: no such preset. Did you mean {near[0]}? Known: {', '.join(PRESETS)}"
+        )
     for name, size in zip(_SIZES, PRESETS[model.preset], strict=True):
         if getattr(model, name) == 0:
             setattr(model, name, size)

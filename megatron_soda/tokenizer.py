@@ -56,8 +56,23 @@ class TextTokenizer:
         ids = [int(i) for i in ids]
         return self._model.decode(ids, skip_special_tokens=False) if self._is_json else self._model.decode(ids)
 
+    @property
+    def sentencepiece(self) -> Any:
+        """The sentencepiece processor. ValueError for a tokenizer.json."""
+        if self._is_json:
+            raise ValueError(f"{self.path} is not a sentencepiece model")
+        return self._model
+
     def space(self, codebooks: int, entries: int) -> TokenSpace:
         return TokenSpace(self.size, self.bos, self.eos, codebooks, entries)
+
+
+def data_tokenizer(folder: Path) -> TextTokenizer:
+    """The text tokenizer of a data folder."""
+    found = sorted(folder.glob("text_tokenizer.model")) + sorted(folder.glob("text_tokenizer.json"))
+    if not found:
+        raise SodaError(f"{folder}: no tokenizer in it; is it a data folder that `soda prepare` made?")
+    return TextTokenizer(found[0])
 
 
 def train_sentencepiece(path: Path, sentences: Iterable[str], pieces: int) -> None:

@@ -1,8 +1,8 @@
 """A token store: one long stream of int32 ids with document offsets, in Megatron's `.bin/.idx` format.
 
-    NAME.bin   the ids, little-endian int32
-    NAME.idx   header and document lengths, as megatron.core.datasets.indexed_dataset reads them
-    NAME.json  the token space, and the fingerprints of the codec and the tokenizer that made the ids
+NAME.bin   the ids, little-endian int32
+NAME.idx   header and document lengths, as megatron.core.datasets.indexed_dataset reads them
+NAME.json  the token space, and the fingerprints of the codec and the tokenizer that made the ids
 """
 
 import struct

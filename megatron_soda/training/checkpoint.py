@@ -73,7 +73,9 @@ def save(
     try:
         dist_checkpointing.save(sharded, str(temporary))
     except OSError as error:
-        raise SodaError(f"{temporary}: cannot write the checkpoint ({error}). Free some space and start again.") from None
+        raise SodaError(
+            f"{temporary}: cannot write the checkpoint ({error}). Free some space and start again."
+        ) from None
     if dist.get_rank() == 0:
         write_json(temporary / "checkpoint.json", {**description, "step": step, **state})
         for path in temporary.iterdir():

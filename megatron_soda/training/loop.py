@@ -113,7 +113,9 @@ def train(recipe: Recipe) -> bool:
     if first:
         parameters = parameter_count(recipe.model, store.space)
         here = f"from step {step}" if step else "from the start"
-        print(f"{parameters:,} parameters, {windows.count:,} windows of {windows.length}; {ranks.describe(recipe)}; {here}")
+        print(
+            f"{parameters:,} parameters, {windows.count:,} windows of {windows.length}; {ranks.describe(recipe)}; {here}"
+        )
 
     stop = StopRequest(device)
     progress = Progress(

@@ -1,6 +1,6 @@
 """A warm pool of four gloo ranks: the engine is imported once, and every layout is a task of it.
 
-    pool.run(2, function, arg)  ->  [function(arg) on rank 0, function(arg) on rank 1]
+pool.run(2, function, arg)  ->  [function(arg) on rank 0, function(arg) on rank 1]
 """
 
 import multiprocessing as mp

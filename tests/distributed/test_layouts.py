@@ -81,7 +81,12 @@ def test_resume_is_bitwise(pool, data, tmp_path, layout):
 
 @pytest.mark.parametrize(
     ("first", "then"),
-    [("tp2", "one"), ("tp2dp2_distributed", "dp2_distributed"), ("dp2_distributed", "tp2dp2_distributed"), ("one", "pp2")],
+    [
+        ("tp2", "one"),
+        ("tp2dp2_distributed", "dp2_distributed"),
+        ("dp2_distributed", "tp2dp2_distributed"),
+        ("one", "pp2"),
+    ],
 )
 def test_resume_at_another_layout(pool, data, reference, tmp_path, first, then):
     flat = ["training.warmup_share=0", "training.decay_share=0"]

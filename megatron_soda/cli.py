@@ -1,0 +1,137 @@
+"""The `soda` command. Every subcommand takes a recipe, or a run or model folder, and key=value overrides."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .errors import SodaError
+
+app = typer.Typer(
+    name="soda",
+    help="Train native discrete audio models: speech to tokens, tokens to a model, a model to speech.",
+    epilog="Start here:  bash examples/quickstart/run.sh",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Target = Annotated[str, typer.Argument(metavar="RECIPE|RUN", help="A recipe (.yaml) or a run folder.")]
+ModelTarget = Annotated[str, typer.Argument(metavar="MODEL", help="A run folder, a model soda exported, or a recipe.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings of the recipe.")]
+
+
+def _examples(*lines: str) -> str:
+    return "Examples:\n\n" + "\n\n".join(f"  {line}" for line in lines)
+
+
+@app.command(
+    epilog=_examples(
+        "soda prepare examples/quickstart/recipe.yaml",
+        "soda prepare recipe.yaml prepare.speech=/data/my_speech prepare.workers=8",
+    )
+)
+def prepare(recipe: Target, overrides: Overrides = None) -> None:
+    """Turn speech and text into token stores (RUN/data). Skips what is done."""
+    from data_prep.prepare import prepare as run
+
+    from .hf.load import resolve
+
+    run(resolve(recipe, overrides or []))
+
+
+@app.command(epilog=_examples("soda validate runs/quickstart", "soda validate recipe.yaml data.path=/data/stores"))
+def validate(recipe: Target, overrides: Overrides = None) -> None:
+    """Check the stores of a run: files whole, ids in range, every document legal. Exit status 1 if not."""
+    from .data.validate import validate as run
+    from .hf.load import resolve
+
+    raise typer.Exit(0 if run(resolve(recipe, overrides or []).data_folder) else 1)
+
+
+@app.command(
+    epilog=_examples(
+        "soda train examples/quickstart/recipe.yaml training.steps=20",
+        "torchrun --nproc-per-node 2 -m megatron_soda.train recipe.yaml parallel.tensor=2",
+    )
+)
+def train(recipe: Target, overrides: Overrides = None) -> None:
+    """Train on one process, from the newest checkpoint on. For more processes use torchrun (see below)."""
+    from .train import run
+
+    path = Path(recipe)
+    raise typer.Exit(run(str(path / "recipe.yaml" if path.is_dir() else path), overrides or []))
+
+
+@app.command(epilog=_examples("soda export runs/quickstart"))
+def export(recipe: Target, overrides: Overrides = None) -> None:
+    """Write RUN/hf, a stock Qwen3ForCausalLM, and compare its logits with ours."""
+    from .hf.export import export as run
+    from .hf.load import resolve
+
+    run(resolve(recipe, overrides or []))
+
+
+@app.command(
+    epilog=_examples(
+        "soda evaluate runs/quickstart",
+        "soda evaluate runs/quickstart suite=[nll] split=valid",
+        "soda evaluate some/hf/folder data.path=runs/quickstart/data",
+    )
+)
+def evaluate(model: ModelTarget, overrides: Overrides = None) -> None:
+    """Measure the NLL vector on held-out documents, and how generations keep the grammar (RUN/eval.json)."""
+    from .evaluation.run import evaluate as run
+
+    run(model, overrides or [])
+
+
+@app.command(
+    epilog=_examples(
+        "soda generate runs/quickstart",
+        'soda generate runs/quickstart tasks=[speak] generate.text="good morning"',
+    )
+)
+def generate(model: ModelTarget, overrides: Overrides = None) -> None:
+    """Continue, speak and transcribe held-out utterances; wav files go to RUN/samples."""
+    from .inference.run import generate as run
+
+    run(model, overrides or [])
+
+
+@app.command(epilog=_examples("soda report runs/quickstart"))
+def report(recipe: Target, overrides: Overrides = None) -> None:
+    """Write RUN/report.html: one page that shows and plays the run."""
+    from .hf.load import resolve
+    from .report import build_report
+
+    print(build_report(Path(resolve(recipe, overrides or []).run)))
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is installed, what is accelerated, what falls back, and what to install for more."""
+    from .doctor import print_report
+
+    print_report()
+
+
+def main() -> None:
+    started = time.time()
+    try:
+        app()
+    except SodaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(
+            f"\nInterrupted after {time.time() - started:.0f} s. The same command goes on from here.", file=sys.stderr
+        )
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""`soda evaluate`."""
+
+import time
+from pathlib import Path
+
+from ..data.store import Store
+from ..files import write_json
+from ..hf.load import load_model, model_folder, resolve
+from ..run_folder import record_timing
+
+
+def evaluate(target: str, overrides: list[str]) -> dict:
+    """Runs the recipe's suites on an exported model and writes RUN/eval.json."""
+    recipe = resolve(target, overrides)
+    e, run = recipe.evaluate, Path(recipe.run)
+    folder = model_folder(target, recipe)
+    began = time.time()
+    model = load_model(folder)
+    test, train = Store(recipe.data_folder / e.split), Store(recipe.data_folder / "train")
+    for store in (test, train):
+        store.check_space(model.space, str(folder))
+    result: dict = {"model": model.name, "split": e.split, "documents": e.documents or len(test)}
+    if "nll" in e.suite:
+        from .nll import evaluate_nll
+
+        result["nll"] = evaluate_nll(model, test, train, e.documents)
+    if "grammar" in e.suite:
+        from data_prep.prepare import load_data_codec
+
+        from .grammar import evaluate_grammar
+
+        result["grammar"] = evaluate_grammar(model, load_data_codec(folder), e.generations, e.max_tokens, recipe.seed)
+    write_json(run / "eval.json", result)
+    record_timing(run, "evaluate", {"seconds": time.time() - began})
+    _print(result)
+    return result
+
+
+def _print(result: dict) -> None:
+    if "nll" in result:
+        nll = result["nll"]
+        print(f"{'class':<14}{'tokens':>10}{'model':>9}{'unigram':>9}{'difference':>12}   nats")
+        for name, row in [*nll["classes"].items(), ("acoustic mean", nll.get("acoustic_mean")), ("all", nll["all"])]:
+            if row:
+                m, u = row["model_nats"], row["unigram_nats"]
+                print(f"{name:<14}{row['tokens']:>10,}{m:>9.3f}{u:>9.3f}{m - u:>12.3f}")
+    if "grammar" in result:
+        g = result["grammar"]
+        print(
+            f"{g['valid']} of {g['generations']} generations valid, {g['duration_exact']} of exact duration, "
+            f"{g['ended_by_itself']} ended by themselves; legal mass {g['legal_mass_mean']:.4f}. "
+            f"Without the grammar: {g['free_valid']} valid, legal mass {g['free_legal_mass_mean']:.4f}"
+        )

@@ -1,0 +1,212 @@
+"""`soda export`: a checkpoint as a stock Qwen3ForCausalLM folder, compared with our model before it is done."""
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from ..config import Model, Recipe, save_recipe
+from ..data.store import Store
+from ..errors import SodaError
+from ..files import read_json, write_json
+from ..parallel import ranks
+from ..run_folder import record_timing
+from ..tokenizer import TextTokenizer, data_tokenizer
+from ..vocab import TokenSpace
+from .tokenizer import document_string, save_tokenizer
+
+TOLERANCE = {"fp32": 1e-4, "bf16": 0.25}  # of a logit; the second is bfloat16's own grain
+console = Console(stderr=True)
+
+
+def export(recipe: Recipe) -> Path:
+    """Writes RUN/hf from the newest checkpoint and returns it; skipped if it is there already.
+
+    Raises SodaError without a checkpoint, for one of another model, and if transformers' logits differ from ours.
+    """
+    from ..training import checkpoint
+
+    began = time.time()
+    run = Path(recipe.run)
+    newest = checkpoint.latest(run)
+    if newest is None:
+        raise SodaError(f"{run}: no checkpoint in it. Run `soda train` first.")
+    final = run / "hf"
+    step = read_json(newest / "checkpoint.json")["step"]
+    if (final / "soda.json").is_file() and read_json(final / "soda.json").get("step") == step:
+        console.print(f"{final}: step {step} is exported already, nothing to do")
+        return final
+    from ..model.gpt import build_model
+
+    with console.status("exporting"):
+        store = Store(recipe.data_folder / "test")
+        checkpoint.check_same_model(newest, recipe.model, store.space)
+        recipe.parallel.tensor = recipe.parallel.pipeline = 1
+        device = ranks.init(recipe)
+        ours = build_model(recipe, store.space, device)
+        checkpoint.load(newest, ours, None)
+        temporary = run / ".hf.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        text = data_tokenizer(recipe.data_folder)
+        write_model(ours.state_dict(), recipe, store.space, temporary)
+        save_tokenizer(text, store.space, temporary, recipe.data.sequence_length)
+        difference = compare_logits(ours, temporary, store, recipe)
+        compare_tokenizer(temporary, store, text)
+        _copy_codec(recipe.data_folder, temporary)
+        shutil.copyfile(text.path, temporary / text.path.name)
+        save_recipe(recipe, temporary / "recipe.yaml")
+        write_json(
+            temporary / "soda.json",
+            {"name": recipe.name, "step": step, "space": store.space.to_dict(), "max_logit_difference": difference},
+        )
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+    console.print(f"{final}: step {step}, largest logit difference to ours {difference:.2g}")
+    record_timing(run, "export", {"seconds": time.time() - began})
+    return final
+
+
+def hf_config(m: Model, space: TokenSpace, max_length: int) -> Any:
+    from transformers import Qwen3Config
+
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(m.rope_theta)}
+    if m.rope_scaling_factor != 1.0:
+        rope |= {
+            "rope_type": "llama3",
+            "factor": m.rope_scaling_factor,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
+    return Qwen3Config(
+        vocab_size=space.size,
+        hidden_size=m.hidden_size,
+        intermediate_size=m.ffn_hidden_size,
+        num_hidden_layers=m.num_layers,
+        num_attention_heads=m.num_attention_heads,
+        num_key_value_heads=m.num_query_groups,
+        head_dim=m.head_dim,
+        max_position_embeddings=max_length,
+        rms_norm_eps=m.norm_epsilon,
+        initializer_range=m.init_std,
+        tie_word_embeddings=m.tie_embeddings,
+        rope_parameters=rope,
+        bos_token_id=space.bos,
+        eos_token_id=space.eos,
+        attention_bias=False,
+        use_sliding_window=False,
+    )
+
+
+def hf_weights(state: dict[str, Tensor], m: Model, space: TokenSpace) -> dict[str, Tensor]:
+    """megatron-core's whole (one-rank) state dict in Qwen3's names, vocabulary padding cut off.
+
+    Raises KeyError for a tensor that is missing or of no known use.
+    """
+    state = {k: v for k, v in state.items() if v is not None and not k.endswith("_extra_state")}
+    group = m.num_attention_heads // m.num_query_groups
+    weights = {
+        "model.embed_tokens.weight": state.pop("embedding.word_embeddings.weight")[: space.size],
+        "model.norm.weight": state.pop("decoder.final_layernorm.weight"),
+    }
+    if not m.tie_embeddings:
+        weights["lm_head.weight"] = state.pop("output_layer.weight")[: space.size]
+    else:
+        state.pop("output_layer.weight", None)
+    for i in range(m.num_layers):
+        ours, theirs = f"decoder.layers.{i}.", f"model.layers.{i}."
+
+        def take(*names: str, prefix: str = ours) -> Tensor:
+            for name in names:  # the local name, or where Transformer Engine keeps it
+                if prefix + name in state:
+                    return state.pop(prefix + name)
+            raise KeyError(prefix + names[0])
+
+        qkv = take("self_attention.linear_qkv.weight")
+        qkv = qkv.view(m.num_query_groups, group + 2, m.head_dim, m.hidden_size)
+        gate, up = take("mlp.linear_fc1.weight").chunk(2)
+        layer = {
+            "input_layernorm": take("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"),
+            "self_attn.q_proj": qkv[:, :group].reshape(-1, m.hidden_size),
+            "self_attn.k_proj": qkv[:, group].reshape(-1, m.hidden_size),
+            "self_attn.v_proj": qkv[:, group + 1].reshape(-1, m.hidden_size),
+            "self_attn.q_norm": take("self_attention.q_layernorm.weight"),
+            "self_attn.k_norm": take("self_attention.k_layernorm.weight"),
+            "self_attn.o_proj": take("self_attention.linear_proj.weight"),
+            "post_attention_layernorm": take("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"),
+            "mlp.gate_proj": gate,
+            "mlp.up_proj": up,
+            "mlp.down_proj": take("mlp.linear_fc2.weight"),
+        }
+        weights |= {f"{theirs}{name}.weight": tensor for name, tensor in layer.items()}
+    if state:
+        raise KeyError(f"not exported: {', '.join(state)}")
+    return weights
+
+
+def write_model(state: dict[str, Tensor], recipe: Recipe, space: TokenSpace, folder: Path) -> None:
+    from transformers import Qwen3ForCausalLM
+
+    dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
+    config = hf_config(recipe.model, space, recipe.data.sequence_length)
+    weights = {k: v.detach().to("cpu", dtype).contiguous() for k, v in hf_weights(state, recipe.model, space).items()}
+    with torch.device("meta"):
+        model = Qwen3ForCausalLM(config)
+    missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
+    if set(missing) - ({"lm_head.weight"} if recipe.model.tie_embeddings else set()) or unexpected:
+        raise SodaError(f"{folder}: the export is not a whole Qwen3 model (missing {missing}, unknown {unexpected})")
+    model.tie_weights()
+    config.dtype = dtype
+    model.generation_config.bos_token_id, model.generation_config.eos_token_id = space.bos, space.eos
+    model.save_pretrained(folder)
+
+
+@torch.no_grad()
+def compare_logits(ours: torch.nn.Module, folder: Path, store: Store, recipe: Recipe, documents: int = 4) -> float:
+    """Largest difference of a logit over the first documents of `store`; SodaError above the tolerance."""
+    from transformers import AutoModelForCausalLM
+
+    from ..data.batch import Batcher
+    from ..model.gpt import forward
+    from ..model.specs import choose_backend
+
+    device = next(ours.parameters()).device
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device).eval()
+    ours.eval()
+    backend = choose_backend(recipe.training.backend)
+    worst = 0.0
+    for index in range(min(documents, len(store))):
+        ids = store.document(index)[: recipe.data.sequence_length + 1]
+        batch = Batcher(store.space)([ids]).to(device)
+        expected = forward(ours, batch, backend).view(1, -1, ours.vocab_size)[..., : store.space.size].float()
+        found = theirs(batch.tokens).logits.float()
+        worst = max(worst, float((expected - found).abs().max()))
+    tolerance = TOLERANCE[recipe.training.precision]
+    if not worst < tolerance:
+        raise SodaError(f"{folder}: transformers' logits differ from ours by {worst:.3g}, more than {tolerance:g}")
+    return worst
+
+
+def compare_tokenizer(folder: Path, store: Store, text: TextTokenizer, documents: int = 50) -> None:
+    """Documents written as strings must come back as their ids; SodaError names the first that does not."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for index in range(min(documents, len(store))):
+        ids = store.document(index)
+        string = document_string(ids, store.space, text)
+        found = tokenizer(string, add_special_tokens=False)["input_ids"]
+        if not np.array_equal(found, ids):
+            raise SodaError(f"{store.path}: document {index} has other ids in the exported tokenizer: {string[:80]!r}")
+
+
+def _copy_codec(data: Path, folder: Path) -> None:
+    for name in ("codec.json", "codec.safetensors"):
+        if (data / name).is_file():
+            shutil.copyfile(data / name, folder / name)

@@ -1,0 +1,61 @@
+"""A model to use: an exported folder, with its token space, tokenizer and codec."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import Recipe, load_recipe
+from ..errors import SodaError
+from ..files import read_json
+from ..tokenizer import TextTokenizer, data_tokenizer
+from ..vocab import TokenSpace
+
+
+@dataclass
+class Model:
+    folder: Path
+    name: str
+    model: Any  # transformers' Qwen3ForCausalLM, in eval mode
+    space: TokenSpace
+    text: TextTokenizer
+    device: torch.device
+
+
+def resolve(target: str | Path, overrides: list[str]) -> Recipe:
+    """The recipe behind a YAML file, a run folder or an exported folder, with overrides applied."""
+    target = Path(target)
+    if target.is_dir():
+        if not (target / "recipe.yaml").is_file():
+            raise SodaError(
+                f"{target}: no recipe.yaml in it; give a recipe, a run folder or a model that soda exported"
+            )
+        return load_recipe(target / "recipe.yaml", overrides)
+    if target.suffix not in (".yaml", ".yml"):
+        raise SodaError(f"{target}: not a folder, and not a recipe (.yaml)")
+    return load_recipe(target, overrides)
+
+
+def model_folder(target: str | Path, recipe: Recipe) -> Path:
+    """The exported folder of `target`; a run is exported first if its newest checkpoint is not yet."""
+    target = Path(target)
+    if (target / "soda.json").is_file():
+        return target
+    from .export import export
+
+    return export(recipe)
+
+
+def load_model(folder: Path) -> Model:
+    """Raises SodaError if `folder` is not a model that `soda export` wrote."""
+    from transformers import AutoModelForCausalLM
+
+    described = read_json(folder / "soda.json")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True).to(device).eval()
+    except (OSError, ValueError) as error:
+        raise SodaError(f"{folder}: cannot load the model ({error})") from None
+    space = TokenSpace(**described["space"])
+    return Model(folder, described["name"], model, space, data_tokenizer(folder), device)

@@ -1,0 +1,29 @@
+"""`soda generate`."""
+
+import time
+from pathlib import Path
+
+from ..files import read_json
+from ..hf.load import load_model, model_folder, resolve
+from ..run_folder import record_timing
+from .tasks import generate as run_tasks
+from .tasks import held_out_rows
+
+
+def generate(target: str, overrides: list[str]) -> list[dict]:
+    """Runs the recipe's tasks on an exported model; RUN/samples gets the wav files and samples.json."""
+    from data_prep.prepare import load_data_codec
+
+    recipe = resolve(target, overrides)
+    folder = model_folder(target, recipe)
+    began = time.time()
+    model = load_model(folder)
+    rows = held_out_rows(recipe.data_folder, recipe.generate.split, model)
+    out = Path(recipe.run) / "samples"
+    samples = run_tasks(model, recipe, rows, load_data_codec(folder), out)
+    record_timing(Path(recipe.run), "generate", {"seconds": time.time() - began})
+    for sample in read_json(out / "samples.json"):
+        text = f": {sample['output_text']!r}" if sample["output_text"] is not None else ""
+        print(f"{sample['task']:<11}{sample['id']:<28}{sample['note']}{text}")
+    print(f"{sum(len(s['audio']) for s in samples)} wav files in {out}")
+    return samples

@@ -1,0 +1,5 @@
+"""Settings are in pyproject.toml; this file is where csrc's extension will be built."""
+
+from setuptools import setup
+
+setup()
