@@ -28,9 +28,9 @@ from . import asterisk, interleave, manifest
 from .audio import BadAudio, read_audio
 from .codecs import load_codec
 from .encode import encode_all, forget_others
-from .split import split_prompts
+from .split import split
 from .units import read_units, write_units
-from .utterance import Reject, Utterance
+from .utterance import Reject, Utterance, prompt_key
 
 FIT_AT_LEAST = 600.0  # seconds of speech; with less, the quantiser that ships with the embedded codec is better
 FIT_AT_MOST = 5400.0
@@ -54,7 +54,8 @@ def prepare(recipe: Recipe) -> dict[str, Any]:
         return read_json(done)
     folder.mkdir(parents=True, exist_ok=True)
     timings = {"source": time.time() - began}
-    sides = split_prompts((u.prompt for u in utterances), p.valid_share, p.test_share)
+    texts = ((u.prompt, prompt_key(u.text or "", u.id)) for u in utterances)
+    sides = split(texts, p.valid_share, p.test_share)
 
     mark = time.time()
     codec = _codec(recipe, [u for u in utterances if sides[u.prompt] == "train"])
@@ -260,7 +261,7 @@ def _stores(
         entry = languages.setdefault(row["language"] or "?", {"utterances": 0, "seconds": 0.0})
         entry["utterances"] += 1
         entry["seconds"] += row["seconds"]
-    line_sides = split_prompts(lines, recipe.prepare.valid_share, recipe.prepare.test_share)
+    line_sides = split(((x, x) for x in lines), recipe.prepare.valid_share, recipe.prepare.test_share)
     tokens, documents, classes = {}, {}, Counter()
     for side in SIDES:
         if not rows[side]:

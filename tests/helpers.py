@@ -17,7 +17,7 @@ def documents(count: int, seed: int = 0, space: TokenSpace = SPACE) -> list[np.n
     rng = np.random.default_rng(seed)
     made = []
     for _ in range(count):
-        text = [int(t) for t in rng.integers(3, space.text_size, rng.integers(1, 8))]
+        text = [int(t) for t in rng.integers(3, space.text_size, rng.integers(4, 10))]
         frames = int(rng.integers(1, 8))
         codes = (np.cumsum(rng.integers(0, 3, (frames, space.codebooks)), 0) + text[0]) % space.entries
         kind = rng.integers(0, 3)

@@ -105,11 +105,15 @@ def analyse(waves: list[Tensor], progress: Callable[[float], None] | None = None
     return [f for f in features if f is not None]
 
 
-def _groups(order: list[int], waves: list[Tensor], limit: int = 48, subframes: int = 100_000) -> list[list[int]]:
-    """Splits the waves, sorted by length, into groups of a bounded size once padded to their longest."""
+def _groups(order: list[int], waves: list[Tensor], limit: int = 10) -> list[list[int]]:
+    """Splits the waves, sorted by length, into groups for the Viterbi recursion.
+
+    Ten at once keep its tensors under the size from which torch uses several threads (32768 numbers), which for such
+    short operations costs far more than it gains when other work shares the cores. Long recordings go alone.
+    """
     groups: list[list[int]] = []
     for i in order:
-        if groups and len(groups[-1]) < limit and (len(groups[-1]) + 1) * (len(waves[i]) // SUBFRAME) <= subframes:
+        if groups and len(groups[-1]) < limit and len(waves[i]) < 60 * SAMPLE_RATE:
             groups[-1].append(i)
         else:
             groups.append([i])

@@ -25,7 +25,7 @@ class MimiCodec:
 
     def __init__(self, model: str, codebooks: int = 8, device: str = "cpu") -> None:
         """`model` is a local folder or a hub id ("kyutai/mimi")."""
-        self._model = cast(Any, _load(model).to(device))
+        self._model = cast(Any, _load(model)).to(device)
         self._device = device
         config = self._model.config
         if not 1 <= codebooks <= config.num_quantizers:

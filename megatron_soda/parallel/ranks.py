@@ -1,12 +1,14 @@
 """Process groups: torch.distributed and megatron-core's, on NCCL or gloo. Import this before `megatron`."""
 
 import os
+import warnings
 
 import torch
 import torch.distributed as dist
 
 from . import cpu
 
+warnings.filterwarnings("ignore", module="megatron")  # advice on settings that are not ours to change
 cpu.install()
 
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402
