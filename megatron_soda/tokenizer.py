@@ -93,7 +93,7 @@ def train_sentencepiece(path: Path, sentences: Iterable[str], pieces: int) -> No
                 byte_fallback=True,  # any text can be written
                 normalization_rule_name="identity",
                 remove_extra_whitespaces=False,
-                hard_vocab_limit=True,
+                hard_vocab_limit=False,  # little text gives fewer pieces
                 bos_piece=BOS,
                 eos_piece=EOS,
                 num_threads=1,

@@ -10,9 +10,10 @@ Sources of the ideas: pitch-adaptive envelope smoothing and band aperiodicity as
 in RAPT (Talkin, 1995).
 """
 
+import contextlib
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,6 +93,24 @@ def analyse(waves: list[Tensor], progress: Callable[[float], None] | None = None
     Each wave is measured on its own; only the Viterbi recursion, which is exact, runs on several waves at once. So the
     features of a wave do not depend on what else is in the list.
     """
+    with _one_thread():
+        return _analyse(waves, progress)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """The operations here are short: a second thread gains little, and where other work shares the cores the threads
+    wait for each other so long that everything is many times slower. One thread also makes the result the same for
+    any number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _analyse(waves: list[Tensor], progress: Callable[[float], None] | None) -> list[Features]:
     features: list[Features | None] = [None] * len(waves)
     by_length = sorted(range(len(waves)), key=lambda i: len(waves[i]))
     done, total = 0, max(1, sum(len(w) for w in waves))
@@ -105,12 +124,8 @@ def analyse(waves: list[Tensor], progress: Callable[[float], None] | None = None
     return [f for f in features if f is not None]
 
 
-def _groups(order: list[int], waves: list[Tensor], limit: int = 10) -> list[list[int]]:
-    """Splits the waves, sorted by length, into groups for the Viterbi recursion.
-
-    Ten at once keep its tensors under the size from which torch uses several threads (32768 numbers), which for such
-    short operations costs far more than it gains when other work shares the cores. Long recordings go alone.
-    """
+def _groups(order: list[int], waves: list[Tensor], limit: int = 16) -> list[list[int]]:
+    """Splits the waves, sorted by length, into groups for the Viterbi recursion. Long recordings go alone."""
     groups: list[list[int]] = []
     for i in order:
         if groups and len(groups[-1]) < limit and len(waves[i]) < 60 * SAMPLE_RATE:

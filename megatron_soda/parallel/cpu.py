@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.utils._device
 
 _CPU = torch.device("cpu")
 _FACTORIES = ("zeros", "empty", "tensor", "ones", "full", "arange", "empty_like", "zeros_like")
@@ -40,6 +41,9 @@ def install() -> None:
     for name, replacement in replacements.items():
         _replace(torch.cuda, name, replacement)
     _replace(torch.cuda.random, "get_rng_state", replacements["get_rng_state"])
+    # `with torch.device(..)` knows factories by identity. Its table is made once, at first use: make it now, while
+    # they are torch's own, or models built under it (transformers does) would have uninitialised buffers.
+    torch.utils._device._device_constructors()
     for name in _FACTORIES:
         _wrap_factory(name)
     _wrap_tensor_methods()

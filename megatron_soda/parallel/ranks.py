@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from . import cpu
 
-warnings.filterwarnings("ignore", module="megatron")  # advice on settings that are not ours to change
+warnings.filterwarnings("ignore", module=r"megatron\.")  # on settings that are not ours to change
 cpu.install()
 
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402

@@ -1,0 +1,133 @@
+"""A checkpoint of any layout becomes a Qwen3 whose logits are ours."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_soda.files import write_json
+from megatron_soda.tokenizer import TextTokenizer, train_sentencepiece
+from tests.distributed.test_layouts import train
+from tests.helpers import small_recipe, write_data
+from tests.test_tokenizer import SENTENCES
+
+
+@pytest.fixture(scope="module")
+def real_text_data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    train_sentencepiece(folder / "text_tokenizer.model", SENTENCES, 310)
+    text = TextTokenizer(folder / "text_tokenizer.model")
+    space = text.space(4, 16)
+    write_data(folder, space=space)
+    # Random ids are no text that a tokenizer would give: write real sentences for the comparison of ids.
+    from data_prep import interleave
+    from megatron_soda.data.store import write_store
+
+    rng = np.random.default_rng(0)
+    documents = [interleave.text_first([(text.encode(s), rng.integers(0, 16, (5, 4)))], space) for s in SENTENCES[:4]]
+    write_store(folder / "test", documents * 3, space)
+    write_json(folder / "codec.json", {"name": "none", "fingerprint": "none", "arguments": {"spec": "embedded"}})
+    return folder
+
+
+def export(run: str, data: str, overrides: list[str], swap: bool = False) -> str:
+    """On a rank of the pool. `swap` exchanges two matrices of the export, a mistake that it must notice."""
+    from megatron_soda.hf import export as module
+
+    weights = module.hf_weights
+
+    def swapped(*arguments):
+        result = weights(*arguments)
+        a, b = "model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.up_proj.weight"
+        result[a], result[b] = result[b], result[a]
+        return result
+
+    module.hf_weights = swapped if swap else weights
+    try:
+        return str(module.export(small_recipe(Path(run), Path(data), *overrides)))
+    finally:
+        module.hf_weights = weights
+
+
+@pytest.mark.parametrize(
+    ("world", "overrides"),
+    [
+        (1, []),
+        (2, ["parallel.tensor=2"]),
+        (2, ["parallel.pipeline=2"]),
+        (1, ["model.tie_embeddings=true", "model.rope_scaling_factor=1"]),
+        (1, ["training.precision=bf16"]),
+    ],
+    ids=["one", "tp2", "pp2", "tied", "bf16"],
+)
+def test_transformers_gives_our_logits(pool, real_text_data, tmp_path, world, overrides):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    pool.run(world, train, str(tmp_path), str(real_text_data), overrides)
+    (folder,) = pool.run(1, export, str(tmp_path), str(real_text_data), overrides)
+    described = json.loads((Path(folder) / "soda.json").read_text())
+    assert described["max_logit_difference"] < (0.25 if "training.precision=bf16" in overrides else 1e-4)
+    config = AutoConfig.from_pretrained(folder)
+    assert config.architectures == ["Qwen3ForCausalLM"]
+    assert config.vocab_size == TextTokenizer(real_text_data / "text_tokenizer.model").space(4, 16).size
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    # The exported model knows what training knew: its loss on the training stream is near the last one logged.
+    from megatron_soda.data.store import Store
+
+    store = Store(real_text_data / "train")
+    with torch.no_grad():
+        losses = []
+        for i in range(40):
+            ids = torch.tensor(store.document(i)[None].astype(np.int64))
+            losses.append(torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="none"))
+    logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert float(torch.cat(losses).mean()) == pytest.approx(logged[-2]["loss"], abs=0.35)
+    assert not list(Path(folder).rglob("*.bin"))
+
+
+def test_a_wrong_export_is_refused(pool, real_text_data, tmp_path):
+    pool.run(1, train, str(tmp_path), str(real_text_data), [])
+    with pytest.raises(RuntimeError, match="transformers' logits differ from ours"):
+        pool.run(1, export, str(tmp_path), str(real_text_data), [], True)
+    assert not (tmp_path / "hf").exists()
+
+
+def test_transformer_engine_names_export_too(pool, real_text_data, tmp_path):
+    """Transformer Engine keeps a norm's weight in the linear layer behind it."""
+    assert all(pool.run(1, _rename_and_export, str(tmp_path), str(real_text_data)))
+
+
+def _rename_and_export(run: str, data: str) -> bool:
+    from megatron_soda.data.store import Store
+    from megatron_soda.hf.export import hf_weights
+    from megatron_soda.model.gpt import build_model
+    from megatron_soda.parallel import ranks
+
+    recipe = small_recipe(Path(run), Path(data))
+    device = ranks.init(recipe)
+    space = Store(Path(data) / "test").space
+    state = build_model(recipe, space, device).state_dict()
+    renamed = {
+        k.replace(".input_layernorm.", ".self_attention.linear_qkv.layer_norm_").replace(
+            ".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_"
+        ): v
+        for k, v in state.items()
+    }
+    a, b = (hf_weights(s, recipe.model, space) for s in (state, renamed))
+    try:
+        hf_weights({**state, "something.else": state["decoder.final_layernorm.weight"]}, recipe.model, space)
+    except KeyError:
+        return set(renamed) != set(state) and set(a) == set(b) and all(torch.equal(a[k], b[k]) for k in a)
+    return False
+
+
+def test_no_checkpoint_and_another_model(pool, real_text_data, tmp_path):
+    with pytest.raises(RuntimeError, match="no checkpoint in it"):
+        pool.run(1, export, str(tmp_path), str(real_text_data), [])
+    pool.run(1, train, str(tmp_path), str(real_text_data), ["training.steps=1"])
+    with pytest.raises(RuntimeError, match="a checkpoint of another model: its model.num_layers is 4"):
+        pool.run(1, export, str(tmp_path), str(real_text_data), ["model.num_layers=2"])
+    with pytest.raises(RuntimeError, match="a checkpoint of another model: its model.hidden_size"):
+        pool.run(1, train, str(tmp_path), str(real_text_data), ["model.hidden_size=64"])
