@@ -73,8 +73,8 @@ def test_greedy_is_greedy():
     with torch.no_grad():
         logits = model(torch.tensor([row.ids])).logits[0]
     for i in range(len(row.ids) - 1):
-        mask, _ = CONSTRAINT.within(CONSTRAINT.follow(row.ids[: i + 1]), 25 - i)
-        assert row.ids[i + 1] == int(logits[i].masked_fill(~mask, -torch.inf).argmax())
+        mask, _ = CONSTRAINT.within(torch.tensor([CONSTRAINT.follow(row.ids[: i + 1])]), 25 - i)
+        assert row.ids[i + 1] == int(logits[i].masked_fill(~mask[0], -torch.inf).argmax())
 
 
 @pytest.mark.parametrize(("prompt", "budget", "message"), [([5], 9, "not the start"), ([SPACE.bos], 1, "budget is 1")])

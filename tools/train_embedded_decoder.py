@@ -171,8 +171,9 @@ def batch_of(examples: list[Example], generator: np.random.Generator, shares: np
         example = examples[i]
         start = int(generator.integers(0, len(example.exact) - SEGMENT + 1))
         part = slice(start, start + SEGMENT)
-        rows["wave"].append(example.wave[start * SUBFRAME : (start + SEGMENT) * SUBFRAME])
-        rows["envelope"].append(example.coded.envelope[part])
+        gain = float(generator.uniform(-embedded.GAIN_RANGE, embedded.GAIN_RANGE))
+        rows["wave"].append(math.exp(gain) * example.wave[start * SUBFRAME : (start + SEGMENT) * SUBFRAME])
+        rows["envelope"].append(example.coded.envelope[part] + gain)
         rows["f0"].append(example.coded.f0[part])
         rows["voicing"].append(example.coded.voicing[part])
         rows["pulse_f0"].append(example.exact.f0[part])
@@ -192,6 +193,7 @@ def train_decoder(
     losses: list[float] = []
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[loss]}"), TimeRemainingColumn())
     start = time.monotonic()
+    log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as file, Progress(*columns, console=console) as progress:
         task = progress.add_task("training the decoder", total=1.0, loss="")
         while (share := (time.monotonic() - start) / (60 * minutes)) < 1:

@@ -87,27 +87,29 @@ _WINDOW_AUTOCORRELATION = _window_autocorrelation / _window_autocorrelation[0]
 _F0_WEIGHT = ((_FREQUENCIES > 50) & (_FREQUENCIES < 2500)).float() * torch.exp(-((_FREQUENCIES / 1800) ** 2))
 
 
-def analyse(waves: list[Tensor], progress: Callable[[float], None] | None = None) -> list[Features]:
-    """Mono float32 waves at 24 kHz -> features, 4 * ceil(samples / 1920) sub-frames each.
-
-    Each wave is measured on its own; only the Viterbi recursion, which is exact, runs on several waves at once. So the
-    features of a wave do not depend on what else is in the list.
-    """
-    with _one_thread():
-        return _analyse(waves, progress)
-
-
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """The operations here are short: a second thread gains little, and where other work shares the cores the threads
-    wait for each other so long that everything is many times slower. One thread also makes the result the same for
-    any number of threads."""
+def one_thread() -> Iterator[None]:
+    """Limits torch to one thread, so that the result is the same whatever the number of threads.
+
+    For operations as short as here a second thread gains little anyway, and where other work shares the cores the
+    threads wait for each other so long that everything is many times slower.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def analyse(waves: list[Tensor], progress: Callable[[float], None] | None = None) -> list[Features]:
+    """Mono float32 waves at 24 kHz -> features, 4 * ceil(samples / 1920) sub-frames each.
+
+    Each wave is measured on its own; only the Viterbi recursion, which is exact, runs on several waves at once. So the
+    features of a wave do not depend on what else is in the list.
+    """
+    with one_thread():
+        return _analyse(waves, progress)
 
 
 def _analyse(waves: list[Tensor], progress: Callable[[float], None] | None) -> list[Features]:
@@ -137,11 +139,13 @@ def _groups(order: list[int], waves: list[Tensor], limit: int = 16) -> list[list
 
 def _power_chunks(wave: Tensor) -> list[Tensor]:
     """Power spectra (sub-frames, FFT_SIZE // 2 + 1) in chunks; sub-frame t is centred on its 480 samples."""
+    if len(wave) == 0:
+        return []
     subframes = SUBFRAMES_PER_FRAME * math.ceil(len(wave) / SAMPLES_PER_FRAME)
     margin = (WINDOW - SUBFRAME) // 2
     padded = F.pad(wave, (margin, subframes * SUBFRAME - len(wave) + margin))
     frames = padded.unfold(0, WINDOW, SUBFRAME)
-    return [torch.fft.rfft(c * _HANN, n=FFT_SIZE).abs().square() for c in frames.split(CHUNK)] if subframes else []
+    return [torch.fft.rfft(chunk * _HANN, n=FFT_SIZE).abs().square() for chunk in frames.split(CHUNK)]
 
 
 def _periodicity(wave: Tensor) -> Tensor:

@@ -57,5 +57,7 @@ def load_model(folder: Path) -> Model:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True).to(device).eval()
     except (OSError, ValueError) as error:
         raise SodaError(f"{folder}: cannot load the model ({error})") from None
+    if device.type == "cpu" and model.num_parameters() < 100e6:
+        torch.set_num_threads(1)  # a token at a time, threads cost such a model more than they give
     space = TokenSpace(**described["space"])
     return Model(folder, described["name"], model, space, data_tokenizer(folder), device)

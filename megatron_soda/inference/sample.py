@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,33 +18,39 @@ class Sampled:
 
 
 class Constraint:
-    """The legal tokens of every grammar state, and of every state with few tokens left."""
+    """The legal tokens of every grammar state, and of every state with few tokens left, as tables on a device."""
 
     def __init__(self, space: TokenSpace, device: torch.device) -> None:
         self.grammar = Grammar(space)
-        self.kinds = space.kind_table()
-        self.legal = torch.from_numpy(self.grammar.legal()).to(device)
-        self.distance = self.grammar.shortest_end()
-        self._kinds = torch.from_numpy(self.kinds).to(device)
+        self.legal = torch.from_numpy(self.grammar.legal()).to(device)  # bool (states, size)
+        self.kinds = torch.from_numpy(space.kind_table()).long().to(device)  # (size,)
+        following = torch.full((self.grammar.states, int(self.kinds.max()) + 1), -1)
+        for (state, kind), after in self.grammar.step.items():
+            following[state, kind] = after
+        self.following = following.to(device)  # (states, kinds), -1: illegal
+        self.distance = torch.from_numpy(self.grammar.shortest_end()).to(device)
+        # The token budget matters in a state once a legal token could lead further from the end than it reaches.
+        self.furthest = torch.where(self.following >= 0, self.distance[self.following], -1).amax(1)
 
-    def follow(self, ids: list[int], state: int = Grammar.START) -> int | None:
-        """The state after `ids`, None if one of them is illegal."""
+    def follow(self, ids: list[int]) -> int | None:
+        """The state after `ids` from the start of a document, None if one of them is illegal."""
+        state = Grammar.START
         for token in ids:
-            following = self.grammar.step.get((state, int(self.kinds[token])))
-            if following is None:
+            state = int(self.following[state, self.kinds[token]])
+            if state < 0:
                 return None
-            state = following
         return state
 
-    def within(self, state: int, left: int) -> tuple[Tensor, bool]:
-        """bool (size,): legal tokens after which the document can still end within `left` tokens, this one included;
-        and whether that is fewer than all legal ones."""
-        moves = {kind: following for (s, kind), following in self.grammar.step.items() if s == state}
-        fitting = [kind for kind, following in moves.items() if self.distance[following] <= left - 1]
-        if len(fitting) == len(moves):
-            return self.legal[state], False
-        allowed = torch.tensor(fitting, dtype=self._kinds.dtype, device=self._kinds.device)
-        return torch.isin(self._kinds, allowed), True
+    def within(self, states: Tensor, left: int) -> tuple[Tensor, Tensor]:
+        """bool (rows, size): legal tokens after which the document can still end within `left` tokens, this one
+        included; and bool (rows,): whether that is fewer than all legal ones."""
+        mask = self.legal[states]
+        fewer = self.furthest[states] > left - 1
+        for row in fewer.nonzero()[:, 0].tolist():
+            after = self.following[states[row]]
+            fits = (after >= 0) & (self.distance[after] <= left - 1)
+            mask[row] &= fits[self.kinds]
+        return mask, fewer
 
 
 @torch.no_grad()
@@ -68,7 +73,7 @@ def sample(
     to). Not constrained, a row ends at its first illegal token. ValueError if the prompt itself is illegal or the
     budget cannot hold the shortest ending.
     """
-    device = next(model.parameters()).device
+    device = constraint.legal.device
     generator = torch.Generator(device).manual_seed(seed)
     start = constraint.follow(prompt)
     if start is None:
@@ -76,34 +81,36 @@ def sample(
     if constrained and constraint.distance[start] > max_tokens:
         raise ValueError(f"a document needs {constraint.distance[start]} more tokens, the budget is {max_tokens}")
     rows = [Sampled(list(prompt)) for _ in range(count)]
-    states = [start] * count
-    active = np.ones(count, bool)
+    states = torch.full((count,), start, device=device)
+    active = torch.ones(count, dtype=torch.bool, device=device)
+    stops = torch.tensor(sorted(stop), dtype=torch.long, device=device)
     ids = torch.tensor([prompt] * count, device=device)
     cache = None
     for step in range(max_tokens):
         out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = out.past_key_values
-        logits = out.logits[:, -1].float()
-        probabilities = logits.softmax(-1)
-        for i in np.flatnonzero(active):
-            rows[i].legal_mass.append(float(probabilities[i][constraint.legal[states[i]]].sum()))
-            if constrained:
-                mask, fewer = constraint.within(states[i], max_tokens - step)
-                rows[i].forced |= fewer
-                logits[i].masked_fill_(~mask, -torch.inf)
+        cache, logits = out.past_key_values, out.logits[:, -1].float()
+        mass = (logits.softmax(-1) * constraint.legal[states]).sum(-1)
+        fewer = torch.zeros_like(active)
+        if constrained:
+            mask, fewer = constraint.within(states, max_tokens - step)
+            logits = logits.masked_fill(~mask & active[:, None], -torch.inf)
         chosen = _draw(logits, temperature, top_p, generator)
-        for i in np.flatnonzero(active):
-            token = int(chosen[i])
-            rows[i].ids.append(token)
-            state = constraint.grammar.step.get((states[i], int(constraint.kinds[token])))
-            if state is None:
-                rows[i].valid, active[i] = False, False
-            elif token in stop or state == Grammar.END:
-                rows[i].ended, active[i] = True, False
-            else:
-                states[i] = state
+        after = constraint.following[states, constraint.kinds[chosen]]
+        ended = torch.isin(chosen, stops) | (after == Grammar.END)
+        record = zip(
+            active.tolist(), chosen.tolist(), mass.tolist(), fewer.tolist(), after.tolist(), ended.tolist(), strict=True
+        )
+        for row, (is_active, token, row_mass, row_fewer, row_after, row_ended) in zip(rows, record, strict=True):
+            if is_active:
+                row.ids.append(token)
+                row.legal_mass.append(row_mass)
+                row.forced |= row_fewer
+                row.valid = row_after >= 0
+                row.ended = row.valid and row_ended
+        active &= (after >= 0) & ~ended
         if not active.any():
             break
+        states = torch.where(active, after, states)
         ids = chosen[:, None]
     return rows
 
@@ -115,4 +122,7 @@ def _draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Gen
         ordered, order = probabilities.sort(-1, descending=True)
         ordered[ordered.cumsum(-1) - ordered > top_p] = 0
         probabilities = torch.zeros_like(probabilities).scatter_(-1, order, ordered)
-    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+    # By the inverse of the cumulative distribution, in float64: a token of probability 0 is never drawn.
+    cumulative = probabilities.double().cumsum(-1)
+    uniform = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device, generator=generator)
+    return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)[:, 0]
