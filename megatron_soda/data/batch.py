@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import SodaError
 from ..vocab import TokenSpace
 
 
@@ -34,8 +35,13 @@ class Batcher:
         self.weights = torch.tensor(class_weights or [1.0] * len(space.class_names), dtype=torch.float32)
 
     def __call__(self, windows: list[np.ndarray]) -> Batch:
-        """Windows of length + 1 ids each -> a Batch of (len(windows), length)."""
+        """Windows of length + 1 ids each -> a Batch of (len(windows), length). SodaError for an id out of range."""
         ids = torch.from_numpy(np.stack(windows).astype(np.int64))
+        if ids.min() < 0 or ids.max() >= len(self.classes):
+            raise SodaError(
+                f"the store holds an id outside [0, {len(self.classes)}): {ids.min()} to {ids.max()} in one window. "
+                "It is damaged, or of another vocabulary; `soda validate` tells where."
+            )
         tokens, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
         sequences, length = tokens.shape
         breaks = torch.zeros_like(tokens)

@@ -1,0 +1,184 @@
+"""From a folder of sound to stores: the same bytes every time, everything bad counted, nothing done twice."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_prep.prepare import load_data_codec, prepare
+from data_prep.split import split
+from data_prep.units import read_units
+from megatron_soda.config import Recipe, load_recipe
+from megatron_soda.data.store import Store
+from megatron_soda.data.validate import validate
+from megatron_soda.errors import SodaError
+from megatron_soda.tokenizer import data_tokenizer
+from tests.voices import RATE, voice, write_speech
+
+
+@pytest.fixture(scope="module")
+def speech(tmp_path_factory) -> Path:
+    return write_speech(tmp_path_factory.mktemp("speech"))
+
+
+def recipe(run: Path, speech: Path, *overrides: str) -> Recipe:
+    some = ["prepare.text_pieces=300", "prepare.workers=1", "prepare.valid_share=0.2", "prepare.test_share=0.2"]
+    return load_recipe(None, [f"run={run}", f"prepare.speech={speech}", *some, *overrides])
+
+
+@pytest.fixture(scope="module")
+def prepared(speech, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("run")
+    prepare(recipe(run, speech))
+    return run / "data"
+
+
+def stores(folder: Path) -> dict[str, bytes]:
+    return {
+        f"{s}.{x}": (folder / f"{s}.{x}").read_bytes()
+        for s in ("train", "valid", "test")
+        for x in ("bin", "idx", "json")
+    }
+
+
+def test_stores_hold_every_utterance_in_both_orders(prepared, speech):
+    assert validate(prepared)
+    rows = list(read_units(sorted((prepared / "units").rglob("*.parquet"))))
+    assert len(rows) == 12
+    text = data_tokenizer(prepared)
+    found = []
+    for side in ("train", "valid", "test"):
+        store = Store(prepared / side)
+        space = store.space
+        for i in range(len(store)):
+            ids = store.document(i)
+            first = "text" if ids[1] == space.text_start else "audio"
+            start, end = (int(np.flatnonzero(ids == m)[0]) for m in (space.text_start, space.text_end))
+            codes = space.codes(ids[(ids >= space.audio_base)])
+            found.append((text.decode(ids[start + 1 : end]), first, codes.tobytes(), side))
+    expected = {(r["text"], order, r["codes"].tobytes()) for r in rows for order in ("text", "audio")}
+    assert {f[:3] for f in found} == expected
+    assert len(found) == 24
+    for row in rows:
+        assert len({side for t, _, _, side in found if t == row["text"]}) == 1  # both orders on one side
+        wave, _ = soundfile.read(row["audio"])
+        assert row["codes"].shape == (-(-len(wave) // 1920), 8)
+
+
+def test_codes_are_the_codecs(prepared):
+    codec = load_data_codec(prepared)
+    row = next(read_units(sorted((prepared / "units").rglob("*.parquet"))))
+    wave = soundfile.read(row["audio"], dtype="float32")[0]
+    assert np.array_equal(codec.encode([wave])[0], row["codes"])
+
+
+def test_workers_and_interruptions_change_no_byte(prepared, speech, tmp_path, monkeypatch):
+    from data_prep import encode
+
+    monkeypatch.setattr(encode, "SHARD", 3)
+    prepare(recipe(tmp_path / "two", speech, "prepare.workers=2"))
+    assert stores(tmp_path / "two" / "data") == stores(prepared)
+
+    original, calls = encode._encode_shard, []
+
+    def interrupted(path, utterances):
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(path)
+        original(path, utterances)
+
+    monkeypatch.setattr(encode, "_encode_shard", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(recipe(tmp_path / "cut", speech))
+    monkeypatch.setattr(encode, "_encode_shard", lambda *a: (calls.append(a[0]), original(*a)))
+    prepare(recipe(tmp_path / "cut", speech))
+    assert len(calls) == len(set(calls)) == 4  # no shard twice
+    assert stores(tmp_path / "cut" / "data") == stores(prepared)
+
+
+def test_a_second_run_does_nothing_and_a_change_does(speech, tmp_path, monkeypatch, capsys):
+    copy = Path(shutil.copytree(speech, tmp_path / "speech"))
+    run = tmp_path / "run"
+    first = prepare(recipe(run, copy))
+    before = {p: p.stat().st_mtime_ns for p in (run / "data").rglob("*") if p.is_file()}
+    assert prepare(recipe(run, copy)) == first
+    assert {p: p.stat().st_mtime_ns for p in (run / "data").rglob("*") if p.is_file()} == before
+    assert "nothing to do" in capsys.readouterr().err
+    soundfile.write(copy / "clip_000.wav", voice(99, 1.0), RATE)
+    assert prepare(recipe(run, copy))["tokens"] != first["tokens"]
+    (run / "data" / "train.bin").write_bytes(b"")
+    with pytest.raises(SodaError, match=r"train\.bin"):
+        prepare(recipe(run, copy))
+
+
+def test_bad_files_are_listed_and_the_rest_is_used(speech, tmp_path):
+    folder = Path(shutil.copytree(speech, tmp_path / "speech"))
+    bad = {
+        "empty.wav": b"",
+        "noise.wav": b"RIFF" + bytes(range(200)),
+        "text.mp3": b"this is no sound",
+    }
+    for name, data in bad.items():
+        (folder / name).write_bytes(data)
+    soundfile.write(folder / "silent.wav", np.zeros(RATE), RATE)
+    soundfile.write(folder / "none.wav", np.zeros(0), RATE)
+    soundfile.write(folder / "stereo8k.wav", np.stack([voice(1, 1.0, 8000)] * 2, 1), 8000)
+    soundfile.write(folder / "high.flac", voice(2, 1.0, 192_000), 192_000)
+    with (folder / "manifest.jsonl").open("ab") as manifest:
+        for name in [*bad, "silent.wav", "none.wav", "stereo8k.wav", "high.flac", "missing.wav"]:
+            manifest.write(json.dumps({"audio": name, "text": f"words for {name}"}).encode() + b"\n")
+        manifest.write(b"{not json\n")
+        manifest.write(b'{"audio": "clip_000.wav", "text": "\xff\xfe"}\n')
+        manifest.write(b'{"audio": "../secret.wav", "text": "x"}\n')
+        manifest.write(b'{"audio": "clip_001.wav"}\n')
+    with pytest.raises(SodaError, match="10 of 24 utterances cannot be used"):
+        prepare(recipe(tmp_path / "strict", folder))
+    summary = prepare(recipe(tmp_path / "run", folder, "prepare.max_rejects=0.5"))
+    assert summary["utterances"] == 14
+    listed = [json.loads(line) for line in (tmp_path / "run" / "data" / "rejects.jsonl").read_text().splitlines()]
+    assert listed == summary["rejects"]
+    wheres = " ".join(f"{r['where']} {r['reason']}" for r in listed)
+    for name in [*bad, "silent.wav", "none.wav", "missing.wav", "manifest.jsonl:21"]:
+        assert name in wheres
+    assert len(listed) == 10
+    assert all(r["reason"] for r in listed)
+
+
+def test_nothing_to_use(tmp_path):
+    with pytest.raises(SodaError):
+        prepare(recipe(tmp_path / "run", tmp_path / "nowhere"))
+    one = write_speech(tmp_path / "one", 1)
+    with pytest.raises(SodaError, match="too few to split"):
+        prepare(recipe(tmp_path / "run", one))
+
+
+def test_fitted_codec_with_other_sizes(speech, tmp_path):
+    prepare(recipe(tmp_path, speech, "prepare.codebooks=4", "prepare.entries=32"))
+    store = Store(tmp_path / "data" / "train")
+    assert (store.space.codebooks, store.space.entries) == (4, 32)
+    codec = load_data_codec(tmp_path / "data")
+    assert (codec.codebooks, codec.entries) == (4, 32)
+    moved = tmp_path / "moved"
+    (tmp_path / "data").rename(moved)
+    assert load_data_codec(moved).fingerprint == codec.fingerprint
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 30), st.integers(0, 40)), min_size=1, max_size=80),
+    st.floats(0, 0.4),
+    st.floats(0, 0.4),
+)
+def test_split_keeps_prompts_and_texts_whole(pairs, valid, test):
+    named = [(f"p{a}", f"t{b}") for a, b in pairs]
+    sides = split(named, valid, test)
+    assert set(sides) == {p for p, _ in named}
+    by_text: dict[str, set[str]] = {}
+    for prompt, text in named:
+        by_text.setdefault(text, set()).add(sides[prompt])
+    assert all(len(s) == 1 for s in by_text.values())
+    assert split(named[::-1], valid, test) == sides
