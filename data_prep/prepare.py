@@ -266,8 +266,8 @@ def _stores(
     for side in SIDES:
         if not rows[side]:
             raise SodaError(
-                f"no utterance is left for the {side} store: {sum(map(len, rows.values()))} usable utterances are too few "
-                f"to split. Give more speech, or change prepare.valid_share and prepare.test_share."
+                f"no utterance is left for the {side} store: {sum(map(len, rows.values()))} usable utterances are "
+                f"too few to split. Give more speech, or change prepare.valid_share and prepare.test_share."
             )
         made = list(_documents(rows[side], [x for x in lines if line_sides[x] == side], recipe, tokenizer, space))
         order = np.random.default_rng(recipe.seed).permutation(len(made))

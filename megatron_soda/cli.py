@@ -63,7 +63,8 @@ def train(recipe: Target, overrides: Overrides = None) -> None:
     from .train import run
 
     path = Path(recipe)
-    raise typer.Exit(run(str(path / "recipe.yaml" if path.is_dir() else path), overrides or []))
+    here = [f"run={path}"] if path.is_dir() else []
+    raise typer.Exit(run(str(path / "recipe.yaml" if here else path), [*here, *(overrides or [])]))
 
 
 @app.command(epilog=_examples("soda export runs/quickstart"))

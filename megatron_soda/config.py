@@ -50,6 +50,9 @@ class Model:
     tie_embeddings: bool = False
     norm_epsilon: float = 1e-5
     init_std: float = 0.02
+    # Std of a vector that all ids of a class share, added to their input embeddings at the start; SODA has none. With it
+    # a model knows from the first step at which slot of a frame it is: small ones learn several times faster.
+    class_init_std: float = 0.0
     rope_theta: int = 500_000
     rope_scaling_factor: float = 8.0  # Llama-3's, with its other constants
 
@@ -260,6 +263,7 @@ def _check(recipe: Recipe) -> None:
             need(0 <= value < 1 or (name == "max_rejects" and value == 1), f"{name}={value}: must be in [0, 1)")
     need(p.valid_share + p.test_share < 1, "prepare.valid_share and prepare.test_share leave nothing to train on")
     need(t.warmup_share + t.decay_share <= 1, "training.warmup_share and training.decay_share are over 1 together")
+    need(m.class_init_std >= 0, f"model.class_init_std={m.class_init_std}: must be 0 or above")
     need(t.clip_grad >= 0 and t.z_loss >= 0 and t.weight_decay >= 0, "clip_grad, z_loss and weight_decay must be >= 0")
     choice("training.precision", t.precision, ("fp32", "bf16"))
     choice("training.backend", t.backend, ("auto", "transformer_engine", "local"))
@@ -272,7 +276,8 @@ def _check(recipe: Recipe) -> None:
         choice("generate.tasks", name, ("continue", "speak", "transcribe"))
     need(
         m.num_attention_heads % m.num_query_groups == 0,
-        f"model.num_query_groups={m.num_query_groups} does not divide model.num_attention_heads={m.num_attention_heads}",
+        f"model.num_query_groups={m.num_query_groups} does not divide "
+        f"model.num_attention_heads={m.num_attention_heads}",
     )
     need(m.head_dim % 2 == 0, f"model.head_dim={m.head_dim}: rotary positions need an even number")
 
@@ -294,8 +299,8 @@ def check_layout(recipe: Recipe, world_size: int) -> int:
         raise SodaError(f"parallel.pipeline={w.pipeline} does not divide model.num_layers={m.num_layers}")
     if world_size % (w.tensor * w.pipeline):
         raise SodaError(
-            f"{world_size} processes cannot be laid out as parallel.tensor={w.tensor} x parallel.pipeline={w.pipeline}: "
-            f"start a multiple of {w.tensor * w.pipeline} (torchrun --nproc-per-node)"
+            f"{world_size} processes cannot be laid out as parallel.tensor={w.tensor} x "
+            f"parallel.pipeline={w.pipeline}: start a multiple of {w.tensor * w.pipeline} (torchrun --nproc-per-node)"
         )
     data_parallel = world_size // (w.tensor * w.pipeline)
     if t.global_batch_size % (t.micro_batch_size * data_parallel):

@@ -21,11 +21,10 @@ def record_environment(run: Path, **facts: Any) -> None:
     write_json(run / "environment.json", {**environment, **facts})
 
 
-def record_timing(run: Path, stage: str, seconds: dict[str, float]) -> None:
-    """Seconds of one stage, into RUN/timings.json; a stage that was done in parts keeps its sum."""
+def record_timing(run: Path, stage: str, seconds: dict[str, float], *, add: bool = False) -> None:
+    """Seconds of one stage, into RUN/timings.json. `add`: to what is there, for a stage that goes on after a stop."""
     path = run / "timings.json"
     timings = read_json(path) if path.is_file() else {}
-    stage_timings = timings.setdefault(stage, {})
-    for name, value in seconds.items():
-        stage_timings[name] = round(stage_timings.get(name, 0.0) + value, 3)
+    before = timings.get(stage, {}) if add else {}
+    timings[stage] = {name: round(before.get(name, 0.0) + value, 3) for name, value in seconds.items()}
     write_json(path, timings)

@@ -44,7 +44,7 @@ class TextTokenizer:
             raise SodaError(f"{path}: neither a sentencepiece model nor a tokenizer.json ({error})") from None
         if None in ids:
             raise SodaError(f"{path}: the tokenizer has no {BOS} or no {EOS}; add them as special tokens")
-        self.bos, self.eos = ids
+        self.bos, self.eos = (int(i) for i in ids if i is not None)
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without BOS and EOS."""

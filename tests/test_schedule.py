@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 
 from megatron_soda.training.schedule import learning_rate
@@ -10,7 +12,7 @@ def test_warm_up_stable_decay():
     assert rates[80] == pytest.approx(2.0 * 20 / 21)
     assert rates[99] == pytest.approx(2.0 / 21)
     assert rates[100] == 0
-    steps = [b - a for a, b in zip(rates[80:], rates[81:], strict=False)]
+    steps = [b - a for a, b in pairwise(rates[80:])]
     assert all(s == pytest.approx(-2.0 / 21) for s in steps)
 
 

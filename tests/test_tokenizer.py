@@ -40,7 +40,7 @@ def test_markers_in_a_transcript_are_text(text):
         assert max(ids) < text.size
 
 
-@given(st.lists(st.sampled_from(SENTENCES + ["naïve façade", "x", "日本"]), min_size=1, max_size=3), st.integers(0, 99))
+@given(st.lists(st.sampled_from([*SENTENCES, "naïve façade", "x", "日本"]), min_size=1, max_size=3), st.integers(0, 99))
 @settings(max_examples=100)
 def test_exported_tokenizer_gives_our_ids(text, texts, seed):
     space = text.space(4, 16)

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_soda.errors import SodaError
@@ -155,7 +155,7 @@ class EmbeddedCodec:
         seed: int = 0,
         progress: Callable[[float, str], None] | None = None,
     ) -> "EmbeddedCodec":
-        """Fits the quantiser on mono float32 waves at 24 kHz; about half a minute per hour of speech on two cores.
+        """Fits the quantiser on mono float32 waves at 24 kHz; one to one and a half minutes per hour of speech, on two cores.
 
         Args:
             waves: at least `FRAMES_PER_ENTRY * entries` frames of 80 ms in all.
@@ -190,7 +190,7 @@ class EmbeddedCodec:
         """Writes the quantiser as one .safetensors file; the decoder stays the shipped one."""
         tensors = {name: tensor.half().contiguous() for name, tensor in self.quantiser.tensors().items()}
         with atomic_path(path) as temporary:
-            save_file(tensors, temporary, metadata={"format": FORMAT, "version": VERSION})
+            temporary.write_bytes(safetensors.torch.save(tensors, {"format": FORMAT, "version": VERSION}))
 
     @classmethod
     def load(cls, path: str | Path | None = None) -> "EmbeddedCodec":

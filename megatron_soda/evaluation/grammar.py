@@ -20,7 +20,7 @@ def evaluate_grammar(model: Model, codec: Any, count: int, max_tokens: int, seed
     the legal tokens, a mean over all steps.
     """
     constraint = Constraint(model.space, model.device)
-    arguments = dict(max_tokens=max_tokens, stop=set())
+    arguments: dict[str, Any] = {"max_tokens": max_tokens, "stop": set()}
     valid = exact = ended = spans = 0
     mass: list[float] = []
     with console.status(f"{count} generations under the grammar"):

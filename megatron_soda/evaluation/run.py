@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 
 from ..data.store import Store
-from ..files import write_json
+from ..files import read_json, write_json
 from ..hf.load import load_model, model_folder, resolve
 from ..run_folder import record_timing
 
@@ -19,7 +19,11 @@ def evaluate(target: str, overrides: list[str]) -> dict:
     test, train = Store(recipe.data_folder / e.split), Store(recipe.data_folder / "train")
     for store in (test, train):
         store.check_space(model.space, str(folder))
-    result: dict = {"model": model.name, "split": e.split, "documents": e.documents or len(test)}
+    result: dict = {"model": model.name, "step": model.step, "split": e.split, "documents": e.documents or len(test)}
+    path = run / "eval.json"
+    before = read_json(path) if path.is_file() else {}
+    if all(before.get(key) == value for key, value in result.items()):
+        result = before  # the other suites of the same model stay
     if "nll" in e.suite:
         from .nll import evaluate_nll
 
@@ -30,7 +34,7 @@ def evaluate(target: str, overrides: list[str]) -> dict:
         from .grammar import evaluate_grammar
 
         result["grammar"] = evaluate_grammar(model, load_data_codec(folder), e.generations, e.max_tokens, recipe.seed)
-    write_json(run / "eval.json", result)
+    write_json(path, result)
     record_timing(run, "evaluate", {"seconds": time.time() - began})
     _print(result)
     return result

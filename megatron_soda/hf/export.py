@@ -168,7 +168,7 @@ def write_model(state: dict[str, Tensor], recipe: Recipe, space: TokenSpace, fol
 
 
 @torch.no_grad()
-def compare_logits(ours: torch.nn.Module, folder: Path, store: Store, recipe: Recipe, documents: int = 4) -> float:
+def compare_logits(ours: Any, folder: Path, store: Store, recipe: Recipe, documents: int = 4) -> float:
     """Largest difference of a logit over the first documents of `store`; SodaError above the tolerance."""
     from transformers import AutoModelForCausalLM
 
@@ -177,7 +177,8 @@ def compare_logits(ours: torch.nn.Module, folder: Path, store: Store, recipe: Re
     from ..model.specs import choose_backend
 
     device = next(ours.parameters()).device
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device).eval()
+    theirs: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    theirs = theirs.to(device).eval()
     ours.eval()
     backend = choose_backend(recipe.training.backend)
     worst = 0.0

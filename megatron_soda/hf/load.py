@@ -17,6 +17,7 @@ from ..vocab import TokenSpace
 class Model:
     folder: Path
     name: str
+    step: int
     model: Any  # transformers' Qwen3ForCausalLM, in eval mode
     space: TokenSpace
     text: TextTokenizer
@@ -31,7 +32,10 @@ def resolve(target: str | Path, overrides: list[str]) -> Recipe:
             raise SodaError(
                 f"{target}: no recipe.yaml in it; give a recipe, a run folder or a model that soda exported"
             )
-        return load_recipe(target / "recipe.yaml", overrides)
+        # Folders move: what a run holds is looked for where it is now.
+        run = target.parent if (target / "soda.json").is_file() else target
+        here = [f"run={run}"] if (run / "recipe.yaml").is_file() else []
+        return load_recipe(target / "recipe.yaml", [*here, *overrides])
     if target.suffix not in (".yaml", ".yml"):
         raise SodaError(f"{target}: not a folder, and not a recipe (.yaml)")
     return load_recipe(target, overrides)
@@ -54,10 +58,11 @@ def load_model(folder: Path) -> Model:
     described = read_json(folder / "soda.json")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True).to(device).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
+        model = model.to(device).eval()
     except (OSError, ValueError) as error:
         raise SodaError(f"{folder}: cannot load the model ({error})") from None
     if device.type == "cpu" and model.num_parameters() < 100e6:
         torch.set_num_threads(1)  # a token at a time, threads cost such a model more than they give
     space = TokenSpace(**described["space"])
-    return Model(folder, described["name"], model, space, data_tokenizer(folder), device)
+    return Model(folder, described["name"], described["step"], model, space, data_tokenizer(folder), device)

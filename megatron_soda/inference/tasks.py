@@ -45,7 +45,7 @@ def generate(model: Model, recipe: Recipe, held_out: list[dict], codec: Any, out
         )
     usable = [usable[i] for i in np.random.default_rng(recipe.seed).permutation(len(usable))]
     out.mkdir(parents=True, exist_ok=True)
-    budget = dict(temperature=g.temperature, top_p=g.top_p)
+    budget: dict[str, Any] = {"temperature": g.temperature, "top_p": g.top_p}
     samples = []
 
     def wav(name: str, wave: np.ndarray) -> str:

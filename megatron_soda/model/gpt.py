@@ -1,6 +1,7 @@
 """The SODA decoder as megatron-core's GPTModel, with weights that do not depend on the layout."""
 
 import hashlib
+from typing import Any
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
@@ -86,19 +87,20 @@ def build_model(recipe: Recipe, space: TokenSpace, device: torch.device) -> GPTM
     )
     for parameter in model.parameters():
         tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
-    initialise(model, space, m.init_std, recipe.seed)
+    initialise(model, space, recipe)
     return model.to(device=device, dtype=config.params_dtype)
 
 
 @torch.no_grad()
-def initialise(model: GPTModel, space: TokenSpace, std: float, seed: int) -> None:
-    """N(0, std) for matrices, ones for norms, zeros for padded vocabulary rows.
+def initialise(model: GPTModel, space: TokenSpace, recipe: Recipe) -> None:
+    """N(0, init_std) for matrices, ones for norms, zeros for padded vocabulary rows; class_init_std as config.py says.
 
     Every tensor is drawn whole from a generator seeded by its global name, then cut as megatron-core cuts it, so a
     run starts from the same model at every layout.
     """
     size, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
-    for name, parameter in model.named_parameters():
+    parameters: Any = model.named_parameters()
+    for name, parameter in parameters:
         if parameter.ndim == 1:
             parameter.fill_(1.0)
             continue
@@ -111,9 +113,12 @@ def initialise(model: GPTModel, space: TokenSpace, std: float, seed: int) -> Non
         padded_rows = shape[0]
         if is_vocabulary:
             shape[0] = space.size
-        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-        full = torch.empty(shape, dtype=torch.float32).normal_(std=std, generator=generator)
+        full = _normal(shape, recipe.model.init_std, f"{recipe.seed}/{name}")
+        if name.startswith("embedding.") and recipe.model.class_init_std:
+            of_class = _normal(
+                [len(space.class_names), shape[1]], recipe.model.class_init_std, f"{recipe.seed}/classes"
+            )
+            full += of_class[torch.from_numpy(space.class_table()).long()]
         if is_vocabulary:
             full = torch.cat([full, torch.zeros(padded_rows - space.size, shape[1])])
         if axis >= 0:
@@ -123,12 +128,19 @@ def initialise(model: GPTModel, space: TokenSpace, std: float, seed: int) -> Non
         parameter.copy_(full)
 
 
+def _normal(shape: list[int], std: float, name: str) -> Tensor:
+    digest = hashlib.sha256(name.encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    return torch.empty(shape, dtype=torch.float32).normal_(std=std, generator=generator)
+
+
 def _global_name(model: GPTModel, name: str) -> str:
     """`decoder.layers.0.…` of a later pipeline stage -> the number the layer has in the whole model."""
     prefix = "decoder.layers."
     if name.startswith(prefix):
         local, _, rest = name[len(prefix) :].partition(".")
-        return f"{prefix}{model.decoder.layers[int(local)].layer_number - 1}.{rest}"
+        layer: Any = model.decoder.layers[int(local)]
+        return f"{prefix}{layer.layer_number - 1}.{rest}"
     tied = name == "output_layer.weight" and model.share_embeddings_and_output_weights
     return "embedding.word_embeddings.weight" if tied else name
 

@@ -6,7 +6,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-
 ROWS = 64  # of logits that are worked on together: they stay in the cache, which is half of the time on CPU
 
 

@@ -31,7 +31,7 @@ def choose_backend(wanted: str) -> str:
 def layer_spec(backend: str) -> ModuleSpec:
     if backend == "transformer_engine":
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True)
-    spec = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
+    spec: Any = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
     spec.submodules.self_attention.submodules.core_attention = MaskedAttention
     return spec
 

@@ -34,7 +34,12 @@ def init(recipe: Recipe) -> torch.device:
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         if world_size == 1:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(
+                backend,
+                store=dist.HashStore(),  # pyright: ignore[reportPrivateImportUsage]
+                rank=0,
+                world_size=1,
+            )
         else:
             dist.init_process_group(backend)
     layout(recipe)

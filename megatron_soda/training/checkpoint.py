@@ -41,7 +41,7 @@ def latest(run: Path) -> Path | None:
 
 def describe(model: Model, space: TokenSpace) -> dict[str, Any]:
     """What must agree between a checkpoint and a recipe."""
-    sizes = {k: v for k, v in asdict(model).items() if k not in ("preset", "init_std")}
+    sizes = {k: v for k, v in asdict(model).items() if k not in ("preset", "init_std", "class_init_std")}
     return {"model": sizes, "space": space.to_dict()}
 
 
@@ -93,7 +93,7 @@ def load(folder: Path, model: Any, optimizer: MegatronOptimizer | None) -> None:
     if optimizer is not None:
         prepare_load(optimizer)
     sharded = _sharded_state(model, optimizer, loading=True)
-    loaded = dist_checkpointing.load(sharded, str(folder))
+    loaded: Any = dist_checkpointing.load(sharded, str(folder))
     model.load_state_dict(loaded["model"])
     if optimizer is not None:
         optimizer.load_state_dict(loaded["optimizer"])

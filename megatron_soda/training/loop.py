@@ -108,20 +108,18 @@ def train(recipe: Recipe) -> bool:
     if first:
         run.mkdir(parents=True, exist_ok=True)
         save_recipe(recipe, run / "recipe.yaml")
-        record_environment(run, layout=ranks.describe(recipe), layers=engine.backend, device=str(device))
-        metrics = Metrics(run, step)
-    if first:
         parameters = parameter_count(recipe.model, store.space)
-        here = f"from step {step}" if step else "from the start"
-        print(
-            f"{parameters:,} parameters, {windows.count:,} windows of {windows.length}; {ranks.describe(recipe)}; {here}"
+        record_environment(
+            run, layout=ranks.describe(recipe), layers=engine.backend, device=str(device), parameters=parameters
         )
+        metrics = Metrics(run, step)
+        here = f"from step {step}" if step else "from the start"
+        layout = ranks.describe(recipe)
+        print(f"{parameters:,} parameters, {windows.count:,} windows of {windows.length}; {layout}; {here}")
 
     stop = StopRequest(device)
-    progress = Progress(
-        TextColumn("train"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn(),
-        disable=not first,
-    )  # fmt: skip
+    columns = TextColumn("train"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}")
+    progress = Progress(*columns, TimeRemainingColumn(), disable=not first)
     names = store.space.class_names
     tokens_per_step = t.global_batch_size * windows.length
     mark, marked = time.time(), step
@@ -138,7 +136,8 @@ def train(recipe: Recipe) -> bool:
                 if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
                     raise SodaError(
                         f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}. Lower "
-                        f"training.learning_rate (now {t.learning_rate:g}) and run again: it goes on from the last checkpoint."
+                        f"training.learning_rate (now {t.learning_rate:g}) and run again: it goes on from the last "
+                        "checkpoint."
                     )
                 if metrics and (step % t.log_every == 0 or step == t.steps or step == 1):
                     now = time.time()
@@ -169,18 +168,17 @@ def train(recipe: Recipe) -> bool:
                     checkpoint.save(
                         run, step, engine.model, engine.optimizer, description, {"tokens": step * tokens_per_step}
                     )
-                if stopping and step < t.steps:
-                    if first:
-                        progress.stop()
-                        print(f"Stopped at step {step}, saved. The same command goes on from there.")
-                    return False
+                if stopping:
+                    break
     finally:
         stop.restore()
         if metrics:
             metrics.close()
     if first:
-        record_timing(run, "train", {"seconds": time.time() - began})
-    return True
+        record_timing(run, "train", {"seconds": time.time() - began}, add=True)
+        if step < t.steps:
+            print(f"Stopped at step {step}, saved. The same command goes on from there.")
+    return step >= t.steps
 
 
 def exit_quietly() -> None:

@@ -31,7 +31,13 @@ def build_optimizer(recipe: Recipe, model: DistributedDataParallel) -> MegatronO
         name="*embedding.word_embeddings.weight",
         predicate=ParamPredicate(name="one dimension", fn=lambda parameter: parameter.ndim == 1),
     )
-    return get_megatron_optimizer(config, [model], config_overrides={undecayed: ParamGroupOverride(wd_mult=0.0)})
+    return get_megatron_optimizer(
+        config,
+        [model],
+        config_overrides={
+            undecayed: ParamGroupOverride(wd_mult=0.0)  # pyright: ignore[reportCallIssue]
+        },
+    )
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, rate: float) -> None:

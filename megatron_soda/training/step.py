@@ -67,7 +67,7 @@ class Engine:
         self.config.grad_scale_func = self.optimizer.scale_loss
         self.config.finalize_model_grads_func = self._finalize
         self.batcher = Batcher(space)
-        self.schedule = get_forward_backward_func()
+        self.schedule: Any = get_forward_backward_func()
         self._weight_sum = torch.zeros((), device=device)
         data_parallel = parallel_state.get_data_parallel_world_size()
         self.micro_batches = recipe.training.global_batch_size // (recipe.training.micro_batch_size * data_parallel)
@@ -88,6 +88,9 @@ class Engine:
         classes = len(self.space.class_names)
         batches: Iterator[Batch] = (self.micro_batch(windows, first_sample, i) for i in range(micro_batches))
         self._weight_sum.zero_()
+        tensor_group: Any = parallel_state.get_tensor_model_parallel_group()
+        data_group: Any = parallel_state.get_data_parallel_group()
+        pipeline_group: Any = parallel_state.get_pipeline_model_parallel_group()
 
         def loss_function(batch: Batch, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             loss, nll = vocab_parallel_loss(
@@ -95,7 +98,7 @@ class Engine:
                 batch.labels,
                 self.space.size,
                 self.recipe.training.z_loss,
-                parallel_state.get_tensor_model_parallel_group(),
+                tensor_group,
             )
             self._weight_sum += batch.loss_weight.sum()
             sums = class_sums(nll, batch.loss_weight, batch.class_id, classes)
@@ -119,12 +122,8 @@ class Engine:
         sums = torch.zeros(2, classes, dtype=torch.float64, device=self.device)
         if parallel_state.is_pipeline_last_stage():
             sums += torch.stack(results).double().sum(0)
-            dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
-        dist.broadcast(
-            sums,
-            parallel_state.get_pipeline_model_parallel_last_rank(),
-            group=parallel_state.get_pipeline_model_parallel_group(),
-        )
+            dist.all_reduce(sums, group=data_group)
+        dist.broadcast(sums, parallel_state.get_pipeline_model_parallel_last_rank(), group=pipeline_group)
         return sums
 
     def train_step(self, windows: Windows, step: int) -> StepResult:

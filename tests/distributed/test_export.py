@@ -127,7 +127,7 @@ def test_no_checkpoint_and_another_model(pool, real_text_data, tmp_path):
     with pytest.raises(RuntimeError, match="no checkpoint in it"):
         pool.run(1, export, str(tmp_path), str(real_text_data), [])
     pool.run(1, train, str(tmp_path), str(real_text_data), ["training.steps=1"])
-    with pytest.raises(RuntimeError, match="a checkpoint of another model: its model.num_layers is 4"):
+    with pytest.raises(RuntimeError, match=r"a checkpoint of another model: its model\.num_layers is 4"):
         pool.run(1, export, str(tmp_path), str(real_text_data), ["model.num_layers=2"])
-    with pytest.raises(RuntimeError, match="a checkpoint of another model: its model.hidden_size"):
+    with pytest.raises(RuntimeError, match=r"a checkpoint of another model: its model\.hidden_size"):
         pool.run(1, train, str(tmp_path), str(real_text_data), ["model.hidden_size=64"])

@@ -1,0 +1,152 @@
+"""Ctrl-C, kill -9 and a full disk: a clear end, nothing lost, and the same command goes on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import write_data
+from tests.voices import write_speech
+
+pytestmark = pytest.mark.full
+ROOT = Path(__file__).resolve().parents[2]
+TRAIN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+
+
+@pytest.fixture
+def recipe(tmp_path) -> Path:
+    write_data(tmp_path / "run" / "data")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        f"run: {tmp_path}/run\ndata: {{sequence_length: 32}}\n"
+        "model: {num_layers: 4, hidden_size: 32, ffn_hidden_size: 64, head_dim: 16}\n"
+        "training: {steps: 400, global_batch_size: 8, micro_batch_size: 2, save_every: 20, valid_every: 100,"
+        " log_every: 1, epsilon: 1.0e-8}\n"
+    )
+    return path
+
+
+def start(recipe: Path, *overrides: str, processes: int = 2) -> subprocess.Popen:
+    command = [*TRAIN, str(processes), "-m", "megatron_soda.train", str(recipe), *overrides]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def losses(recipe: Path) -> dict[int, float]:
+    lines = (recipe.parent / "run" / "metrics.jsonl").read_text().splitlines()
+    return {row["step"]: row["loss"] for line in lines if "loss" in (row := json.loads(line))}
+
+
+def wait_for_step(recipe: Path, step: int, process: subprocess.Popen) -> None:
+    path = recipe.parent / "run" / "metrics.jsonl"
+    for _ in range(600):
+        if path.is_file() and f'"step": {step},' in path.read_text():
+            return
+        if process.poll() is not None:
+            break
+        time.sleep(0.1)
+    process.kill()
+    raise AssertionError(f"step {step} did not come:\n{process.communicate()[0]}")
+
+
+def test_interrupted_and_killed_training_goes_on_bit_for_bit(recipe, tmp_path):
+    straight = start(recipe, f"run={tmp_path}/straight", f"data.path={tmp_path}/run/data")
+    out = straight.communicate(timeout=300)[0]
+    assert straight.returncode == 0, out
+    lines = (tmp_path / "straight" / "metrics.jsonl").read_text().splitlines()
+    expected = {row["step"]: row["loss"] for line in lines if "loss" in (row := json.loads(line))}
+
+    first = start(recipe)
+    wait_for_step(recipe, 30, first)
+    os.killpg(first.pid, signal.SIGINT)
+    out = first.communicate(timeout=120)[0]
+    assert "saved. The same command goes on from there" in out
+    assert first.returncode != 0
+    stopped = max(losses(recipe))
+    assert stopped < 400
+
+    second = start(recipe)
+    wait_for_step(recipe, stopped + 30, second)
+    os.killpg(second.pid, signal.SIGKILL)
+    second.communicate(timeout=60)
+    with (recipe.parent / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 399, "lo')  # what a kill can leave
+
+    third = start(recipe)
+    out = third.communicate(timeout=300)[0]
+    assert third.returncode == 0, out
+    assert losses(recipe) == expected
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 3 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_full_disk_while_training(recipe, small_disk, tmp_path):
+    """The checkpoint that does not fit is an error by name, the one before stays, and with room it goes on."""
+    run = start(recipe, f"run={small_disk}/run", f"data.path={tmp_path}/run/data", "model.hidden_size=64", processes=1)
+    out = run.communicate(timeout=300)[0]
+    assert run.returncode != 0
+    assert "error: " in out
+    assert "Free some space" in out
+    found = sorted(p.name for p in (small_disk / "run" / "checkpoints").iterdir() if not p.name.startswith("."))
+    assert found == [f"step_{20 * (i + 1):08d}" for i in range(len(found))]
+
+
+def test_full_disk_while_preparing(small_disk, tmp_path):
+    speech = write_speech(tmp_path / "speech")
+    (small_disk / "filler").write_bytes(b"0" * (3 * 1024 * 1024 - 40_000))
+    command = [
+        sys.executable, "-m", "megatron_soda.cli", "prepare", str(tmp_path / "r.yaml"), f"prepare.speech={speech}",
+        f"run={small_disk}/run", "prepare.text_pieces=300", "prepare.workers=1",
+    ]  # fmt: skip
+    (tmp_path / "r.yaml").write_text("name: small\n")
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 2, result.stderr
+    assert "the disk is full" in result.stderr
+    assert "Traceback" not in result.stderr
+    (small_disk / "filler").unlink()
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+
+
+def test_interrupted_prepare_goes_on(tmp_path):
+    speech = write_speech(tmp_path / "speech", 150)
+    (tmp_path / "r.yaml").write_text(
+        f"run: {tmp_path}/run\nprepare: {{speech: {speech}, text_pieces: 300, workers: 2}}\n"
+    )
+    command = [sys.executable, "-m", "megatron_soda.cli", "prepare", str(tmp_path / "r.yaml")]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    units = tmp_path / "run" / "data" / "units"
+    for _ in range(600):
+        if list(units.rglob("part-*.rejects.json")) or process.poll() is not None:
+            break
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    out = process.communicate(timeout=60)[0]
+    assert process.returncode == 130, out
+    assert "The same command goes on from here" in out
+    assert "Traceback" not in out
+    kept = {p: p.stat().st_mtime_ns for p in units.rglob("part-*.parquet")}
+    assert kept
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert {p: p.stat().st_mtime_ns for p in kept} == kept

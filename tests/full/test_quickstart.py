@@ -1,0 +1,103 @@
+"""The whole quickstart, as its users run it."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.voices import write_speech
+
+pytestmark = pytest.mark.full
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def quickstart(*arguments: str, timeout: int = 2400) -> subprocess.CompletedProcess:
+    command = ["bash", "examples/quickstart/run.sh", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("quickstart") / "run"
+    result = quickstart(f"run={folder}")
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return folder
+
+
+def test_everything_is_there(run):
+    for path in ("data/train.bin", "data/valid.idx", "data/test.json", "metrics.jsonl", "eval.json", "report.html"):
+        assert (run / path).is_file()
+    assert (run / "hf" / "model.safetensors").is_file()
+    assert len(list((run / "samples").glob("*.wav"))) >= 6
+    assert list((run / "checkpoints").glob("step_*/checkpoint.json"))
+
+
+def test_it_learned(run):
+    """The bars of the quickstart, in nats against the per-slot unigram; and the grammar."""
+    result = json.loads((run / "eval.json").read_text())
+    rows = {**result["nll"]["classes"], "acoustic": result["nll"]["acoustic_mean"]}
+    for name, bar in {"text": -0.5, "semantic": -0.2, "acoustic": -0.3}.items():
+        assert rows[name]["model_nats"] - rows[name]["unigram_nats"] <= bar, rows[name]
+    grammar = result["grammar"]
+    assert grammar["valid"] == grammar["duration_exact"] == grammar["generations"] == 100
+    assert grammar["legal_mass_mean"] >= 0.99
+    assert grammar["free_legal_mass_mean"] >= 0.99
+    assert json.loads((run / "hf" / "soda.json").read_text())["max_logit_difference"] < 1e-4
+
+
+def test_a_second_run_skips_what_is_done(run):
+    before = {p: p.stat().st_mtime_ns for folder in ("data", "checkpoints", "hf") for p in (run / folder).rglob("*")}
+    result = quickstart(f"run={run}", "evaluate.suite=[nll]", "evaluate.documents=10", "generate.samples=1")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert {
+        p: p.stat().st_mtime_ns for folder in ("data", "checkpoints", "hf") for p in (run / folder).rglob("*")
+    } == before
+
+
+@pytest.mark.parametrize("layout", ["dp2", "tp2", "pp2"])
+def test_own_speech_at_every_layout(tmp_path, layout):
+    """The user's own folder, a few steps."""
+    speech = write_speech(tmp_path / "speech", 40)
+    result = quickstart(
+        "--speech", str(speech), "--layout", layout, f"run={tmp_path}/run", "training.steps=6",
+        "data.sequence_length=128", "text_pieces=300", "evaluate.generations=4", "generate.samples=1",
+        "generate.prompt_seconds=0.4",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--layout", "tp3"], "must be tp2, pp2 or dp2"),
+        (["--speech"], "--speech needs a folder"),
+        (["--speech", "/nowhere"], "no such folder"),
+        (["--quick"], "unknown argument"),
+    ],
+)
+def test_wrong_arguments(arguments, message):
+    result = quickstart(*arguments)
+    assert result.returncode == 2
+    assert message in result.stderr
+
+
+def test_without_apt_it_names_speech(tmp_path):
+    """A machine without apt-get: PATH has all else."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for directory in os.environ["PATH"].split(":"):
+        if not Path(directory).is_dir():
+            continue
+        for tool in Path(directory).iterdir():
+            if tool.name not in ("apt-get", "dpkg-deb") and not (folder / tool.name).exists():
+                (folder / tool.name).symlink_to(tool)
+    command = ["bash", "examples/quickstart/run.sh", f"run={tmp_path}/run", f"prepare.downloads={tmp_path}/downloads"]
+    result = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PATH": str(folder)}, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 2
+    assert "--speech" in result.stderr
+    assert "Traceback" not in result.stderr

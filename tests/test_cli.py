@@ -1,0 +1,116 @@
+"""The command as a user meets it: help with examples, and errors that are messages."""
+
+import json
+import sys
+
+import pytest
+
+from megatron_soda import cli, train
+from tests.helpers import write_data
+
+COMMANDS = ["prepare", "validate", "train", "export", "evaluate", "generate", "report", "doctor"]
+
+
+def soda(monkeypatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["soda", *arguments])
+    try:
+        cli.main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_examples(monkeypatch, capsys, command):
+    assert soda(monkeypatch, command, "--help") == 0
+    out = capsys.readouterr().out
+    assert "soda" in out
+    assert command == "doctor" or "Examples" in out
+    assert soda(monkeypatch, "--help") == 0
+    assert command in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prepare", "none.yaml"], "none.yaml: cannot read the recipe"),
+        (["prepare", "none.txt"], "not a folder, and not a recipe"),
+        (["evaluate", "empty"], "no recipe.yaml in it"),
+        (["train", "none.yaml", "training.stepz=1"], "none.yaml"),
+        (["prepare", "R", "training.stepz=1"], "Did you mean training.steps?"),
+        (["train", "R", "parallel.tensor=3"], "parallel.tensor=3 does not divide"),
+        (["train", "R", "parallel.tensor=2"], "1 processes cannot be laid out"),
+        (["train", "R"], "train.bin: no such file. Run `soda prepare`"),
+        (["train", "R", "training.backend=transformer_engine", "data.path=D"], "needs a CUDA device"),
+        (["export", "R"], "no checkpoint in it"),
+        (["generate", "R"], "no checkpoint in it"),
+        (["report", "R"], "run"),
+        (["prepare", "R", "prepare.speech=nowhere"], "nowhere"),
+        (["prepare", "R", "prepare.codec=mimi", "prepare.codec_path=nowhere", "prepare.speech=D"], "D"),
+    ],
+)
+def test_mistakes_are_messages(monkeypatch, capsys, tmp_path, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("run: run\ndata: {sequence_length: 32}\n")
+    (tmp_path / "empty").mkdir()
+    if "data.path=D" in arguments:
+        write_data(tmp_path / "D")
+    status = soda(monkeypatch, *[str(recipe) if a == "R" else a for a in arguments])
+    err = capsys.readouterr().err
+    assert status == 2
+    assert "error: " in err
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_validate_exit_status(monkeypatch, capsys, tmp_path):
+    write_data(tmp_path / "data")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"run: {tmp_path}\n")
+    assert soda(monkeypatch, "validate", str(recipe)) == 0
+    with (tmp_path / "data" / "valid.bin").open("r+b") as file:
+        file.truncate(10)
+    assert soda(monkeypatch, "validate", str(recipe)) == 1
+    assert "valid.bin: 10 bytes, but the index tells of" in capsys.readouterr().out
+
+
+def test_train_refuses_a_damaged_store_and_one_with_foreign_ids(monkeypatch, capsys, tmp_path):
+    write_data(tmp_path / "data")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"run: {tmp_path}\ndata: {{sequence_length: 32}}\ntraining: {{global_batch_size: 4, steps: 2}}\n")
+    data = (tmp_path / "data" / "train.bin").read_bytes()
+    (tmp_path / "data" / "train.bin").write_bytes(b"\xff\xff\xff\x7f" * (len(data) // 4))
+    assert soda(monkeypatch, "train", str(recipe)) == 2
+    assert "holds an id outside" in capsys.readouterr().err
+    (tmp_path / "data" / "train.bin").write_bytes(data[:-4])
+    assert soda(monkeypatch, "train", str(recipe)) == 2
+    assert "train.bin" in capsys.readouterr().err
+    meta = json.loads((tmp_path / "data" / "valid.json").read_text())
+    (tmp_path / "data" / "train.bin").write_bytes(data)
+    (tmp_path / "data" / "valid.json").write_text(json.dumps({**meta, "space": {**meta["space"], "bos": 5}}))
+    assert soda(monkeypatch, "train", str(recipe)) == 2
+    assert "another vocabulary" in capsys.readouterr().err
+
+
+def test_a_learning_rate_that_makes_nan_is_a_message(monkeypatch, capsys, tmp_path):
+    write_data(tmp_path / "data")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"run: {tmp_path}\ndata: {{sequence_length: 32}}\ntraining: {{global_batch_size: 4}}\n")
+    assert soda(monkeypatch, "train", str(recipe), "learning_rate=1e30", "clip_grad=0") == 2
+    assert "Lower training.learning_rate" in capsys.readouterr().err
+
+
+def test_doctor(monkeypatch, capsys):
+    assert soda(monkeypatch, "doctor") == 0
+    out = capsys.readouterr().out
+    for part in ("Transformer Engine", "apex", "DALI", "csrc", "torch", "megatron-core"):
+        assert part in out
+
+
+def test_torchrun_entry_help(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        train.main()
+    assert stop.value.code == 0
+    assert "torchrun" in capsys.readouterr().out
