@@ -42,6 +42,15 @@ def voice(seconds: float, seed: int) -> np.ndarray:
     return (0.2 * wave).clip(-1, 1).astype(np.float32)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The tensors are small: where other work shares the cores, threads would wait for each other most of the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def shipped() -> EmbeddedCodec:
     codec = load_codec("embedded")
@@ -123,6 +132,18 @@ def test_a_list_gives_what_its_members_give(codec):
         np.testing.assert_array_equal(one, codec.decode([codes])[0])
     assert codec.encode([]) == []
     assert codec.decode([]) == []
+
+
+def test_embedded_codec_gives_the_same_with_more_threads(shipped):
+    wave = voice(2.0, 6)
+    one = shipped.encode([wave])[0]
+    torch.set_num_threads(2)
+    try:
+        np.testing.assert_array_equal(shipped.encode([wave])[0], one)
+        np.testing.assert_array_equal(shipped.decode([one])[0], shipped.decode([one])[0])
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_codes_tell_waves_apart(codec):
