@@ -12,7 +12,7 @@ if [ -f "$stamp" ] && grep -qxF "$wanted" "$stamp"; then exit 0; fi
 python=${PYTHON:-}
 for candidate in "$python" python3.12 python3.11 python3; do
   [ -n "$candidate" ] && command -v "$candidate" >/dev/null || continue
-  if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then python=$candidate; break; fi
+  if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python=$candidate; break; fi
 done
 if [ -z "$python" ]; then
   echo "error: Python 3.11 or newer is needed and was not found; name one: PYTHON=/path/to/python3.11 $0" >&2

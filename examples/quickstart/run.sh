@@ -43,7 +43,7 @@ fi
 set -x
 $soda prepare $recipe "${overrides[@]}"
 $soda validate $recipe "${overrides[@]}"
-.venv/bin/torchrun --standalone --nproc-per-node $processes -m megatron_soda.train $recipe "${overrides[@]}"
+OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} .venv/bin/torchrun --standalone --nproc-per-node $processes -m megatron_soda.train $recipe "${overrides[@]}"
 $soda export $recipe "${overrides[@]}"
 $soda evaluate $recipe "${overrides[@]}"
 $soda generate $recipe "${overrides[@]}"

@@ -18,6 +18,7 @@ from megatron_soda.data.store import Store
 from megatron_soda.data.validate import validate
 from megatron_soda.errors import SodaError
 from megatron_soda.tokenizer import data_tokenizer
+from tests.data_prep.test_codecs import mimi_folder  # noqa: F401  a fixture
 from tests.voices import RATE, voice, write_speech
 
 
@@ -166,6 +167,19 @@ def test_fitted_codec_with_other_sizes(speech, tmp_path):
     moved = tmp_path / "moved"
     (tmp_path / "data").rename(moved)
     assert load_data_codec(moved).fingerprint == codec.fingerprint
+
+
+def test_mimi_is_a_setting_away(speech, tmp_path, mimi_folder):  # noqa: F811
+    mimi = ["prepare.codec=mimi", f"prepare.codec_path={mimi_folder}"]
+    summary = prepare(recipe(tmp_path, speech, *mimi))
+    assert summary["codec"]["name"] == "mimi"
+    assert validate(tmp_path / "data")
+    codec = load_data_codec(tmp_path / "data")
+    row = next(read_units(sorted((tmp_path / "data" / "units").rglob("*.parquet"))))
+    wave = soundfile.read(row["audio"], dtype="float32")[0]
+    assert np.array_equal(codec.encode([wave])[0], row["codes"])
+    with pytest.raises(SodaError, match=r"codec_path|local folder"):
+        prepare(recipe(tmp_path / "none", speech, "prepare.codec=mimi", f"prepare.codec_path={tmp_path}/nothing"))
 
 
 @given(
