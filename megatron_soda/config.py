@@ -50,8 +50,8 @@ class Model:
     tie_embeddings: bool = False
     norm_epsilon: float = 1e-5
     init_std: float = 0.02
-    # Std of a vector that all ids of a class share, added to their input embeddings at the start. SODA has none. With
-    # it a model knows from the first step at which slot of a frame it is: small ones learn several times faster.
+    # Std of a vector that all ids of a class share at the start, in the embedding and in the head. SODA has none. With
+    # it a model finds out in a few steps at which slot of a frame it is: small ones learn several times faster.
     class_init_std: float = 0.0
     rope_theta: int = 500_000
     rope_scaling_factor: float = 8.0  # Llama-3's, with its other constants

@@ -114,10 +114,9 @@ def initialise(model: GPTModel, space: TokenSpace, recipe: Recipe) -> None:
         if is_vocabulary:
             shape[0] = space.size
         full = _normal(shape, recipe.model.init_std, f"{recipe.seed}/{name}")
-        if name.startswith("embedding.") and recipe.model.class_init_std:
-            of_class = _normal(
-                [len(space.class_names), shape[1]], recipe.model.class_init_std, f"{recipe.seed}/classes"
-            )
+        if is_vocabulary and recipe.model.class_init_std:
+            classes = [len(space.class_names), shape[1]]
+            of_class = _normal(classes, recipe.model.class_init_std, f"{recipe.seed}/{name}/classes")
             full += of_class[torch.from_numpy(space.class_table()).long()]
         if is_vocabulary:
             full = torch.cat([full, torch.zeros(padded_rows - space.size, shape[1])])

@@ -12,8 +12,9 @@ import pytest
 
 from megatron_soda.errors import SodaError
 from megatron_soda.report import build_report
-from megatron_soda.report.page import compared, span
 from megatron_soda.report.plots import running_mean
+from megatron_soda.report.samples import compared
+from megatron_soda.report.words import big, span
 
 PAPER = "https://arxiv.org/abs/2602.16687"
 VOID = {"meta", "link", "img", "br", "hr", "input", "path", "use", "rect"}
@@ -107,7 +108,9 @@ def test_every_piece_is_there(fake_run: Path) -> None:
     assert page.tags.count("audio") == page.tags.count("img") == 9
     assert page.tags.count("svg") == 2 * 2 + 10 + 3
     for shown in (
+        "113 M parameters",
         "131 M training tokens",
+        "every audio span decodes to exactly its number of frames",
         "acoustic 7",
         "shorter than 0.5 s",
         "megatron core",
@@ -278,6 +281,18 @@ def test_lengths_of_time() -> None:
         "1 h 30 min",
         "2 d 8 h",
     ]
+
+
+def test_large_numbers_are_shortened() -> None:
+    assert [big(value) for value in (2576, 65536, 1234567, 131e6)] == ["2,576", "65.5 k", "1.23 M", "131 M"]
+    assert [big(value, digits=2) for value in (4_912_384, 113_246_208, 4e9)] == ["4.9 M", "113 M", "4.0 B"]
+
+
+def test_speed_is_in_whole_tokens(quick_run: Path) -> None:
+    (quick_run / "metrics.jsonl").write_text('{"step": 1, "tokens": 10, "loss": 2.5, "tokens_per_second": 2576.4}\n')
+    text = build(quick_run).text
+    assert "2,576 /s" in text
+    assert "2,576.4" not in text
 
 
 def test_running_mean_keeps_a_constant() -> None:

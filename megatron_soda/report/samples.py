@@ -1,0 +1,115 @@
+"""The samples section: every sample with its sounds, its spectrograms and its texts, compared word by word."""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any
+
+from . import plots
+from .plots import Clip
+from .reading import as_dict, as_list, load
+from .words import plain, plural
+
+TASKS = {
+    "continue": ("Continue", "The model hears the prompt and goes on by itself."),
+    "speak": ("Speak", "The model is given text and produces the sound."),
+    "transcribe": ("Transcribe", "The model is given the sound and writes down the text."),
+}
+TRACKS = {
+    "original": ("Original", "the recording"),
+    "codec": ("Codec", "the recording turned into tokens and back: the best the model could sound"),
+    "prompt": ("Prompt", "what the model was given"),
+    "model": ("Model", "what the model produced"),
+}
+
+
+def samples(run: Path, warnings: list[str]) -> list[dict[str, Any]]:
+    """The samples by task, each with its sounds and its texts."""
+    listed = load(run, "samples/samples.json", warnings)
+    found: dict[str, list[dict]] = {task: [] for task in TASKS}
+    for sample in as_list(listed):
+        if isinstance(sample, dict):
+            found.setdefault(str(sample.get("task", "other")), []).append(card(run / "samples", sample))
+    return [
+        {"task": task, "name": TASKS.get(task, (plain(task).capitalize(), ""))[0], "cards": cards, "meaning": meaning}
+        for task, cards in found.items()
+        if cards and (meaning := TASKS.get(task, ("", ""))[1]) is not None
+    ]
+
+
+def card(folder: Path, sample: dict[str, Any]) -> dict[str, Any]:
+    audio = {str(key): str(value) for key, value in as_dict(sample.get("audio")).items() if value}
+    order = [key for key in TRACKS if key in audio] + [key for key in audio if key not in TRACKS]
+    clips: dict[str, Clip | str] = {key: clip_or_reason(folder, audio[key]) for key in order}
+    good = {key: clip for key, clip in clips.items() if isinstance(clip, Clip)}
+    mels = {key: plots.log_mel(clip) for key, clip in good.items()}
+    peak = max((float(mel.max()) for mel in mels.values()), default=0.0)
+    longest = max((clip.seconds for clip in good.values()), default=0.0)
+    tracks = []
+    for key, clip in clips.items():
+        name, meaning = TRACKS.get(key, (plain(key).capitalize(), ""))
+        track: dict[str, Any] = {"key": key, "name": name, "meaning": meaning, "problem": ""}
+        if isinstance(clip, Clip):
+            track |= {
+                "seconds": clip.seconds,
+                "rate": clip.rate,
+                "percent": 100 * clip.seconds / longest,
+                "sound": plots.wav_uri(clip),
+                "picture": plots.spectrogram_uri(mels[key], peak),
+            }
+        else:
+            track["problem"] = clip
+        tracks.append(track)
+    return {
+        "id": str(sample.get("id", "")),
+        "language": str(sample.get("language") or ""),
+        "note": str(sample.get("note") or ""),
+        "tracks": tracks,
+        "ticks": [{"label": f"{tick:g}", "percent": 100 * tick / longest} for tick in plots.time_ticks(longest)]
+        if longest
+        else [],
+        **texts(sample),
+    }
+
+
+def clip_or_reason(folder: Path, name: str) -> Clip | str:
+    """The clip, or in words why there is none."""
+    path = (folder / name).resolve()
+    if not path.is_relative_to(folder.resolve()):
+        return f"{name} lies outside the samples folder and is not shown."
+    if not path.is_file():
+        return f"{name} is missing."
+    try:
+        clip = plots.read_clip(path)
+    except (plots.soundfile.SoundFileError, OSError, ValueError):
+        return f"{name} is no sound file that could be read."
+    return clip if len(clip.samples) else f"{name} is empty."
+
+
+def texts(sample: dict[str, Any]) -> dict[str, Any]:
+    """The texts of a sample; reference and output word by word where they are meant to agree."""
+    prompt, reference, output = (sample.get(f"{key}_text") for key in ("prompt", "reference", "output"))
+    found = {"prompt": prompt, "reference": None, "output": None, "agreement": ""}
+    if reference is not None and output is not None and sample.get("task") != "continue":
+        found["reference"], found["output"], found["agreement"] = compared(str(reference), str(output))
+    else:
+        found["reference"] = None if reference is None else [("same", str(reference))]
+        found["output"] = None if output is None else [("same", str(output))]
+    return found
+
+
+def compared(reference: str, output: str) -> tuple[list, list, str]:
+    """Both texts in pieces marked "same" or "differs", and how much of the reference was found again."""
+    words = " " in reference.strip()
+    left, right = (re.findall(r"\S+\s*" if words else r"\S\s*", text) for text in (reference, output))
+    bare = [[re.sub(r"[\W_]+", "", part.lower()) or part.strip() for part in parts] for parts in (left, right)]
+    pieces: tuple[list, list] = ([], [])
+    agreed = 0
+    for kind, a, b, c, d in difflib.SequenceMatcher(None, *bare, autojunk=False).get_opcodes():
+        mark = "same" if kind == "equal" else "differs"
+        agreed += (b - a) if kind == "equal" else 0
+        for into, part in zip(pieces, ("".join(left[a:b]), "".join(right[c:d])), strict=True):
+            marked = part if mark == "same" else part.rstrip()  # the space after a marked word stays unmarked
+            into += [(sort, text) for sort, text in ((mark, marked), ("same", part[len(marked) :])) if text]
+    unit = "word" if words else "character"
+    return *pieces, f"{agreed} of {plural(len(left), unit)} of the reference found again in order"

@@ -1,0 +1,88 @@
+"""The training section: the charts of the loss, of every token class, and of how the run went."""
+
+from typing import Any
+
+from . import plots
+from .plots import Chart, Line
+from .reading import as_dict
+from .words import finite, plain
+
+SIDE_CHARTS = {
+    "learning_rate": ("Learning rate", ""),
+    "grad_norm": ("Gradient norm", ""),
+    "tokens_per_second": ("Speed", "tokens/s"),
+}
+
+
+def charts(train: list[dict], valid: list[dict], colours: dict, nll: dict) -> dict[str, Any]:
+    """All charts, drawn; the big ones twice, for wide and for narrow screens."""
+    baseline = {row["name"]: row["unigram_nats"] for row in nll["classes"]}
+    loss = [
+        Line("training", *series(train, "loss"), "--accent", smooth=True),
+        Line("validation", *series(valid, "valid_loss"), "--second", dots=True),
+    ]
+    together: list[Line] = []
+    panels = []
+    for name, colour in colours.items():
+        variable = colour["variable"]
+        learned, checked = series(train, "nll", name), series(valid, "valid_nll", name)
+        if not learned[0] and not checked[0]:
+            continue
+        lines = [Line("training", *learned, variable, smooth=True), Line("validation", *checked, variable, dots=True)]
+        together += [Line("training", *smoothed(*learned), variable), lines[1]]
+        level = finite(baseline.get(name))
+        spoken = f"Loss of {plain(name)} tokens: {spoken_range(learned, checked)}"
+        picture = plots.draw(Chart(spoken, lines, level=level, size=(240, 150)), f"class{len(panels)}")
+        panels.append({"name": name, "variable": variable, "picture": picture, "baseline": level is not None})
+    side = []
+    for key, (name, unit) in SIDE_CHARTS.items():
+        steps, values = series(train, key)
+        if steps:
+            spread = min(values) > 0 and max(values) > 30 * sorted(values)[len(values) // 2]
+            line = Line(name, steps, values, "--accent", smooth=key == "tokens_per_second")
+            picture = plots.draw(Chart(name, [line], log_y=spread, size=(330, 170)), f"side{len(side)}")
+            side.append({"name": name, "log": spread, "unit": unit, "picture": picture})
+    spoken = f"Loss over the run: {spoken_range(*((line.x, line.y) for line in loss))}"
+    return {
+        "loss": both_widths(spoken, loss, "loss") if any(line.x for line in loss) else None,
+        "classes": both_widths("Loss of every token class over the run", together, "every") if together else None,
+        "panels": panels,
+        "side": side,
+        "validated": bool(loss[1].x),
+    }
+
+
+def series(points: list[dict], *path: str) -> tuple[list[float], list[float]]:
+    """Steps and values of what lies at `path` in every point that has it."""
+    steps: list[float] = []
+    values: list[float] = []
+    for point in points:
+        value: Any = point
+        for key in path:
+            value = as_dict(value).get(key)
+        if (value := finite(value)) is not None:
+            steps.append(float(point["step"]))
+            values.append(value)
+    return steps, values
+
+
+def smoothed(steps: list[float], values: list[float]) -> tuple[list[float], list[float]]:
+    if len(values) < 30:
+        return steps, values
+    return steps, plots.running_mean(plots.np.array(values), max(3, len(values) // 40)).tolist()
+
+
+def both_widths(spoken: str, lines: list[Line], key: str) -> dict[str, Any]:
+    wide = Chart(spoken, lines, y_name="nats per token")
+    narrow = Chart(spoken, lines, size=(340, 260))
+    return {"wide": plots.draw(wide, key), "narrow": plots.draw(narrow, f"{key}-narrow")}
+
+
+def spoken_range(*lines: tuple[Any, Any]) -> str:
+    """The start and end of every line in words, for those who do not see the chart."""
+    words = [
+        f"{name} from {values[0]:.3f} to {values[-1]:.3f} nats"
+        for name, (_, values) in zip(("training", "validation"), lines, strict=False)
+        if len(values)
+    ]
+    return ", ".join(words) or "no points"
