@@ -52,7 +52,8 @@ class Model:
     init_std: float = 0.02
     # Std of a vector that all ids of a class share at the start, in the embedding and in the head. SODA has none. With
     # it a model finds out in a few steps at which slot of a frame it is: small ones learn several times faster.
-    class_init_std: float = 0.0
+    embedding_class_std: float = 0.0
+    head_class_std: float = 0.0
     rope_theta: int = 500_000
     rope_scaling_factor: float = 8.0  # Llama-3's, with its other constants
 
@@ -263,7 +264,8 @@ def _check(recipe: Recipe) -> None:
             need(0 <= value < 1 or (name == "max_rejects" and value == 1), f"{name}={value}: must be in [0, 1)")
     need(p.valid_share + p.test_share < 1, "prepare.valid_share and prepare.test_share leave nothing to train on")
     need(t.warmup_share + t.decay_share <= 1, "training.warmup_share and training.decay_share are over 1 together")
-    need(m.class_init_std >= 0, f"model.class_init_std={m.class_init_std}: must be 0 or above")
+    for name in ("embedding_class_std", "head_class_std"):
+        need(getattr(m, name) >= 0, f"model.{name}={getattr(m, name)}: must be 0 or above")
     need(t.clip_grad >= 0 and t.z_loss >= 0 and t.weight_decay >= 0, "clip_grad, z_loss and weight_decay must be >= 0")
     choice("training.precision", t.precision, ("fp32", "bf16"))
     choice("training.backend", t.backend, ("auto", "transformer_engine", "local"))

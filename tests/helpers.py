@@ -50,6 +50,8 @@ def small_recipe(run: Path, data: Path, *overrides: str) -> Recipe:
             "model.num_attention_heads=4",
             "model.num_query_groups=2",
             "model.head_dim=16",
+            "model.embedding_class_std=0.02",
+            "model.head_class_std=0.02",
             "training.steps=20",
             "training.global_batch_size=8",
             "training.micro_batch_size=2",

@@ -93,7 +93,7 @@ def build_model(recipe: Recipe, space: TokenSpace, device: torch.device) -> GPTM
 
 @torch.no_grad()
 def initialise(model: GPTModel, space: TokenSpace, recipe: Recipe) -> None:
-    """N(0, init_std) for matrices, ones for norms, zeros for padded vocabulary rows; class_init_std as config.py says.
+    """N(0, init_std) for matrices, ones for norms, zeros for padded vocabulary rows; and the class stds of config.py.
 
     Every tensor is drawn whole from a generator seeded by its global name, then cut as megatron-core cuts it, so a
     run starts from the same model at every layout.
@@ -114,11 +114,11 @@ def initialise(model: GPTModel, space: TokenSpace, recipe: Recipe) -> None:
         if is_vocabulary:
             shape[0] = space.size
         full = _normal(shape, recipe.model.init_std, f"{recipe.seed}/{name}")
-        if is_vocabulary and recipe.model.class_init_std:
-            classes = [len(space.class_names), shape[1]]
-            of_class = _normal(classes, recipe.model.class_init_std, f"{recipe.seed}/{name}/classes")
-            full += of_class[torch.from_numpy(space.class_table()).long()]
         if is_vocabulary:
+            m = recipe.model
+            class_std = m.embedding_class_std if name.startswith("embedding.") else m.head_class_std
+            of_class = _normal([len(space.class_names), shape[1]], class_std, f"{recipe.seed}/{name}/classes")
+            full += of_class[torch.from_numpy(space.class_table()).long()]
             full = torch.cat([full, torch.zeros(padded_rows - space.size, shape[1])])
         if axis >= 0:
             # SwiGLU's two matrices lie in one tensor, and each rank holds a part of both.

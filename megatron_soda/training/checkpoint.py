@@ -41,7 +41,11 @@ def latest(run: Path) -> Path | None:
 
 def describe(model: Model, space: TokenSpace) -> dict[str, Any]:
     """What must agree between a checkpoint and a recipe."""
-    sizes = {k: v for k, v in asdict(model).items() if k not in ("preset", "init_std", "class_init_std")}
+    sizes = {
+        k: v
+        for k, v in asdict(model).items()
+        if k not in ("preset", "init_std", "embedding_class_std", "head_class_std")
+    }
     return {"model": sizes, "space": space.to_dict()}
 
 
