@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .errors import SodaError
+from .errors import SodaError, user_message
 
 app = typer.Typer(
     name="soda",
@@ -124,8 +124,8 @@ def main() -> None:
     started = time.time()
     try:
         app()
-    except SodaError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (SodaError, OSError) as error:
+        print(f"error: {user_message(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(

@@ -4,7 +4,7 @@ import os
 import sys
 
 from .config import check_layout, load_recipe
-from .errors import SodaError
+from .errors import SodaError, user_message
 
 
 def run(recipe_path: str, overrides: list[str]) -> int:
@@ -19,9 +19,10 @@ def run(recipe_path: str, overrides: list[str]) -> int:
         done = train(recipe)
         exit_quietly()
         return 0 if done else 130
-    except SodaError as error:
+    except (SodaError, OSError) as error:
+        message = user_message(error)
         if rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {message}", file=sys.stderr, flush=True)
         return 2
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.optimizer.optimizer import MegatronOptimizer
+from torch.distributed.checkpoint.api import CheckpointException
 
 from ..config import Model
 from ..errors import SodaError
@@ -76,9 +77,13 @@ def save(
     sharded = _sharded_state(model, optimizer, loading=False)
     try:
         dist_checkpointing.save(sharded, str(temporary))
-    except OSError as error:
+    except (OSError, CheckpointException) as error:  # the second is torch's, and no Exception but a BaseException
+        if dist.get_rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        reason = str(error).strip().splitlines()[-1]
         raise SodaError(
-            f"{temporary}: cannot write the checkpoint ({error}). Free some space and start again."
+            f"{final}: cannot write the checkpoint ({reason}). Those before it are whole. "
+            "Free some space and run the same command again: it goes on from the newest."
         ) from None
     if dist.get_rank() == 0:
         write_json(temporary / "checkpoint.json", {**description, "step": step, **state})

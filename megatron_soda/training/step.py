@@ -132,7 +132,8 @@ class Engine:
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         sums = self._run(windows, step * self.recipe.training.global_batch_size, self.micro_batches, False)
-        _, grad_norm, _ = self.optimizer.step()
+        outcome: Any = self.optimizer.step()
+        _, grad_norm, _ = outcome
         return StepResult(sums, float(grad_norm) if grad_norm is not None else math.nan)
 
     @torch.no_grad()
