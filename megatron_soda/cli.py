@@ -127,11 +127,11 @@ def main() -> None:
     except (SodaError, OSError) as error:
         print(f"error: {user_message(error)}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print(
-            f"\nInterrupted after {time.time() - started:.0f} s. The same command goes on from here.", file=sys.stderr
-        )
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == 130:  # Ctrl-C: typer has made an exit of it
+            seconds = time.time() - started
+            print(f"\nInterrupted after {seconds:.0f} s. The same command goes on from here.", file=sys.stderr)
+        raise
 
 
 if __name__ == "__main__":
