@@ -271,7 +271,7 @@ def _check(recipe: Recipe) -> None:
     choice("training.backend", t.backend, ("auto", "transformer_engine", "local"))
     choice("prepare.codec", p.codec, ("embedded", "mimi"))
     choice("evaluate.split", recipe.evaluate.split, ("train", "valid", "test"))
-    choice("generate.split", recipe.generate.split, ("train", "valid", "test"))
+    choice("generate.split", recipe.generate.split, ("valid", "test"))
     for name in recipe.evaluate.suite:
         choice("evaluate.suite", name, ("nll", "grammar"))
     for name in recipe.generate.tasks:

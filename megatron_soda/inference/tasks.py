@@ -1,5 +1,6 @@
 """The tasks as prompts (paper, section 8): continue, speak, transcribe."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from ..errors import SodaError
 from ..files import atomic_path, read_json, write_json
 from ..hf.load import Model
 from ..vocab import TokenSpace
-from .sample import Constraint, Sampled, sample
+from .sample import Constraint, sample
 
 console = Console(stderr=True)
 
@@ -28,74 +29,90 @@ def generated_codes(ids: list[int], space: TokenSpace) -> np.ndarray:
     return space.codes(span[: len(span) // space.codebooks * space.codebooks])
 
 
+@dataclass
+class Job:
+    """One prompt, and when its continuation ends."""
+
+    prompt: list[int]
+    stop: set[int]
+    max_tokens: int
+
+
+def make_job(task: str, text: list[int], codes: np.ndarray, space: TokenSpace, longest: int, prompt_frames: int) -> Job:
+    """`text` ids and `codes` (frames, codebooks) of an utterance -> the prompt of a task; `longest` in frames."""
+    audio = space.audio_ids(codes).tolist()
+    if task == "transcribe":
+        return Job([space.bos, space.audio_start, *audio, space.audio_end, space.text_start], {space.text_end}, 200)
+    if task == "speak":
+        prompt = [space.bos, space.text_start, *text, space.text_end, space.audio_start]
+        return Job(prompt, {space.audio_end}, longest * space.codebooks + 2)
+    prompt = [space.bos, space.audio_start, *audio[: prompt_frames * space.codebooks]]
+    return Job(prompt, {space.audio_end}, (longest - prompt_frames) * space.codebooks + 2)
+
+
 def generate(model: Model, recipe: Recipe, held_out: list[dict], codec: Any, out: Path) -> list[dict]:
     """Runs the tasks on held-out utterances (rows of unit shards) and writes wav files and samples.json to `out`.
 
-    Returns what samples.json holds: per sample the task, the texts, and the names of its wav files.
+    Returns what samples.json holds: per sample the task, the texts, and the names of its wav files. SodaError if no
+    utterance is short enough for generate.max_seconds or the model's context.
     """
     g, space = recipe.generate, model.space
     constraint = Constraint(space, model.device)
     frame_rate = codec.sample_rate / codec.samples_per_frame
-    longest = round(g.max_seconds * frame_rate)
-    usable = [r for r in held_out if 1.5 * g.prompt_seconds * frame_rate < len(r["codes"]) <= longest and r["text"]]
+    context = model.model.config.max_position_embeddings
+    longest = max(1, min(round(g.max_seconds * frame_rate), (context - 64) // space.codebooks))  # 64: text, markers
+    usable = [row for row in held_out if 2 <= len(row["codes"]) <= longest and row["text"]]
     if not usable:
         raise SodaError(
-            f"no {g.split} utterance lasts between {1.5 * g.prompt_seconds:g} and {g.max_seconds:g} seconds; "
-            "set generate.max_seconds or generate.prompt_seconds"
+            f"no {g.split} utterance is under {longest / frame_rate:.1f} seconds; raise generate.max_seconds "
+            f"(now {g.max_seconds:g}; the model's context is {context} tokens)"
         )
     usable = [usable[i] for i in np.random.default_rng(recipe.seed).permutation(len(usable))]
+    usable.sort(key=lambda row: len(row["codes"]) < 1.5 * frame_rate)  # single letters last: there is little to hear
     out.mkdir(parents=True, exist_ok=True)
-    budget: dict[str, Any] = {"temperature": g.temperature, "top_p": g.top_p}
-    samples = []
 
     def wav(name: str, wave: np.ndarray) -> str:
         with atomic_path(out / name) as temporary:
             soundfile.write(temporary, np.clip(wave, -1, 1), codec.sample_rate, format="WAV", subtype="PCM_16")
         return name
 
-    def speech(result: Sampled, name: str, skip: int = 0) -> dict[str, str]:
-        codes = generated_codes(result.ids, space)
-        return {"model": wav(name, codec.decode([codes])[0])} if len(codes) > skip else {}
-
+    samples = []
     jobs = [(task, i) for task in g.tasks for i in range(g.samples)]
     for number, (task, i) in enumerate(track(jobs, "generate", console=console)):
-        row = usable[(number if len(usable) >= len(jobs) else i) % len(usable)]
-        text = g.text if g.text and task == "speak" else row["text"]
-        text_ids, audio_ids = model.text.encode(text), space.audio_ids(row["codes"]).tolist()
-        name = f"{task}_{i}"
-        audio: dict[str, str] = {}
-        output_text, note = None, ""
-        if not (g.text and task == "speak"):
-            audio["original"] = wav(f"{name}_original.wav", _original(row, codec))
-            audio["codec"] = wav(f"{name}_codec.wav", codec.decode([row["codes"]])[0])
-        if task == "transcribe":
-            prompt = [space.bos, space.audio_start, *audio_ids, space.audio_end, space.text_start]
-            stop, tokens = {space.text_end}, 200
-        elif task == "speak":
-            prompt = [space.bos, space.text_start, *text_ids, space.text_end, space.audio_start]
-            stop, tokens = {space.audio_end}, longest * space.codebooks + 2
-        else:
-            frames = round(g.prompt_seconds * frame_rate)
-            prompt = [space.bos, space.audio_start, *audio_ids[: frames * space.codebooks]]
-            stop, tokens = {space.audio_end}, (longest - frames) * space.codebooks + 2
-            audio["prompt"] = wav(f"{name}_prompt.wav", codec.decode([row["codes"][:frames]])[0])
+        row, name = usable[number % len(usable)], f"{task}_{i}"
+        codes, prompt_frames = row["codes"], min(round(g.prompt_seconds * frame_rate), len(row["codes"]) // 2)
+        own_text = g.text if task == "speak" else ""
+        text = own_text or row["text"]
+        job = make_job(task, model.text.encode(text), codes, space, longest, max(1, prompt_frames))
         result = sample(
-            model.model, constraint, prompt, max_tokens=tokens, stop=stop, seed=recipe.seed + number, **budget
+            model.model,
+            constraint,
+            job.prompt,
+            max_tokens=job.max_tokens,
+            stop=job.stop,
+            temperature=g.temperature,
+            top_p=g.top_p,
+            seed=recipe.seed + number,
         )[0]
+        audio, output_text = {}, None
+        if not own_text:
+            audio["original"] = wav(f"{name}_original.wav", _original(row, codec))
+            audio["codec"] = wav(f"{name}_codec.wav", codec.decode([codes])[0])
+        if task == "continue":
+            audio["prompt"] = wav(f"{name}_prompt.wav", codec.decode([codes[:prompt_frames]])[0])
         if task == "transcribe":
-            output_text = model.text.decode(t for t in result.ids[len(prompt) :] if t < space.text_size)
+            output_text = model.text.decode(t for t in result.ids[len(job.prompt) :] if t < space.text_size)
         else:
-            audio |= speech(result, f"{name}_model.wav")
-        note = "cut off at the length limit" if result.forced or not result.ended else "ended by itself"
+            audio["model"] = wav(f"{name}_model.wav", codec.decode([generated_codes(result.ids, space)])[0])
         samples.append(
             {
                 "task": task,
-                "id": row["id"] if not (g.text and task == "speak") else "",
+                "id": "" if own_text else row["id"],
                 "language": row["language"],
                 "prompt_text": text if task == "speak" else None,
                 "reference_text": row["text"] if task != "speak" else None,
                 "output_text": output_text,
-                "note": note,
+                "note": "ended by itself" if result.ended and not result.forced else "cut off at the length limit",
                 "audio": audio,
             }
         )
@@ -108,17 +125,15 @@ def held_out_rows(folder: Path, split: str, model: Model) -> list[dict]:
     from data_prep.units import read_units
 
     Store(folder / split).check_space(model.space, str(model.folder))
-    made_with, wanted = (
-        read_json(folder / "codec.json")["fingerprint"],
-        read_json(model.folder / "codec.json")["fingerprint"],
-    )
+    made_with = read_json(folder / "codec.json")["fingerprint"]
+    wanted = read_json(model.folder / "codec.json")["fingerprint"]
     if made_with != wanted:
         raise SodaError(
             f"{folder}: its codes are of codec {made_with}, the model {model.folder} was trained on {wanted}"
         )
     path = folder / f"{split}.parquet"
     if not path.is_file():
-        raise SodaError(f"{path}: no such file; generate.split and evaluate.split are valid or test")
+        raise SodaError(f"{path}: no such file; was the data prepared by `soda prepare`?")
     return list(read_units([path]))
 
 
