@@ -3,7 +3,7 @@
 #
 #   bash examples/quickstart/run.sh                      free telephone prompts, fetched
 #   bash examples/quickstart/run.sh --speech DIR         your own audio: DIR has a manifest.jsonl (audio, text)
-#   bash examples/quickstart/run.sh --layout tp2         tp2 | pp2 | dp2, over two processes (default dp2)
+#   bash examples/quickstart/run.sh --layout tp2         tp2 | pp2 | dp2 (default, the fastest on two cores); pp2 has 4 layers, not 3
 #   bash examples/quickstart/run.sh training.steps=200   any setting of recipe.yaml, as key=value
 #
 # Everything lands in runs/quickstart. Run it again and it goes on where it was.
@@ -39,6 +39,9 @@ if command -v nvidia-smi >/dev/null && [ "$(nvidia-smi -L 2>/dev/null | grep -c 
   [ "$layout" = dp2 ] || { echo "error: --layout $layout needs two GPUs, here is one" >&2; exit 2; }
   processes=1
 fi
+
+# One machine: gloo need not look up its name, nor listen anywhere but on loopback.
+if [ -e /sys/class/net/lo ]; then export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo}; fi
 
 set -x
 $soda prepare $recipe "${overrides[@]}"

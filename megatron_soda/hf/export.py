@@ -18,6 +18,7 @@ from ..parallel import ranks
 from ..run_folder import record_timing
 from ..tokenizer import TextTokenizer, data_tokenizer
 from ..vocab import TokenSpace
+from .load import quiet_transformers
 from .tokenizer import document_string, save_tokenizer
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.25}  # of a logit; the second is bfloat16's own grain
@@ -43,6 +44,7 @@ def export(recipe: Recipe) -> Path:
         return final
     from ..model.gpt import build_model
 
+    quiet_transformers()
     with console.status("exporting"):
         store = Store(recipe.data_folder / "test")
         checkpoint.check_same_model(newest, recipe.model, store.space)

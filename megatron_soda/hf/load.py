@@ -51,10 +51,19 @@ def model_folder(target: str | Path, recipe: Recipe) -> Path:
     return export(recipe)
 
 
+def quiet_transformers() -> None:
+    """Errors only, and no progress bars of its own: it warns of a context shorter than Llama-3's, which is meant."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
 def load_model(folder: Path) -> Model:
     """Raises SodaError if `folder` is not a model that `soda export` wrote."""
     from transformers import AutoModelForCausalLM
 
+    quiet_transformers()
     described = read_json(folder / "soda.json")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
