@@ -6,7 +6,7 @@ from tests.distributed.pool import Pool
 from tests.helpers import write_data
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")  # gloo leaves threads behind for every group that was; later tests need the cores
 def pool():
     pool = Pool()
     yield pool
