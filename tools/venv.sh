@@ -4,10 +4,16 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-extras=$(IFS=,; echo "$*")
-stamp=.venv/soda-installed
-wanted="$(cat pyproject.toml setup.py tools/venv.sh | cksum) ${extras}"
-if [ -f "$stamp" ] && grep -qxF "$wanted" "$stamp"; then exit 0; fi
+stamp=.venv/soda-installed   # a checksum of what was installed from, then the extras
+checksum=$(cat pyproject.toml setup.py tools/venv.sh | cksum | tr ' ' '-')
+installed=$(cat "$stamp" 2>/dev/null || true)
+missing=0
+[ "${installed%% *}" = "$checksum" ] || missing=1
+for extra in "$@"; do case " ${installed#* } " in *" $extra "*) ;; *) missing=1 ;; esac; done
+if [ $missing = 0 ]; then exit 0; fi
+read -ra kept <<<"${installed#* }"   # an extra once installed is kept up to date
+extras=$(printf '%s\n' "$@" "${kept[@]:-}" | grep -E '^[a-z]+$' | sort -u | tr '\n' ' ' || true)
+extras=${extras% }
 
 python=${PYTHON:-}
 for candidate in "$python" python3.12 python3.11 python3; do
@@ -34,5 +40,5 @@ install() {
 }
 install torch==2.13.0   # first and pinned: a range would take a newer build with several GB of CUDA packages
 install "setuptools>=77" wheel
-install --no-build-isolation -e ".${extras:+[$extras]}"
-echo "$wanted" >"$stamp"
+install --no-build-isolation -e ".${extras:+[${extras// /,}]}"
+echo "$checksum $extras" >"$stamp"

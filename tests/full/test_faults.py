@@ -137,8 +137,9 @@ def test_interrupted_prepare_goes_on(tmp_path):
     )
     command = [sys.executable, "-m", "megatron_soda.cli", "prepare", str(tmp_path / "r.yaml")]
     process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests may run where a shell ignores it
+    )  # fmt: skip
     units = tmp_path / "run" / "data" / "units"
     for _ in range(600):
         if list(units.rglob("part-*.rejects.json")) or process.poll() is not None:
