@@ -130,7 +130,7 @@ def joined(waves: list[np.ndarray], group: list[int]) -> np.ndarray:
 
 def judge(waves: list[np.ndarray], originals: list[np.ndarray], texts: list[str], recogniser: Any) -> dict[str, float]:
     """Word error rate in % and mean STOI over chunks; waves are as long as the originals."""
-    from pystoi import stoi
+    from pystoi import stoi  # pyright: ignore[reportMissingImports]
 
     errors = count = 0
     similarity = []
@@ -184,7 +184,7 @@ def main(
 
     python tools/bench_codec.py --seconds 300
     """
-    from faster_whisper import WhisperModel
+    from faster_whisper import WhisperModel  # pyright: ignore[reportMissingImports]
 
     torch.set_num_threads(threads)
     recogniser = WhisperModel(str(whisper_folder(cache)), device="cpu", compute_type="int8", cpu_threads=threads)
