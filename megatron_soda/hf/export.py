@@ -182,6 +182,8 @@ def compare_logits(ours: Any, folder: Path, store: Store, recipe: Recipe, docume
     theirs: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     theirs = theirs.to(device).eval()
     ours.eval()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the order of sums must not depend on how busy a CPU is; on CUDA this changes nothing
     backend = choose_backend(recipe.training.backend)
     worst = 0.0
     for index in range(min(documents, len(store))):
@@ -190,6 +192,7 @@ def compare_logits(ours: Any, folder: Path, store: Store, recipe: Recipe, docume
         expected = forward(ours, batch, backend).view(1, -1, ours.vocab_size)[..., : store.space.size].float()
         found = theirs(batch.tokens).logits.float()
         worst = max(worst, float(torch.nan_to_num((expected - found).abs(), nan=torch.inf).max()))
+    torch.set_num_threads(threads)
     tolerance = TOLERANCE[recipe.training.precision]
     if not worst < tolerance:
         raise SodaError(f"{folder}: transformers' logits differ from ours by {worst:.3g}, more than {tolerance:g}")
