@@ -4,6 +4,7 @@ recipe = load_recipe("examples/quickstart/recipe.yaml", ["training.steps=20", "m
 """
 
 import difflib
+import math
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ class Model:
     num_attention_heads: int = 0
     num_query_groups: int = 0
     head_dim: int = 0
-    tie_embeddings: bool = False
+    tie_embeddings: bool | None = None  # as the preset has it
     norm_epsilon: float = 1e-5
     init_std: float = 0.02
     # Std of a vector that all ids of a class share at the start, in the embedding and in the head. SODA has none. With
@@ -58,29 +59,57 @@ class Model:
     rope_scaling_factor: float = 8.0  # Llama-3's, with its other constants
 
 
-# layers, hidden, ffn, heads, query groups, head_dim (soda_135m .. soda_4b: paper, section 3)
+# layers, hidden, ffn, heads, query groups, head_dim, tied embeddings. 135m to 4b: the paper's SODA-base, section 3.
+# 150m: its ablations. 600m-prelim: its multilingual forerunner. And `isoflop-WIDTH`, by the rule of its scaling study.
 PRESETS = {
-    "tiny": (3, 128, 384, 4, 2, 32),
-    "135m": (15, 512, 1792, 8, 8, 64),
-    "600m": (28, 1024, 3072, 16, 8, 128),
-    "1.7b": (28, 2048, 6144, 16, 8, 128),
-    "4b": (36, 2560, 9728, 32, 8, 128),
+    "tiny": (3, 128, 384, 4, 2, 32, False),
+    "135m": (15, 512, 1792, 8, 8, 64, False),
+    "150m": (20, 512, 1792, 8, 8, 64, True),
+    "600m": (28, 1024, 3072, 16, 8, 128, False),
+    "600m-prelim": (28, 1024, 3072, 16, 8, 64, False),
+    "1.7b": (28, 2048, 6144, 16, 8, 128, False),
+    "4b": (36, 2560, 9728, 32, 8, 128, False),
 }
+
+
+def isoflop_preset(width: int) -> tuple[int, int, int, int, int, int, bool]:
+    """The model of a width in the IsoFLOP study (paper, section 6): depth grows with width, ffn 4 x, heads of 128."""
+    heads = max(1, width // 128)
+    return (round(width / (64 + 4 * math.log2(width) - 7)), width, 4 * width, heads, heads, 128, False)
+
+
 _SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "head_dim")
+
+
+@dataclass
+class MixStage:
+    """Shares of the corpora in the samples, from a step on; those of a stage sum to 1."""
+
+    from_step: int = 0
+    shares: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
 class Data:
     path: str = ""  # folder with the stores train, valid and test; empty: RUN/data
+    corpora: dict[str, str] = field(default_factory=dict)  # name: store (no suffix); empty: the one store `train`
+    mix: list[MixStage] = field(default_factory=list)  # needed if there are several corpora
     sequence_length: int = 4096
+    # Positions count from the start of the window (SODA) or of the document. Attention never leaves a document and
+    # rotary positions are relative, so the two differ by rounding alone. Transformer Engine always resets.
+    reset_positions: bool = False
+    align_windows: bool = False  # no window begins inside an audio frame; costs codebooks - 1 tokens a window
 
 
 @dataclass
 class Parallel:
-    """Data parallelism takes the processes that are left: world size / (tensor * pipeline)."""
+    """Data parallelism takes the processes that are left: world size / (tensor * pipeline * context)."""
 
     tensor: int = 1
     pipeline: int = 1
+    virtual_pipeline: int = 1  # parts of a stage that take turns (interleaved schedule)
+    context: int = 1  # a sequence is cut between ranks
+    sequence: bool = False  # norms and residuals are cut along the sequence between tensor-parallel ranks
     distributed_optimizer: bool = False
 
 
@@ -89,21 +118,37 @@ class Training:
     steps: int = 1000
     global_batch_size: int = 512  # sequences
     micro_batch_size: int = 1
-    learning_rate: float = 3e-3
+    optimizer: str = (
+        "adamw"  # adamw (the paper's word) | cautious (its code: Cautious AdamW, decay scaled by rate / peak)
+    )
+    learning_rate: float = (
+        0.0  # peak; 0: the paper's rule, 0.003 sqrt(global batch / 256) sqrt(1024 / max(hidden, 1024))
+    )
+    schedule: str = "wsd"  # wsd: warm-up, stable, linear decay | cosine | decay: from the peak to 0 since branch_from
     warmup_share: float = 0.1  # of the steps
-    decay_share: float = 0.2
+    decay_share: float = 0.2  # of the steps; wsd only
+    branch_from: str = ""  # a checkpoint of another run that a new run starts from, steps and data going on
     weight_decay: float = 0.033
     beta1: float = 0.98
     beta2: float = 0.98
     epsilon: float = 1e-16
     clip_grad: float = 1.0
     z_loss: float = 1e-4
-    precision: str = "fp32"  # fp32 | bf16
+    loss_weights: dict[str, float] = field(default_factory=dict)  # by token class (text, marker, semantic, ..); else 1
+    precision: str = "fp32"  # fp32 | bf16 | fp8 (bf16 beside Transformer Engine's FP8 matrix products)
+    fp8_recipe: str = "tensorwise"  # delayed | tensorwise | blockwise
+    bf16_layers: int = 0  # under fp8: so many layers at either end stay in bf16 (the head always does)
+    recompute: bool = False  # activations of a layer are computed again in the backward pass, not kept
     log_every: int = 10
     save_every: int = 250
+    async_save: bool = False  # checkpoints are written while training goes on
+    keep_last: int = 0  # newest checkpoints that are kept; 0: all
+    keep_every: int = 0  # besides, those of every so many steps
     valid_every: int = 250
     valid_windows: int = 16
     backend: str = "auto"  # layers: auto | transformer_engine | local
+    peak_tflops: float = 0.0  # of one device, for the MFU; 0: from the table in training/metrics.py
+    wandb_project: str = ""  # log to Weights & Biases too
 
 
 @dataclass
@@ -176,6 +221,8 @@ def load_recipe(path: str | Path | None, overrides: list[str] | tuple[str, ...] 
     assert isinstance(recipe, Recipe)
     _fill_preset(recipe.model)
     _check(recipe)
+    if recipe.training.learning_rate == 0:
+        recipe.training.learning_rate = rule_learning_rate(recipe.training.global_batch_size, recipe.model.hidden_size)
     return recipe
 
 
@@ -209,6 +256,11 @@ def _check_keys(kind: Any, values: dict, prefix: str, source: str) -> None:
             if not isinstance(value, dict):
                 raise SodaError(f"{source}: {prefix}{key} is a section, not a value: write {prefix}{key}.KEY=VALUE")
             _check_keys(section, value, f"{prefix}{key}.", source)
+        if key == "mix" and isinstance(value, list):
+            for index, stage in enumerate(value):
+                if not isinstance(stage, dict):
+                    raise SodaError(f"{source}: data.mix[{index}] must have the keys from_step and shares")
+                _check_keys(MixStage, stage, f"data.mix[{index}].", source)
 
 
 def _all_keys() -> list[str]:
@@ -227,14 +279,31 @@ def _full_key(key: str) -> str:
 
 
 def _fill_preset(model: Model) -> None:
-    if model.preset not in PRESETS:
-        near = difflib.get_close_matches(model.preset, PRESETS, 1, 0)
-        raise SodaError(
-            f"model.preset={model.preset}: no such preset. Did you mean {near[0]}? Known: {', '.join(PRESETS)}"
-        )
-    for name, size in zip(_SIZES, PRESETS[model.preset], strict=True):
+    *sizes, tied = preset(model.preset)
+    for name, size in zip(_SIZES, sizes, strict=True):
         if getattr(model, name) == 0:
             setattr(model, name, size)
+    if model.tie_embeddings is None:
+        model.tie_embeddings = tied
+
+
+def preset(name: str) -> tuple[int, int, int, int, int, int, bool]:
+    """The sizes of a preset by name; SodaError names the nearest."""
+    if name in PRESETS:
+        return PRESETS[name]
+    family, _, width = name.partition("-")
+    if family == "isoflop":
+        if width.isdigit() and int(width) >= 128 and int(width) % 128 == 0:
+            return isoflop_preset(int(width))
+        raise SodaError(f"model.preset={name}: the width must be a multiple of 128, as in isoflop-1024")
+    near = difflib.get_close_matches(name, PRESETS, 1, 0)
+    known = ", ".join([*PRESETS, "isoflop-WIDTH"])
+    raise SodaError(f"model.preset={name}: no such preset. Did you mean {near[0]}? Known: {known}")
+
+
+def rule_learning_rate(global_batch_size: int, hidden_size: int) -> float:
+    """The paper's peak rate (section 4). It treats widths under 1024 as 1024: SODA-135M has 512 and takes 600M's."""
+    return 0.003 * math.sqrt(global_batch_size / 256) * math.sqrt(1024 / max(hidden_size, 1024))
 
 
 def _check(recipe: Recipe) -> None:
@@ -247,14 +316,22 @@ def _check(recipe: Recipe) -> None:
         (m, (*_SIZES, "norm_epsilon", "init_std", "rope_theta", "rope_scaling_factor")),
         (p, ("codebooks", "entries", "text_pieces")),
         (d, ("sequence_length",)),
-        (t, ("steps", "global_batch_size", "micro_batch_size", "learning_rate", "epsilon", "log_every", "save_every")),
+        (t, ("steps", "global_batch_size", "micro_batch_size", "epsilon", "log_every", "save_every")),
         (t, ("valid_every", "valid_windows")),
-        (w, ("tensor", "pipeline")),
+        (w, ("tensor", "pipeline", "virtual_pipeline", "context")),
         (recipe.generate, ("temperature", "top_p", "max_seconds", "prompt_seconds")),
     ):
         for name in names:
             value = getattr(section, name)
-            need(value > 0, f"{type(section).__name__.lower()}.{name}={value}: must be above 0")
+            need(0 < value < math.inf, f"{type(section).__name__.lower()}.{name}={value}: must be above 0")
+    for section, names in (
+        (m, ("embedding_class_std", "head_class_std")),
+        (t, ("learning_rate", "clip_grad", "z_loss", "weight_decay", "bf16_layers", "keep_last", "keep_every")),
+        (t, ("peak_tflops",)),
+    ):
+        for name in names:
+            value = getattr(section, name)
+            need(0 <= value < math.inf, f"{type(section).__name__.lower()}.{name}={value}: must be 0 or above")
     for section, names in (
         (p, ("text_share", "valid_share", "test_share", "max_rejects")),
         (t, ("warmup_share", "decay_share", "beta1", "beta2")),
@@ -264,10 +341,10 @@ def _check(recipe: Recipe) -> None:
             need(0 <= value < 1 or (name == "max_rejects" and value == 1), f"{name}={value}: must be in [0, 1)")
     need(p.valid_share + p.test_share < 1, "prepare.valid_share and prepare.test_share leave nothing to train on")
     need(t.warmup_share + t.decay_share <= 1, "training.warmup_share and training.decay_share are over 1 together")
-    for name in ("embedding_class_std", "head_class_std"):
-        need(getattr(m, name) >= 0, f"model.{name}={getattr(m, name)}: must be 0 or above")
-    need(t.clip_grad >= 0 and t.z_loss >= 0 and t.weight_decay >= 0, "clip_grad, z_loss and weight_decay must be >= 0")
-    choice("training.precision", t.precision, ("fp32", "bf16"))
+    choice("training.optimizer", t.optimizer, ("adamw", "cautious"))
+    choice("training.schedule", t.schedule, ("wsd", "cosine", "decay"))
+    choice("training.precision", t.precision, ("fp32", "bf16", "fp8"))
+    choice("training.fp8_recipe", t.fp8_recipe, ("delayed", "tensorwise", "blockwise"))
     choice("training.backend", t.backend, ("auto", "transformer_engine", "local"))
     choice("prepare.codec", p.codec, ("embedded", "mimi"))
     choice("evaluate.split", recipe.evaluate.split, ("train", "valid", "test"))
@@ -282,6 +359,29 @@ def _check(recipe: Recipe) -> None:
         f"model.num_attention_heads={m.num_attention_heads}",
     )
     need(m.head_dim % 2 == 0, f"model.head_dim={m.head_dim}: rotary positions need an even number")
+    for name, weight in t.loss_weights.items():
+        need(0 <= weight < math.inf, f"training.loss_weights.{name}={weight}: must be 0 or above")
+    need(
+        bool(t.branch_from) or t.schedule != "decay",
+        "training.schedule=decay is a leg off another run: set training.branch_from to one of its checkpoints",
+    )
+    need(
+        t.backend != "local" or t.precision != "fp8",
+        "training.precision=fp8 needs Transformer Engine; training.backend=local has no FP8",
+    )
+    need(
+        2 * t.bf16_layers < m.num_layers or t.bf16_layers == 0,
+        f"training.bf16_layers={t.bf16_layers} at either end leave none of model.num_layers={m.num_layers} in FP8",
+    )
+    need(
+        t.bf16_layers == 0 or t.fp8_recipe != "delayed" or t.precision != "fp8",
+        "training.bf16_layers cannot be had with training.fp8_recipe=delayed; take tensorwise or blockwise",
+    )
+    need(
+        len(d.corpora) < 2 or bool(d.mix),
+        f"data.corpora has {len(d.corpora)} corpora; data.mix must say their shares",
+    )
+    need(bool(d.corpora) or not d.mix, "data.mix has shares, but data.corpora no corpora")
 
 
 def choice(key: str, value: str, known: tuple[str, ...]) -> None:
@@ -289,25 +389,3 @@ def choice(key: str, value: str, known: tuple[str, ...]) -> None:
         near = difflib.get_close_matches(value, known, 1, 0.4)
         hint = f" Did you mean {near[0]}?" if near else ""
         raise SodaError(f"{key}={value}: must be one of {', '.join(known)}.{hint}")
-
-
-def check_layout(recipe: Recipe, world_size: int) -> int:
-    """The data-parallel size, or a SodaError that names what does not divide."""
-    m, w, t = recipe.model, recipe.parallel, recipe.training
-    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
-        if getattr(m, name) % w.tensor:
-            raise SodaError(f"parallel.tensor={w.tensor} does not divide model.{name}={getattr(m, name)}")
-    if m.num_layers % w.pipeline:
-        raise SodaError(f"parallel.pipeline={w.pipeline} does not divide model.num_layers={m.num_layers}")
-    if world_size % (w.tensor * w.pipeline):
-        raise SodaError(
-            f"{world_size} processes cannot be laid out as parallel.tensor={w.tensor} x "
-            f"parallel.pipeline={w.pipeline}: start a multiple of {w.tensor * w.pipeline} (torchrun --nproc-per-node)"
-        )
-    data_parallel = world_size // (w.tensor * w.pipeline)
-    if t.global_batch_size % (t.micro_batch_size * data_parallel):
-        raise SodaError(
-            f"training.global_batch_size={t.global_batch_size} is not a multiple of training.micro_batch_size="
-            f"{t.micro_batch_size} times {data_parallel} data-parallel ranks"
-        )
-    return data_parallel

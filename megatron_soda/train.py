@@ -3,8 +3,9 @@
 import os
 import sys
 
-from .config import check_layout, load_recipe
+from .config import load_recipe
 from .errors import SodaError, user_message
+from .parallel.layout import check_layout
 
 
 def run(recipe_path: str, overrides: list[str]) -> int:

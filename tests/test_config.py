@@ -1,8 +1,9 @@
 import pytest
 
-from megatron_soda.config import PRESETS, Model, check_layout, load_recipe
+from megatron_soda.config import PRESETS, Model, load_recipe
 from megatron_soda.errors import SodaError
 from megatron_soda.model.size import parameter_count
+from megatron_soda.parallel.layout import check_layout
 from megatron_soda.vocab import LLAMA3
 
 
@@ -27,7 +28,7 @@ def test_sizes_of_the_paper(preset, parameters):
         ("training.steps", "section.key=value"),
         ("model=3", "model is a section"),
         ("model.preset=135", "Did you mean 135m"),
-        ("training.precision=fp8", "must be one of fp32, bf16"),
+        ("training.precision=fp", "must be one of fp32, bf16, fp8"),
         ("evaluate.suite=[nil]", "Did you mean nll"),
         ("training.decay_share=0.95", "over 1 together"),
         ("prepare.test_share=1.5", r"must be in \[0, 1\)"),

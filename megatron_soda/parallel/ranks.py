@@ -13,7 +13,8 @@ cpu.install()
 
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 
-from ..config import Recipe, check_layout  # noqa: E402
+from ..config import Recipe  # noqa: E402
+from .layout import check_layout  # noqa: E402
 
 
 def init(recipe: Recipe) -> torch.device:

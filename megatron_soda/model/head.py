@@ -1,0 +1,125 @@
+"""The LM head and its loss in one: linear, cross-entropy, z-loss, and sums by token class, over a split vocabulary.
+
+With 144,644 ids the head is the cost: all logits of a sequence are 2.4 GB, and 46 % of the FLOPs at 135M. So it works
+on a few rows at a time, and takes the gradient at once, in the forward pass: logits become probabilities, those the
+gradient, and the gradient goes into the hidden states' and the weight's, all before the next rows.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+CHUNK_BYTES = 150 << 20  # of logits that are there at a time
+
+
+class _Head(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        loss_weight: Tensor,
+        class_id: Tensor,
+        classes: int,
+        vocabulary: int,
+        z_weight: float,
+        group: dist.ProcessGroup | None,
+        weight_gradient: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        rank, ranks = (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
+        width = weight.shape[0]
+        start = rank * width
+        real = min(max(vocabulary - start, 0), width)  # the rows after these are padding
+        weight, padded_gradient = weight[:real], weight_gradient
+        rows = max(16, CHUNK_BYTES // (4 * width))
+        wanted = weight_gradient is not None or ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        if wanted and padded_gradient is None:
+            padded_gradient = torch.zeros(width, hidden.shape[1], dtype=hidden.dtype, device=hidden.device)
+        hidden_gradient = torch.zeros_like(hidden) if wanted else None
+        loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        sums = torch.zeros(2, classes, dtype=torch.float64, device=hidden.device)
+        for at in range(0, hidden.shape[0], rows):
+            part = slice(at, at + rows)
+            scores = (hidden[part] @ weight.t()).float()
+            mine = (labels[part] >= start) & (labels[part] < start + real)
+            index = torch.where(mine, labels[part] - start, 0)[:, None]
+            if real:
+                score = torch.where(mine, scores.gather(1, index)[:, 0], 0.0)
+                highest = scores.amax(1)
+            else:  # all of this rank's rows are padding
+                score = torch.zeros(len(mine), device=hidden.device)
+                highest = torch.full_like(score, -torch.inf)
+            if ranks > 1:
+                dist.all_reduce(highest, dist.ReduceOp.MAX, group)
+            total = scores.sub_(highest[:, None]).exp_().sum(1)
+            if ranks > 1:
+                both = torch.stack([total, score])
+                dist.all_reduce(both, group=group)
+                total, score = both
+            log_total = highest + total.log()
+            nll = log_total - score
+            of_label = loss_weight[part]
+            loss += ((nll + z_weight * log_total.square()) * of_label).sum()
+            sums[0].index_add_(0, class_id[part], (nll * of_label).double())
+            sums[1].index_add_(0, class_id[part], of_label.double())
+            if hidden_gradient is None or padded_gradient is None or not real:
+                continue
+            scores.mul_((of_label * (1 + 2 * z_weight * log_total) / total)[:, None])
+            scores.scatter_add_(1, index, torch.where(mine, -of_label, 0.0)[:, None])
+            scores = scores.to(hidden.dtype)
+            torch.mm(scores, weight, out=hidden_gradient[part])
+            _add_product(padded_gradient[:real], scores.t(), hidden[part])
+        ctx.save_for_backward(hidden_gradient, None if weight_gradient is not None else padded_gradient)
+        ctx.mark_non_differentiable(sums)
+        return loss.float(), sums
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_gradient, weight_gradient = ctx.saved_tensors
+        incoming = gradients[0]
+        if weight_gradient is None and incoming.device.type == "cpu" and incoming.item() != 1:
+            raise RuntimeError(f"the head's gradient is in main_grad already; it cannot be scaled by {incoming.item()}")
+        scaled = [None if g is None else g * incoming.to(g.dtype) for g in (hidden_gradient, weight_gradient)]
+        return *scaled, None, None, None, None, None, None, None, None
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, where total may be float32 and a, b bfloat16."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total.add_(a @ b)
+
+
+def head_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    loss_weight: Tensor,
+    class_id: Tensor,
+    *,
+    classes: int,
+    vocabulary: int,
+    z_weight: float = 0.0,
+    group: dist.ProcessGroup | None = None,
+    weight_gradient: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Sum of weighted losses of the tokens, and the sums that are logged; all logits are never there together.
+
+    hidden: (tokens, hidden_size), the same on every rank of `group`. weight: (local vocabulary, hidden_size), rank r
+    holding the rows [r * local, (r + 1) * local); rows from `vocabulary` on are padding and take no probability.
+    labels, class_id: int64 (tokens,), labels are global ids. loss_weight: float32 (tokens,).
+    Returns a float32 scalar, sum(loss_weight * (nll + z_weight * logsumexp**2)), nats, and float64 (2, classes): by
+    class the sums of loss_weight * nll and of loss_weight. z-loss: paper, section 4.
+
+    The gradient of hidden is that of this rank's rows alone: the caller sums it over the group (megatron-core's
+    copy_to_tensor_model_parallel_region or gather_from_sequence_parallel_region do).
+    `weight_gradient` (megatron-core's main_grad, shape of weight): the weight's gradient is added to it right away and
+    autograd sees none. Then the loss must be differentiated with a gradient of 1, or RuntimeError (on CPU) is raised.
+    """
+    return _Head.apply(  # type: ignore[no-any-return]
+        hidden, weight, labels, loss_weight, class_id, classes, vocabulary, z_weight, group, weight_gradient
+    )

@@ -1,0 +1,74 @@
+"""Does a layout divide the model, the batch and the processes? Imports no engine: it is asked before that is loaded."""
+
+from ..config import Recipe
+from ..errors import SodaError
+
+
+def check_layout(recipe: Recipe, world_size: int) -> int:
+    """The data-parallel size, or a SodaError that names what does not divide."""
+    m, w, t, length = recipe.model, recipe.parallel, recipe.training, recipe.data.sequence_length
+
+    def divides(parallel: str, size: int, key: str, value: int) -> None:
+        if value % size:
+            raise SodaError(f"parallel.{parallel}={size} does not divide {key}={value}")
+
+    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+        divides("tensor", w.tensor, f"model.{name}", getattr(m, name))
+    divides("pipeline", w.pipeline, "model.num_layers", m.num_layers)
+    divides("virtual_pipeline", w.virtual_pipeline, "model.num_layers / pipeline", m.num_layers // w.pipeline)
+    if w.virtual_pipeline > 1 and w.pipeline == 1:
+        raise SodaError("parallel.virtual_pipeline cuts pipeline stages: it needs parallel.pipeline of 2 or more")
+    if w.sequence and w.tensor == 1:
+        raise SodaError("parallel.sequence works between tensor-parallel ranks: it needs parallel.tensor of 2 or more")
+    if w.context > 1 and length % (2 * w.context):
+        raise SodaError(f"parallel.context={w.context}: data.sequence_length={length} must be a multiple of twice that")
+    if w.sequence and (length // w.context) % w.tensor:
+        raise SodaError(f"parallel.sequence: parallel.tensor={w.tensor} does not divide {length // w.context} tokens")
+    size = w.tensor * w.pipeline * w.context
+    if world_size % size:
+        raise SodaError(
+            f"{world_size} processes cannot be laid out as parallel.tensor={w.tensor} x parallel.pipeline={w.pipeline}"
+            f" x parallel.context={w.context}: start a multiple of {size} (torchrun --nproc-per-node)"
+        )
+    data_parallel = world_size // size
+    if t.global_batch_size % (t.micro_batch_size * data_parallel):
+        raise SodaError(
+            f"training.global_batch_size={t.global_batch_size} is not a multiple of training.micro_batch_size="
+            f"{t.micro_batch_size} times {data_parallel} data-parallel ranks"
+        )
+    micro_batches = t.global_batch_size // (t.micro_batch_size * data_parallel)
+    if w.virtual_pipeline > 1 and micro_batches % w.pipeline:
+        raise SodaError(
+            f"parallel.virtual_pipeline={w.virtual_pipeline}: the {micro_batches} micro-batches of a step must be a "
+            f"multiple of parallel.pipeline={w.pipeline}; change training.global_batch_size or micro_batch_size"
+        )
+    if t.precision == "fp8":
+        _check_fp8_shapes(recipe)
+    return data_parallel
+
+
+def _check_fp8_shapes(recipe: Recipe) -> None:
+    """Every dimension of an FP8 matrix product must be a multiple of 16, or 128 with scales by block, on every rank."""
+    m, w, t, length = recipe.model, recipe.parallel, recipe.training, recipe.data.sequence_length
+    unit = 128 if t.fp8_recipe == "blockwise" else 16
+    ranks = w.context * (w.tensor if w.sequence else 1)
+    heads = (m.num_attention_heads + 2 * m.num_query_groups) * m.head_dim
+    for what, value, parts in (
+        (
+            "data.sequence_length * training.micro_batch_size (tokens of a micro-batch)",
+            length * t.micro_batch_size,
+            ranks,
+        ),
+        ("model.hidden_size", m.hidden_size, 1),
+        ("model.ffn_hidden_size", m.ffn_hidden_size, w.tensor),
+        ("(num_attention_heads + 2 num_query_groups) * head_dim", heads, w.tensor),
+        ("num_attention_heads * head_dim", m.num_attention_heads * m.head_dim, w.tensor),
+    ):
+        step = unit * parts
+        if value % step:
+            lower, upper = value // step * step, -(-value // step) * step
+            would_do = f"{lower} or {upper}" if lower else f"{upper}"
+            raise SodaError(
+                f"training.precision=fp8 ({t.fp8_recipe}): {what} is {value}, and must be a "
+                f"multiple of {unit} on each of {parts} rank(s): {would_do} would do"
+            )
