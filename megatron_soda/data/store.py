@@ -19,6 +19,7 @@ from ..vocab import TokenSpace
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents + 1
 _INT32 = 4  # Megatron's code of the dtype
+_ENTRIES_AT_ONCE = 1 << 20
 
 
 def write_store(path: str | Path, documents: Iterable[np.ndarray], space: TokenSpace, **provenance: Any) -> int:
@@ -50,7 +51,9 @@ def write_store(path: str | Path, documents: Iterable[np.ndarray], space: TokenS
 class Store:
     """Random access to a store. `size` is the number of tokens; `read` copies, nothing else touches the disk.
 
-    Raises SodaError if a file is missing, cut short, or not of this format.
+    Opening takes the same time for any number of documents: files are mapped, and of the index only the header and the
+    end are looked at. Raises SodaError if a file is missing, cut short, or not of this format; `check_index` checks
+    the rest of the index.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -63,39 +66,40 @@ class Store:
             self.space = TokenSpace(**self.meta["space"])
         except (KeyError, TypeError) as error:
             raise SodaError(f"{_file(self.path, 'json')}: no token space in it ({error})") from None
-        lengths = self._read_index()
-        self.offsets = np.zeros(len(lengths) + 1, np.int64)  # document i is tokens [offsets[i], offsets[i + 1])
-        np.cumsum(lengths, out=self.offsets[1:])
-        self.size = int(self.offsets[-1])
+        self._lengths, self._pointers = self._map_index()  # of the documents: in tokens, and where they begin in bytes
+        expected = int(self._pointers[-1]) + 4 * int(self._lengths[-1]) if len(self) else 0
         bytes_there = _file(self.path, "bin").stat().st_size
-        if bytes_there != 4 * self.size:
+        if bytes_there != expected or bytes_there % 4:
             raise SodaError(
-                f"{_file(self.path, 'bin')}: {bytes_there} bytes, but the index tells of {4 * self.size}. "
+                f"{_file(self.path, 'bin')}: {bytes_there} bytes, but the index tells of {expected}. "
                 "The file was cut short or belongs to another index; run `soda prepare` again."
             )
-        if self.size == 0:
+        if bytes_there == 0:
             raise SodaError(f"{self.path}: the store has no tokens")
+        self.size = bytes_there // 4
         self._ids = np.memmap(_file(self.path, "bin"), dtype="<i4", mode="r")
 
-    def _read_index(self) -> np.ndarray:
+    def _map_index(self) -> tuple[np.ndarray, np.ndarray]:
         path = _file(self.path, "idx")
-        data = path.read_bytes()
-        if len(data) < _HEADER.size:
-            raise SodaError(f"{path}: {len(data)} bytes are too few for an index")
-        magic, version, dtype, count, documents = _HEADER.unpack_from(data)
+        bytes_there = path.stat().st_size
+        if bytes_there < _HEADER.size:
+            raise SodaError(f"{path}: {bytes_there} bytes are too few for an index")
+        with open(path, "rb") as file:
+            magic, version, dtype, count, documents = _HEADER.unpack(file.read(_HEADER.size))
         if magic != _MAGIC or version != 1 or dtype != _INT32:
             raise SodaError(f"{path}: not an index of int32 tokens in Megatron's format (version 1)")
         expected = _HEADER.size + 12 * count + 8 * documents
-        if len(data) != expected:
-            raise SodaError(f"{path}: {len(data)} bytes, but its header tells of {expected}. Run `soda prepare` again.")
+        if bytes_there != expected:
+            raise SodaError(
+                f"{path}: {bytes_there} bytes, but its header tells of {expected}. Run `soda prepare` again."
+            )
+        data = np.memmap(path, mode="r")
         lengths = np.frombuffer(data, "<i4", count, _HEADER.size)
-        if count and lengths.min() < 1:
-            raise SodaError(f"{path}: document {int(lengths.argmin())} has a length of {lengths.min()}")
-        return lengths
+        return lengths, np.frombuffer(data, "<i8", count, _HEADER.size + lengths.nbytes)
 
     def __len__(self) -> int:
         """Number of documents."""
-        return len(self.offsets) - 1
+        return len(self._lengths)
 
     def read(self, start: int, count: int) -> np.ndarray:
         """int32 (count,): tokens [start, start + count) of the stream."""
@@ -105,7 +109,30 @@ class Store:
 
     def document(self, index: int) -> np.ndarray:
         """int32: the tokens of one document."""
-        return self.read(int(self.offsets[index]), int(self.offsets[index + 1] - self.offsets[index]))
+        if not 0 <= index < len(self):
+            raise IndexError(f"document {index} of {len(self)}")
+        return self.read(int(self._pointers[index]) // 4, int(self._lengths[index]))
+
+    def offsets(self, first: int, last: int) -> np.ndarray:
+        """int64 (last - first + 1,): the tokens at which documents first to last - 1 begin, and that where they end."""
+        end = self._pointers[last] // 4 if last < len(self) else self.size
+        return np.append(self._pointers[first:last] // 4, np.int64(end))
+
+    def check_index(self) -> None:
+        """SodaError if a document is empty, or does not begin where the one before it ends. Reads the whole index."""
+        end = 0  # of the documents before, in bytes
+        for first in range(0, len(self), _ENTRIES_AT_ONCE):
+            lengths = self._lengths[first : first + _ENTRIES_AT_ONCE].astype(np.int64)
+            pointers = self._pointers[first : first + _ENTRIES_AT_ONCE]
+            wanted = end + 4 * (np.cumsum(lengths) - lengths)
+            bad = np.flatnonzero((lengths < 1) | (pointers != wanted))
+            if len(bad):
+                i = bad[0]
+                raise SodaError(
+                    f"{_file(self.path, 'idx')}: document {first + i} has {lengths[i]} tokens from byte {pointers[i]} "
+                    f"on; at least one, from byte {wanted[i]} on, was expected. Run `soda prepare` again."
+                )
+            end = int(wanted[-1] + 4 * lengths[-1])
 
     def check_space(self, space: TokenSpace, wanted_by: str) -> None:
         if self.space != space:

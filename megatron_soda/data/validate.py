@@ -25,6 +25,7 @@ def validate(folder: Path) -> bool:
     for side in ("train", "valid", "test"):
         try:
             store = Store(folder / side)
+            store.check_index()
         except SodaError as error:
             print(f"{side}: {error}")
             good = False
@@ -53,9 +54,10 @@ def find_problems(store: Store):
     """Yields "document i, token j: what is wrong" for every document that is not legal."""
     for first in track(range(0, len(store), _DOCUMENTS_AT_ONCE), f"validate {store.path.name}", console=console):
         last = min(first + _DOCUMENTS_AT_ONCE, len(store))
-        start = int(store.offsets[first])
-        ids = store.read(start, int(store.offsets[last]) - start)
-        offsets = store.offsets[first : last + 1] - start
+        offsets = store.offsets(first, last)
+        start = int(offsets[0])
+        ids = store.read(start, int(offsets[-1]) - start)
+        offsets -= start
         if ids.min() >= 0 and ids.max() < store.space.size and _all_legal(ids, offsets, store.space):
             continue
         for i in range(first, last):  # the slow way, which can tell where

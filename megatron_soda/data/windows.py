@@ -2,9 +2,15 @@
 
 Window i of a store is its tokens [length * i, length * i + length), and one token more as the last label. An epoch
 is a permutation of the windows, by a Feistel network; each epoch has a permutation of its own.
+
+Aligned windows follow each other in steps of length - (codebooks - 1) tokens, and one that would begin inside an audio
+frame begins at the frame's first token instead. A window counts its labels up to the start of the next one.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
 
 from ..errors import SodaError
 from .store import Store
@@ -34,27 +40,69 @@ def permute(index: int, count: int, key: int) -> int:
             return index
 
 
+@dataclass(frozen=True, eq=False)
+class Window:
+    """`ids` are length + 1 tokens of a store; the label of position p is ids[p + 1].
+
+    Labels from `count` on only fill the window: the next window counts them, so their loss weight is 0.
+    """
+
+    ids: np.ndarray  # int32 (length + 1,)
+    count: int
+
+
 @dataclass(frozen=True)
 class Windows:
-    """The shuffled, endless stream of windows of a store."""
+    """The shuffled, endless stream of windows of a store. Any label of the store counts in one window at most.
+
+    `length` is in tokens. With `aligned` no window begins inside an audio frame. SodaError if not one window fits.
+    """
 
     store: Store
     length: int
     seed: int
+    aligned: bool = False
 
     def __post_init__(self) -> None:
+        shortest = 2 * self.store.space.codebooks - 1
+        if self.aligned and self.length < shortest:
+            raise SodaError(
+                f"data.sequence_length={self.length} is too short for data.align_windows: with "
+                f"{self.store.space.codebooks} codebooks it must be at least {shortest}."
+            )
         if self.count < 1:
             raise SodaError(
-                f"{self.store.path}: {self.store.size} tokens do not fill one window of {self.length} and its label. "
-                "Prepare more data or lower data.sequence_length."
+                f"{self.store.path}: its {self.store.size} tokens do not fill one window of {self.length} and its "
+                "label: the store is too small. Prepare more data or lower data.sequence_length."
             )
 
     @property
-    def count(self) -> int:
-        return (self.store.size - 1) // self.length
+    def stride(self) -> int:
+        """Tokens from one window to the next, before they are aligned."""
+        return self.length - (self.store.space.codebooks - 1 if self.aligned else 0)
 
-    def __getitem__(self, sample: int):
-        """int32 (length + 1,): the tokens of sample `sample`, counted from the start of training."""
+    @property
+    def count(self) -> int:
+        """Windows in an epoch: those whose length + 1 tokens are all there."""
+        return (self.store.size - 1 - self.length) // self.stride + 1
+
+    def __getitem__(self, sample: int) -> Window:
+        """The window that is sample `sample`, counted from the start of training."""
         epoch, index = divmod(sample, self.count)
         window = permute(index, self.count, _mix(self.seed) + epoch)
-        return self.store.read(window * self.length, self.length + 1)
+        start = self._start(window)
+        return Window(self.store.read(start, self.length + 1), self._start(window + 1) - start)
+
+    def _start(self, window: int) -> int:
+        """The first token of a window. Moving back to a frame's first token costs at most what the stride left over."""
+        start = window * self.stride
+        if not self.aligned:
+            return start
+        token = int(self.store.read(start, 1)[0])
+        known = 0 <= token < len(self._slots)  # a damaged token is in the window, too, and named by the Batcher
+        return max(0, start - int(self._slots[token])) if known else start
+
+    @cached_property
+    def _slots(self) -> np.ndarray:
+        """int8 (ids,): at which slot of a frame an id stands; 0 for text and markers."""
+        return np.maximum(self.store.space.class_table().astype(np.int8) - 2, 0)

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from ..config import Model, Recipe, save_recipe
+from ..config import Model, Parallel, Recipe, save_recipe
 from ..data.store import Store
 from ..errors import SodaError
 from ..files import read_json, write_json
@@ -34,7 +34,7 @@ def export(recipe: Recipe) -> Path:
 
     began = time.time()
     run = Path(recipe.run)
-    newest = checkpoint.latest(run)
+    newest = checkpoint.newest_whole(run)
     if newest is None:
         raise SodaError(f"{run}: no checkpoint in it. Run `soda train` first.")
     final = run / "hf"
@@ -47,11 +47,11 @@ def export(recipe: Recipe) -> Path:
     quiet_transformers()
     with console.status("exporting"):
         store = Store(recipe.data_folder / "test")
-        checkpoint.check_same_model(newest, recipe.model, store.space)
-        recipe.parallel.tensor = recipe.parallel.pipeline = 1
+        checkpoint.read_description(newest, recipe.model, store.space)
+        recipe.parallel = Parallel()
         device = ranks.init(recipe)
         ours = build_model(recipe, store.space, device)
-        checkpoint.load(newest, ours, None)
+        checkpoint.load(newest, [ours], None)
         temporary = run / ".hf.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -175,8 +175,8 @@ def compare_logits(ours: Any, folder: Path, store: Store, recipe: Recipe, docume
     from transformers import AutoModelForCausalLM
 
     from ..data.batch import Batcher
+    from ..data.windows import Window
     from ..model.gpt import forward
-    from ..model.specs import choose_backend
 
     device = next(ours.parameters()).device
     theirs: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
@@ -184,12 +184,11 @@ def compare_logits(ours: Any, folder: Path, store: Store, recipe: Recipe, docume
     ours.eval()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the order of sums must not depend on how busy a CPU is; on CUDA this changes nothing
-    backend = choose_backend(recipe.training.backend)
     worst = 0.0
     for index in range(min(documents, len(store))):
         ids = store.document(index)[: recipe.data.sequence_length + 1]
-        batch = Batcher(store.space)([ids]).to(device)
-        expected = forward(ours, batch, backend).view(1, -1, ours.vocab_size)[..., : store.space.size].float()
+        batch = Batcher(store.space)([Window(ids, len(ids) - 1)]).to(device)
+        expected = forward(ours, batch, recipe, logits=True)[..., : store.space.size].float()
         found = theirs(batch.tokens).logits.float()
         worst = max(worst, float(torch.nan_to_num((expected - found).abs(), nan=torch.inf).max()))
     torch.set_num_threads(threads)

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ..config import Recipe
 from ..data.batch import Batch
+from ..parallel.context import attention_mask, cut
 from ..vocab import TokenSpace
-from .specs import block_mask, choose_backend, layer_spec
+from .specs import choose_backend, is_packed, layer_spec
 
 VOCAB_DIVISOR = 128  # the embedding is padded to a multiple of this times the tensor-parallel size
 
@@ -26,8 +27,9 @@ def padded_size(space: TokenSpace, tensor_parallel_size: int) -> int:
 def transformer_config(recipe: Recipe) -> TransformerConfig:
     """Qwen3 style: RMSNorm, SwiGLU, GQA, QK-norm, RoPE, no biases (paper, section 3)."""
     m, p, t = recipe.model, recipe.parallel, recipe.training
-    dtype = torch.bfloat16 if t.precision == "bf16" else torch.float32
+    dtype = torch.float32 if t.precision == "fp32" else torch.bfloat16
     cuda = torch.cuda.is_available()
+    interleaved = p.virtual_pipeline > 1
     return TransformerConfig(
         num_layers=m.num_layers,
         hidden_size=m.hidden_size,
@@ -49,11 +51,21 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
         output_layer_init_method=_leave,
         tensor_model_parallel_size=p.tensor,
         pipeline_model_parallel_size=p.pipeline,
+        virtual_pipeline_model_parallel_size=p.virtual_pipeline if interleaved else None,
+        context_parallel_size=p.context,
+        sequence_parallel=p.sequence,
+        # In the interleaved schedule of two stages a rank sends both ways to the same peer; batched, the two get mixed
+        # up and gradients are silently wrong.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         calculate_per_token_loss=True,  # losses are sums; the gradient is divided by the global sum of weights
         batch_p2p_sync=cuda,
+        recompute_granularity="full" if t.recompute else None,
+        recompute_method="uniform" if t.recompute else None,
+        recompute_num_layers=1 if t.recompute else None,
         # Fusions that need apex or CUDA extensions; all are off where they would be missing.
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
@@ -61,30 +73,77 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
         apply_rope_fusion=False,
+        **(_fp8(recipe) if t.precision == "fp8" else {}),
     )
+
+
+def _fp8(recipe: Recipe) -> dict[str, Any]:
+    """Transformer Engine's FP8: E4M3 forward, E5M2 for gradients. The head is ours and never in FP8."""
+    t = recipe.training
+    settings: dict[str, Any] = {"fp8": "hybrid", "fp8_recipe": t.fp8_recipe}
+    if t.fp8_recipe == "delayed":  # scales from the highest values of the steps before
+        settings.update(fp8_amax_history_len=1024, fp8_amax_compute_algo="max")
+    if t.bf16_layers:
+        settings.update(
+            first_last_layers_bf16=True,
+            num_layers_at_start_in_bf16=t.bf16_layers,
+            num_layers_at_end_in_bf16=t.bf16_layers,
+        )
+    return settings
 
 
 def _leave(weight: Tensor) -> Tensor:
     return weight
 
 
-def build_model(recipe: Recipe, space: TokenSpace, device: torch.device) -> GPTModel:
-    """This rank's part of the model, initialised, on `device`."""
+class SodaModel(GPTModel):
+    """GPTModel that ends with the hidden states: the head is part of the loss (head.py). `with_head` brings logits."""
+
+    with_head = False
+
+    def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return super()._postprocess(hidden_states, *args, **kwargs) if self.with_head else hidden_states
+
+
+class Rotary(torch.nn.Module):
+    """Rotary positions of tokens that need not be 0, 1, 2, ..: a part of a sequence, or counted by document."""
+
+    def __init__(self, inv_freq: Tensor) -> None:
+        super().__init__()
+        self.inv_freq = inv_freq
+        self.position_id = torch.zeros(1, 1)  # (1 or batch, length); set before every forward pass
+
+    def get_rotary_seq_len(self, *_: Any) -> int:
+        return self.position_id.shape[1]
+
+    def forward(self, *_: Any, **__: Any) -> Tensor:
+        """(length, 1 or batch, 1, head_dim), angles."""
+        self.inv_freq = self.inv_freq.to(self.position_id.device)
+        angles = self.position_id.t()[..., None] * self.inv_freq
+        return torch.cat([angles, angles], -1)[:, :, None]
+
+
+def build_model(recipe: Recipe, space: TokenSpace, device: torch.device, chunk: int | None = None) -> SodaModel:
+    """This rank's part of the model, initialised, on `device`. `chunk`: of this pipeline stage, if it has several."""
     config = transformer_config(recipe)
     m = recipe.model
-    model = GPTModel(
+    backend = choose_backend(recipe.training.backend)
+    model = SodaModel(
         config=config,
-        transformer_layer_spec=layer_spec(choose_backend(recipe.training.backend)),
+        transformer_layer_spec=layer_spec(backend, config, chunk),
         vocab_size=padded_size(space, recipe.parallel.tensor),
         max_sequence_length=recipe.data.sequence_length,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-        share_embeddings_and_output_weights=m.tie_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=chunk),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=chunk),
+        share_embeddings_and_output_weights=bool(m.tie_embeddings),
         position_embedding_type="rope",
         rotary_base=m.rope_theta,
         rope_scaling=m.rope_scaling_factor != 1.0,
         rope_scaling_factor=m.rope_scaling_factor,
+        vp_stage=chunk,
     )
+    if not is_packed(backend, config):
+        model.rotary_pos_emb = Rotary(model.rotary_pos_emb.inv_freq)
     for parameter in model.parameters():
         tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
     initialise(model, space, recipe)
@@ -144,14 +203,20 @@ def _global_name(model: GPTModel, name: str) -> str:
     return "embedding.word_embeddings.weight" if tied else name
 
 
-def forward(model: torch.nn.Module, batch: Batch, backend: str) -> Tensor:
-    """Logits (sequences, length, vocabulary of this rank) on the last pipeline stage, else hidden states.
+def forward(model: Any, batch: Batch, recipe: Recipe, *, logits: bool = False) -> Tensor:
+    """Hidden states (length of this rank, sequences, hidden_size) of this stage; packed: (all tokens, 1, hidden_size).
 
+    `logits`: on the last stage (sequences, length, vocabulary of this rank) instead.
     Attention stays inside documents: by a mask in the local modules, by packed sequences in Transformer Engine
     (which ignores masks).
     """
-    if backend == "local":
-        return model(batch.tokens, batch.position_id, block_mask(batch.segment_id))
+    module: SodaModel = getattr(model, "module", model)
+    module.with_head = logits and module.post_process
+    if isinstance(module.rotary_pos_emb, Rotary):
+        mask = attention_mask(batch.segment_id)
+        batch = cut(batch)
+        module.rotary_pos_emb.position_id = batch.position_id if recipe.data.reset_positions else batch.position_id[:1]
+        return model(batch.tokens, batch.position_id, mask)
     longest = int((batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).max())
     packed = PackedSeqParams(
         qkv_format="thd",
@@ -161,4 +226,14 @@ def forward(model: torch.nn.Module, batch: Batch, backend: str) -> Tensor:
         max_seqlen_kv=longest,
     )
     flat = batch.tokens.reshape(1, -1), batch.position_id.reshape(1, -1)
-    return model(*flat, None, packed_seq_params=packed)
+    output = model(*flat, None, packed_seq_params=packed)
+    return output.view(*batch.tokens.shape, -1) if module.with_head else output
+
+
+def head_weight(model: Any) -> Tensor | None:
+    """The head's rows of this rank: its own, or those of the tied embedding. None where the model does not end."""
+    module: SodaModel = getattr(model, "module", model)
+    if not module.post_process:
+        return None
+    weight = module.shared_embedding_or_output_weight() if module.share_embeddings_and_output_weights else None
+    return module.output_layer.weight if weight is None else weight

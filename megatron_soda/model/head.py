@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 CHUNK_BYTES = 150 << 20  # of logits that are there at a time
+FEWEST_ROWS = 16
 
 
 class _Head(torch.autograd.Function):
@@ -34,7 +35,7 @@ class _Head(torch.autograd.Function):
         start = rank * width
         real = min(max(vocabulary - start, 0), width)  # the rows after these are padding
         weight, padded_gradient = weight[:real], weight_gradient
-        rows = max(16, CHUNK_BYTES // (4 * width))
+        rows = max(FEWEST_ROWS, CHUNK_BYTES // (4 * width))
         wanted = weight_gradient is not None or ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         if wanted and padded_gradient is None:
             padded_gradient = torch.zeros(width, hidden.shape[1], dtype=hidden.dtype, device=hidden.device)

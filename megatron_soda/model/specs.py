@@ -4,12 +4,15 @@ import importlib.util
 from typing import Any
 
 import torch
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from ..errors import SodaError
@@ -28,36 +31,57 @@ def choose_backend(wanted: str) -> str:
     return wanted
 
 
-def layer_spec(backend: str) -> ModuleSpec:
+def is_packed(backend: str, config: TransformerConfig) -> bool:
+    """Whether documents are given as packed sequences. Transformer Engine cannot cut these between context-parallel
+    ranks unless every document is padded, so there its linear layers go with our attention."""
+    return backend == "transformer_engine" and config.context_parallel_size == 1
+
+
+def layer_spec(backend: str, config: TransformerConfig, chunk: int | None = None) -> Any:
+    """What megatron-core's GPTModel is to build. `chunk`: of this pipeline stage, if it has several."""
     if backend == "transformer_engine":
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True)
-    spec: Any = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
-    spec.submodules.self_attention.submodules.core_attention = MaskedAttention
-    return spec
+        spec: Any = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True)
+        if not is_packed(backend, config):
+            spec.submodules.self_attention.submodules.core_attention = MaskedAttention
+        return spec
+    layer: Any = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+    attention = layer.submodules.self_attention.submodules
+    attention.q_layernorm = attention.k_layernorm = RMSNorm
+    attention.core_attention = MaskedAttention
+    layers: list[ModuleSpec] = [layer] * get_num_layers_to_build(config, chunk)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's, marked for sequence parallelism: there each rank sees a part of the tokens, and the gradients of the
+    weight must be summed. megatron-core's own wrapper of torch's norms refuses sequence parallelism."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 class MaskedAttention(MegatronModule):
     """torch's scaled_dot_product_attention under a given mask, in the place of megatron-core's DotProductAttention.
 
-    `attention_mask` is bool (batch, 1, length, length), True where a query may look: `block_mask` below.
+    `attention_mask` is bool (batch, 1, queries, keys), True where a query may look: `parallel/context.py` makes it.
+    Context-parallel ranks hold queries of their own and gather everyone's keys and values.
     """
 
-    def __init__(self, config: Any, softmax_scale: float | None = None, **_: Any) -> None:
+    def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: Any) -> None:
         super().__init__(config=config)
         self.softmax_scale = softmax_scale
+        self.context_parallel = config.context_parallel_size > 1
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **_: Any) -> Tensor:
         """(length, batch, heads, head_dim) each -> (length, batch, heads * head_dim)."""
         length, batch = query.shape[:2]
+        if self.context_parallel:  # backward sums the gradients of a key over the ranks whose queries saw it
+            group = parallel_state.get_context_parallel_group()
+            key, value = (tensor_parallel.gather_from_sequence_parallel_region(x, True, group) for x in (key, value))
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         context = torch.nn.functional.scaled_dot_product_attention(
             q, k, v, attn_mask=attention_mask, scale=self.softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
         )
         return context.permute(2, 0, 1, 3).reshape(length, batch, -1)
-
-
-def block_mask(segment_id: Tensor) -> Tensor:
-    """Segments (batch, length) -> bool (batch, 1, length, length): causal, and only inside one's own document."""
-    length = segment_id.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=segment_id.device).tril()
-    return ((segment_id[:, :, None] == segment_id[:, None, :]) & causal)[:, None]

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from . import cpu
 
 warnings.filterwarnings("ignore", module=r"megatron\.")  # on settings that are not ours to change
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # megatron-core's calls
 cpu.install()
 
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402
@@ -51,8 +52,12 @@ def layout(recipe: Recipe) -> None:
     """(Re)makes megatron-core's groups for the recipe's layout on the running process group."""
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
+    p = recipe.parallel
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=recipe.parallel.tensor, pipeline_model_parallel_size=recipe.parallel.pipeline
+        tensor_model_parallel_size=p.tensor,
+        pipeline_model_parallel_size=p.pipeline,
+        virtual_pipeline_model_parallel_size=p.virtual_pipeline if p.virtual_pipeline > 1 else None,
+        context_parallel_size=p.context,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(recipe.seed, force_reset_rng=True)
 
@@ -63,6 +68,10 @@ def is_first() -> bool:
 
 def describe(recipe: Recipe) -> str:
     p = recipe.parallel
-    data_parallel = parallel_state.get_data_parallel_world_size()
-    optimizer = ", distributed optimizer" if p.distributed_optimizer else ""
-    return f"tensor {p.tensor} x pipeline {p.pipeline} x data {data_parallel}{optimizer}"
+    parts = [f"tensor {p.tensor}{' (sequence)' if p.sequence else ''}", f"pipeline {p.pipeline}"]
+    if p.virtual_pipeline > 1:
+        parts[-1] += f" ({p.virtual_pipeline} turns)"
+    if p.context > 1:
+        parts.append(f"context {p.context}")
+    parts.append(f"data {parallel_state.get_data_parallel_world_size()}")
+    return " x ".join(parts) + (", distributed optimizer" if p.distributed_optimizer else "")

@@ -1,9 +1,10 @@
-"""The training loop: steps, metrics, checkpoints, resume, and a clean stop on Ctrl-C."""
+"""The training loop: steps, metrics, checkpoints, resume, branching off another run, and a clean stop on Ctrl-C."""
 
-import json
 import math
 import signal
 import time
+import zlib
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,48 +13,17 @@ import torch.distributed as dist
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..config import Recipe, save_recipe
+from ..data.mixture import Mixture, Stage
 from ..data.store import Store
 from ..data.windows import Windows
 from ..errors import SodaError
-from ..files import write_text
-from ..model.size import parameter_count
+from ..model.size import parameter_count, train_flops
 from ..parallel import ranks
 from ..run_folder import record_environment, record_timing
 from . import checkpoint
-from .optimizer import set_learning_rate
+from .metrics import Metrics, check_wandb, memory_gib, mfu, peak_tflops
 from .schedule import learning_rate
 from .step import Engine, loss_of, nll_vector
-
-
-class Metrics:
-    """RUN/metrics.jsonl and TensorBoard, on the first rank. On resume, lines of later steps are dropped."""
-
-    def __init__(self, run: Path, step: int) -> None:
-        self.path = run / "metrics.jsonl"
-        kept = []
-        if self.path.is_file():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
-                try:
-                    if json.loads(line)["step"] <= step:
-                        kept.append(line)
-                except (json.JSONDecodeError, KeyError):
-                    continue  # the last line of a run that was killed
-        write_text(self.path, "".join(line + "\n" for line in kept))
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
-        self.file = self.path.open("a", encoding="utf-8")
-
-    def write(self, step: int, values: dict[str, Any]) -> None:
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
-        self.file.flush()
-        for key, value in values.items():
-            for name, number in value.items() if isinstance(value, dict) else [("", value)]:
-                self.board.add_scalar(f"{key}/{name}" if name else key, number, step)
-
-    def close(self) -> None:
-        self.file.close()
-        self.board.close()
 
 
 class StopRequest:
@@ -77,61 +47,131 @@ class StopRequest:
             signal.signal(number, handler)
 
 
-def train(recipe: Recipe) -> bool:
-    """Runs the recipe from its newest checkpoint to its last step. False if it was asked to stop before.
+@dataclass
+class Branch:
+    """Where a run left the one it branched off: nothing, for most."""
 
-    Raises SodaError for a layout or data that do not fit, a checkpoint of another model, and a loss that is not finite.
+    step: int = 0
+    samples: int = 0
+    consumed: dict[str, int] = field(default_factory=dict)  # samples of each corpus
+
+
+def open_corpora(recipe: Recipe, branch: Branch) -> Mixture:
+    """The training data as a stream of samples, from the recipe's corpora in their shares."""
+    d = recipe.data
+    stores = {name: Store(path) for name, path in d.corpora.items()} or {"train": Store(recipe.data_folder / "train")}
+    corpora = {
+        # Corpora of one size must not go through their windows in the same order: they may be of the same documents.
+        name: Windows(store, d.sequence_length, recipe.seed + zlib.crc32(name.encode()), d.align_windows)
+        for name, store in stores.items()
+    }
+    batch = recipe.training.global_batch_size
+    stages = [
+        Stage(branch.samples + max(0, stage.from_step - branch.step) * batch, stage.shares) for stage in d.mix or []
+    ] or [Stage(branch.samples, {next(iter(corpora)): 1.0})]
+    if d.mix and d.mix[0].from_step > branch.step:
+        raise SodaError(
+            f"data.mix: the first stage is from_step {d.mix[0].from_step}, but training begins at step {branch.step}"
+        )
+    for stage, after in zip(d.mix, d.mix[1:], strict=False):
+        if after.from_step <= max(stage.from_step, branch.step):
+            raise SodaError(f"data.mix: from_step {after.from_step} comes after {stage.from_step}; steps must rise")
+    return Mixture(corpora, stages, branch.samples, branch.consumed)
+
+
+def train(recipe: Recipe) -> bool:
+    """Runs the recipe from its newest whole checkpoint to its last step. False if it was asked to stop before.
+
+    Raises SodaError for a layout or data that do not fit, a checkpoint of another model, vocabulary or optimizer,
+    ranks that disagree, and a loss that is not finite.
     """
     began = time.time()
-    run = Path(recipe.run)
+    run, t = Path(recipe.run), recipe.training
+    check_wandb(recipe)
     device = ranks.init(recipe)
-    store = Store(recipe.data_folder / "train")
-    windows = Windows(store, recipe.data.sequence_length, recipe.seed)
-    valid = Windows(Store(recipe.data_folder / "valid"), recipe.data.sequence_length, recipe.seed)
-    valid.store.check_space(store.space, str(store.path))
-    t = recipe.training
-    engine = Engine(recipe, store.space, device)
-    description = checkpoint.describe(recipe.model, store.space)
-    newest = checkpoint.latest(run)
-    step = 0
-    if newest is not None:
-        step = checkpoint.check_same_model(newest, recipe.model, store.space)["step"]
-        if step < t.steps:
-            checkpoint.load(newest, engine.model, engine.optimizer)
+    rank_map = ""  # PREFLIGHT
     first = ranks.is_first()
+
+    origin = checkpoint.newest_whole(run)
+    branching = origin is None and bool(t.branch_from)
+    if branching:
+        origin = Path(t.branch_from)
+        problems = checkpoint.damage(origin)
+        if problems:
+            raise SodaError(f"training.branch_from={origin}: {problems[0]}")
+    space = _any_store(recipe).space
+    description = checkpoint.describe(recipe, space)
+    saved = {"step": 0, "samples": 0, "branch": {}, "consumed": {}}
+    if origin is not None:
+        saved = checkpoint.read_description(origin, recipe.model, space, description["optimizer"])
+    if branching:
+        saved["branch"] = {name: saved[name] for name in ("step", "samples", "consumed")}
+    branch = Branch(**saved["branch"])
+    step: int = saved["step"]
+    windows = open_corpora(recipe, branch)
+
+    def first_sample(of_step: int) -> int:
+        return branch.samples + (of_step - branch.step) * t.global_batch_size
+
+    _check_same_data(saved, first_sample(step), windows, t.global_batch_size)
+    valid = Windows(Store(recipe.data_folder / "valid"), recipe.data.sequence_length, recipe.seed)
+    valid.store.check_space(space, "the training data")
     if step >= t.steps:
         if first:
             print(f"{run}: all {step} steps are done. To train longer, raise training.steps.")
         return True
+
+    engine = Engine(recipe, space, device)
+    if origin is not None:
+        checkpoint.load(origin, engine.models, engine.optimizer.inner)
+    saver = checkpoint.Saver(recipe, engine.models, engine.optimizer.inner, description)
     dist.barrier()  # nobody writes into the run folder before everybody has read it
     metrics = None
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    peak = peak_tflops(recipe, name)
     if first:
         run.mkdir(parents=True, exist_ok=True)
         save_recipe(recipe, run / "recipe.yaml")
-        parameters = parameter_count(recipe.model, store.space)
+        parameters = parameter_count(recipe.model, space)
         record_environment(
-            run, layout=ranks.describe(recipe), layers=engine.backend, device=str(device), parameters=parameters
+            run,
+            layout=ranks.describe(recipe),
+            layers=engine.backend,
+            optimizer=engine.optimizer.backend,
+            device=name,
+            peak_tflops=peak,
+            parameters=parameters,
         )
-        metrics = Metrics(run, step)
+        metrics = Metrics(recipe, step)
         here = f"from step {step}" if step else "from the start"
-        layout = ranks.describe(recipe)
-        print(f"{parameters:,} parameters, {windows.count:,} windows of {windows.length}; {layout}; {here}")
+        print(rank_map)
+        print(
+            f"{parameters:,} parameters; {ranks.describe(recipe)}; {engine.backend} layers, {engine.optimizer.backend}"
+        )
+        count = sum(corpus.count for corpus in windows.corpora.values())
+        print(f"{count:,} windows of {windows.length} in {len(windows.corpora)} corpora; {here}", flush=True)
 
     stop = StopRequest(device)
     columns = TextColumn("train"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}")
     progress = Progress(*columns, TimeRemainingColumn(), disable=not first)
-    names = store.space.class_names
+    names = space.class_names
     tokens_per_step = t.global_batch_size * windows.length
+    flops = train_flops(recipe.model, space, windows.length)
     mark, marked = time.time(), step
     try:
         with progress:
             bar = progress.add_task("train", total=t.steps, completed=step, note="")
             while step < t.steps:
                 rate = learning_rate(
-                    step, steps=t.steps, peak=t.learning_rate, warmup_share=t.warmup_share, decay_share=t.decay_share
+                    step,
+                    schedule=t.schedule,
+                    steps=t.steps,
+                    peak=t.learning_rate,
+                    warmup_share=t.warmup_share,
+                    decay_share=t.decay_share,
+                    branched_at=branch.step,
                 )
-                set_learning_rate(engine.optimizer, rate)
-                result = engine.train_step(windows, step)
+                result = engine.train_step(windows, first_sample(step), rate)
                 step += 1
                 if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
                     raise SodaError(
@@ -142,34 +182,42 @@ def train(recipe: Recipe) -> bool:
                 if metrics and (step % t.log_every == 0 or step == t.steps or step == 1):
                     now = time.time()
                     speed = (step - marked) * tokens_per_step / (now - mark)
-                    mark, marked = now, step
+                    parts = engine.seconds.take()
                     metrics.write(
                         step,
                         {
-                            "tokens": step * tokens_per_step,
+                            "tokens": first_sample(step) * windows.length,
                             "loss": result.loss,
                             "grad_norm": result.grad_norm,
                             "learning_rate": rate,
                             "tokens_per_second": speed,
+                            "mfu": mfu(flops, speed, dist.get_world_size(), peak),
+                            "memory_gib": memory_gib(),
                             "seconds": now - began,
+                            "step_seconds": {part: s / (step - marked) for part, s in parts.items()},
                             "nll": nll_vector(result.sums, names),
                         },
                     )
+                    mark, marked = now, step
                     note = f"loss {result.loss:.3f}  {speed:,.0f} tokens/s"
                 else:
                     note = progress.tasks[bar].fields["note"]
                 progress.update(bar, completed=step, note=note)
                 stopping = stop.agreed()
                 if step % t.valid_every == 0 or step == t.steps:
-                    sums = engine.validate(valid, t.valid_windows)
+                    with engine.seconds.of("validate"):
+                        sums = engine.validate(valid, t.valid_windows)
                     if metrics:
                         metrics.write(step, {"valid_loss": loss_of(sums), "valid_nll": nll_vector(sums, names)})
-                if step % t.save_every == 0 or step == t.steps or stopping:
-                    checkpoint.save(
-                        run, step, engine.model, engine.optimizer, description, {"tokens": step * tokens_per_step}
-                    )
+                with engine.seconds.of("save"):
+                    saver.poll()
+                    if step % t.save_every == 0 or step == t.steps or stopping:
+                        samples = first_sample(step)
+                        used = {"tokens": samples * windows.length, "consumed": windows.consumed(samples)}
+                        saver.start(step, {"samples": samples, "branch": saved["branch"], **used})
                 if stopping:
                     break
+            saver.finish()
     finally:
         stop.restore()
         if metrics:
@@ -179,6 +227,27 @@ def train(recipe: Recipe) -> bool:
         if step < t.steps:
             print(f"Stopped at step {step}, saved. The same command goes on from there.")
     return step >= t.steps
+
+
+def _any_store(recipe: Recipe) -> Store:
+    paths = [*recipe.data.corpora.values(), recipe.data_folder / "train"]
+    return Store(paths[0])
+
+
+def _check_same_data(saved: dict[str, Any], samples: int, windows: Mixture, batch: int) -> None:
+    """The steps behind us must have used up what the recipe says they have, or data would be lost or repeated."""
+    if saved["samples"] != samples:
+        raise SodaError(
+            f"the checkpoint of step {saved['step']} has seen {saved['samples']} samples, and by this recipe "
+            f"it would be {samples}: training.global_batch_size={batch} is not what it was. Set it back, or branch a new run off: "
+            "training.branch_from"
+        )
+    if saved["consumed"] and saved["consumed"] != windows.consumed(samples):
+        raise SodaError(
+            f"the shares of steps that are done were changed: by data.mix, step {saved['step']} has used up "
+            f"{windows.consumed(samples)} samples, but the checkpoint says {saved['consumed']}. Leave the stages that "
+            f"are done as they were, and add one with from_step: {saved['step']} or later"
+        )
 
 
 def exit_quietly() -> None:

@@ -1,52 +1,201 @@
-"""AdamW on megatron-core's optimizers, plain or distributed, and two repairs that its checkpoints need."""
+"""AdamW and Cautious AdamW on megatron-core's optimizers, plain or distributed, and two repairs these need."""
 
+import importlib
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
+import megatron.core.optimizer as megatron_optimizer
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig, ParamGroupOverride, ParamKey, get_megatron_optimizer
+from megatron.core.optimizer import distrib_optimizer as megatron_distributed
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer.optimizer_config import ParamPredicate
+from torch import Tensor
 
 from ..config import Recipe
+from ..vocab import TokenSpace
 
 
-def build_optimizer(recipe: Recipe, model: DistributedDataParallel) -> MegatronOptimizer:
-    """AdamW; norms and the input embedding are not decayed (Levanter's default mask, paper code, section 4)."""
-    t = recipe.training
-    config = OptimizerConfig(
-        optimizer="adam",
-        lr=t.learning_rate,
-        weight_decay=t.weight_decay,
-        adam_beta1=t.beta1,
-        adam_beta2=t.beta2,
-        adam_eps=t.epsilon,
-        clip_grad=t.clip_grad,
-        bf16=t.precision == "bf16",
-        params_dtype=torch.bfloat16 if t.precision == "bf16" else torch.float32,
-        use_distributed_optimizer=recipe.parallel.distributed_optimizer,
-    )
-    undecayed = ParamKey(
-        name="*embedding.word_embeddings.weight",
-        predicate=ParamPredicate(name="one dimension", fn=lambda parameter: parameter.ndim == 1),
-    )
-    return get_megatron_optimizer(
-        config,
-        [model],
-        config_overrides={
-            undecayed: ParamGroupOverride(wd_mult=0.0)  # pyright: ignore[reportCallIssue]
-        },
-    )
+class Optimizer:
+    """`inner` is megatron-core's; `backend` says whose Adam it runs.
+
+    Norms and the input embedding are not decayed (Levanter's default mask, paper code, section 4); nor is a tied head,
+    which is the embedding.
+    """
+
+    def __init__(self, recipe: Recipe, ddp: list[DistributedDataParallel], space: TokenSpace) -> None:
+        t = recipe.training
+        self.cautious, self.decay, self.peak = t.optimizer == "cautious", t.weight_decay, t.learning_rate
+        self.backend, adam, is_torch = choose_adam(self.cautious)
+        # megatron-core takes the first of Transformer Engine, apex and torch that it could import. We have chosen.
+        megatron_optimizer.Adam, megatron_optimizer.USING_PYTORCH_OPTIMIZER = adam, False  # type: ignore[misc]
+        megatron_distributed.HAVE_APEX_OR_TE = not is_torch
+        half = t.precision != "fp32"
+        config = OptimizerConfig(
+            optimizer="adam",
+            lr=t.learning_rate,
+            weight_decay=t.weight_decay,
+            adam_beta1=t.beta1,
+            adam_beta2=t.beta2,
+            adam_eps=t.epsilon,
+            clip_grad=t.clip_grad,
+            bf16=half,
+            params_dtype=torch.bfloat16 if half else torch.float32,
+            use_distributed_optimizer=recipe.parallel.distributed_optimizer,
+        )
+        exempt = ParamPredicate(name="exempt from decay", fn=lambda p: p.ndim == 1 or getattr(p, "is_embedding", False))
+        for name, parameter in (item for chunk in ddp for item in chunk.module.named_parameters()):
+            tied = name == "output_layer.weight" and bool(recipe.model.tie_embeddings)
+            parameter.is_embedding = name == "embedding.word_embeddings.weight" or tied
+            parameter.is_vocabulary = name in ("embedding.word_embeddings.weight", "output_layer.weight")
+        self.inner: MegatronOptimizer = get_megatron_optimizer(
+            config,
+            ddp,
+            config_overrides={
+                ParamKey(predicate=exempt): ParamGroupOverride(wd_mult=0.0)  # pyright: ignore[reportCallIssue]
+            },
+        )
+        if self.cautious:
+            self._describe_parameters(recipe, ddp, space)
+
+    def step(self, rate: float) -> float:
+        """Clips, then updates. Returns the gradient norm before clipping (nan if megatron-core has none)."""
+        # AdamC (arXiv 2506.02285): the decay of a step is rate * (weight_decay * rate / peak).
+        decay = self.decay * (rate / self.peak if self.cautious and self.peak else 1.0)
+        for group in self.inner.param_groups:
+            group["lr"], group["weight_decay"] = rate, decay * group["wd_mult"]
+        outcome: Any = self.inner.step()
+        _, norm, _ = outcome
+        return float(norm) if norm is not None else float("nan")
+
+    def _describe_parameters(self, recipe: Recipe, ddp: list[DistributedDataParallel], space: TokenSpace) -> None:
+        """Tells the cautious Adam of which whole tensor each piece it holds is a part."""
+        order = {p: i for i, p in enumerate(p for chunk in ddp for p in chunk.parameters())}
+        rank, ranks = parallel_state.get_tensor_model_parallel_rank(), recipe.parallel.tensor
+        totals = []
+        for parameter in order:
+            cut = bool(getattr(parameter, "tensor_model_parallel", False))
+            numel = parameter.numel() * (ranks if cut else 1)
+            vocabulary = cut and getattr(parameter, "is_vocabulary", False)
+            totals.append((space.size * parameter.shape[1] if vocabulary else numel, cut or rank == 0))
+        groups: list[Any] = []
+        if ranks > 1:
+            groups.append(parallel_state.get_tensor_model_parallel_group())
+        if recipe.parallel.distributed_optimizer:
+            groups.append(parallel_state.get_data_parallel_group(with_context_parallel=True))
+        for part in _parts(self.inner):
+            for piece, parameter in _pieces(part):
+                piece.whole = order[parameter]
+            part.optimizer.describe(totals, groups)
 
 
-def set_learning_rate(optimizer: MegatronOptimizer, rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
+class CautiousAdamW(torch.optim.AdamW):
+    """AdamW whose update is zero where it would go against the gradient (arXiv 2411.16085), as Levanter has it.
+
+    What is left of a tensor's update is divided by the share of elements that are left. A tensor may be cut between
+    tensor-parallel ranks and the ranks of the distributed optimizer, so the shares are counted over them: the layout
+    changes nothing. Every parameter needs an attribute `whole`, its number in what `describe` got.
+    """
+
+    totals: list[tuple[int, bool]]
+    groups: list[Any]
+
+    def describe(self, totals: list[tuple[int, bool]], groups: list[Any]) -> None:
+        """totals: for every tensor its elements (padding left out), and whether this rank's part counts (a copy that
+        another rank counts does not). groups: process groups between which tensors are cut."""
+        self.totals, self.groups = totals, groups
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        if closure is not None:
+            raise NotImplementedError("a closure makes no sense here")
+        counts: Tensor | None = None
+        for group, p in self._with_gradient():
+            state = self.state[p]
+            if "step" not in state:
+                state["step"] = torch.zeros((), dtype=torch.float32)
+            if "exp_avg" not in state:
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+            beta1, beta2 = group["betas"]
+            state["step"] += 1
+            state["exp_avg"].lerp_(p.grad, 1 - beta1)
+            state["exp_avg_sq"].mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
+            if counts is None:
+                counts = torch.zeros(len(self.totals), dtype=torch.float64, device=p.device)
+            if self.totals[p.whole][1]:
+                counts[p.whole] += (state["exp_avg"] * p.grad > 0).sum()
+        if counts is None:  # a rank of the distributed optimizer may have no piece
+            counts = torch.zeros(len(self.totals), dtype=torch.float64, device=_device())
+        for process_group in self.groups:
+            dist.all_reduce(counts, group=process_group)
+        for group, p in self._with_gradient():
+            state = self.state[p]
+            beta1, beta2 = group["betas"]
+            step = state["step"].item()
+            kept = (state["exp_avg"] * p.grad > 0).to(p.dtype)
+            share = counts[p.whole] / self.totals[p.whole][0]
+            kept.mul_((1 / ((share + group["eps"]) * (1 - beta1**step))).to(p.dtype))
+            root = (state["exp_avg_sq"] / (1 - beta2**step)).sqrt_().add_(group["eps"])
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+            p.sub_(kept.mul_(state["exp_avg"]).div_(root), alpha=group["lr"])
+
+    def _with_gradient(self) -> Iterable[tuple[dict, Any]]:
+        return ((group, p) for group in self.param_groups for p in group["params"] if p.grad is not None)
+
+
+def choose_adam(cautious: bool) -> tuple[str, Callable[..., torch.optim.Optimizer], bool]:
+    """(name, class, whether it keeps its state as torch's does): Transformer Engine's, apex's or torch's AdamW, the
+    first there is. The cautious one is ours everywhere. Whether apex is NVIDIA's is seen by its module amp_C."""
+    if cautious:
+        return "Cautious AdamW of megatron_soda", _without_mode(CautiousAdamW), True
+    if torch.cuda.is_available():
+        for name, module, needed in (
+            ("Transformer Engine's FusedAdam", "transformer_engine.pytorch.optimizers", "transformer_engine.pytorch"),
+            ("apex's FusedAdam", "apex.optimizers", "amp_C"),
+        ):
+            try:
+                importlib.import_module(needed)
+                return name, importlib.import_module(module).FusedAdam, False
+            except (ImportError, AttributeError):
+                continue
+    return "torch's AdamW", _without_mode(partial(torch.optim.AdamW, fused=True)), True
+
+
+def _without_mode(adam: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args, adam_w_mode=True, **kwargs: adam(*args, **kwargs)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def _parts(optimizer: MegatronOptimizer) -> list[Any]:
     return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+def _pieces(part: Any) -> Iterable[tuple[Tensor, Tensor]]:
+    """(what Adam updates, the model's parameter it is of): itself, its float32 copy, or a rank's share of either."""
+    if isinstance(part, DistributedOptimizer):
+        pairs = (
+            (part.shard_fp32_from_float16_groups, part.model_float16_groups),
+            (part.shard_fp32_groups, part.model_fp32_groups),
+        )
+    elif hasattr(part, "fp32_from_float16_groups"):
+        pairs = (
+            (part.fp32_from_float16_groups, part.float16_groups),
+            (part.fp32_from_fp32_groups, part.fp32_from_fp32_groups),
+        )
+    else:
+        groups = [group["params"] for group in part.optimizer.param_groups]
+        pairs = ((groups, groups),)
+    for ours, models in pairs:
+        for our_group, model_group in zip(ours, models, strict=True):
+            yield from zip(our_group, model_group, strict=True)
 
 
 def prepare_load(optimizer: MegatronOptimizer) -> None:
@@ -69,7 +218,7 @@ def finish_load(optimizer: MegatronOptimizer) -> None:
             for parameter in group["params"]:
                 state = part.optimizer.state.get(parameter)
                 if state and "step" in state and "step" in group:
-                    state["step"] = torch.tensor(float(group["step"]))
+                    state["step"] = torch.tensor(float(group["step"]), device=state["step"].device)
 
 
 def _set_main_param_and_optimizer_states(self: Any, model_param: torch.nn.Parameter, tensors: dict) -> None:

@@ -1,31 +1,60 @@
 """One optimizer step through megatron-core's schedules, and the loss sums that come out of it."""
 
-import math
+import contextlib
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor
 
-from ..config import Recipe
+from ..config import Recipe, choice
 from ..data.batch import Batch, Batcher
-from ..data.windows import Windows
-from ..model.gpt import build_model, forward
-from ..model.loss import class_sums, vocab_parallel_loss
-from ..model.specs import choose_backend
+from ..data.windows import Window, Windows
+from ..model.gpt import build_model, forward, head_weight
+from ..model.head import head_loss
+from ..model.specs import choose_backend, is_packed
+from ..parallel.context import cut
 from ..vocab import TokenSpace
-from .optimizer import build_optimizer
+from .optimizer import Optimizer
+
+
+class Source(Protocol):
+    """Windows by sample: Mixture, or Windows."""
+
+    def __getitem__(self, sample: int) -> Window: ...
+
+
+class Seconds:
+    """Where the time of the steps goes. `data` lies inside `forward_backward`, and is not counted there."""
+
+    def __init__(self) -> None:
+        self.spent: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def of(self, part: str) -> Iterator[None]:
+        data = self.spent.get("data", 0.0)
+        began = time.perf_counter()
+        yield
+        if part != "data" and torch.cuda.is_available():
+            torch.cuda.synchronize()
+        inner = self.spent.get("data", 0.0) - data if part != "data" else 0.0
+        self.spent[part] = self.spent.get(part, 0.0) + time.perf_counter() - began - inner
+
+    def take(self) -> dict[str, float]:
+        """What was spent since the last call."""
+        spent, self.spent = self.spent, {}
+        return spent
 
 
 @dataclass
@@ -54,91 +83,141 @@ class Engine:
     def __init__(self, recipe: Recipe, space: TokenSpace, device: torch.device) -> None:
         self.recipe, self.space, self.device = recipe, space, device
         self.backend = choose_backend(recipe.training.backend)
-        self.model = build_model(recipe, space, device)
-        self.config = self.model.config
-        self.ddp = DistributedDataParallel(
-            config=self.config,
-            ddp_config=DistributedDataParallelConfig(
-                use_distributed_optimizer=recipe.parallel.distributed_optimizer, grad_reduce_in_fp32=True
-            ),
-            module=self.model,
+        virtual = recipe.parallel.virtual_pipeline
+        chunks = list(range(virtual)) if virtual > 1 else [None]
+        self.models = [build_model(recipe, space, device, chunk) for chunk in chunks]
+        self.config = self.models[0].config
+        ddp_config = DistributedDataParallelConfig(
+            use_distributed_optimizer=recipe.parallel.distributed_optimizer, grad_reduce_in_fp32=True
         )
-        self.optimizer: MegatronOptimizer = build_optimizer(recipe, self.ddp)
-        self.config.grad_scale_func = self.optimizer.scale_loss
-        self.config.finalize_model_grads_func = self._finalize
-        self.batcher = Batcher(space)
+        self.ddp = [
+            DistributedDataParallel(self.config, ddp_config, model, disable_bucketing=i > 0)
+            for i, model in enumerate(self.models)
+        ]
+        self.optimizer = Optimizer(recipe, self.ddp, space)
+        for model in self.models:
+            model.config.grad_scale_func = self.optimizer.inner.scale_loss
+            model.config.finalize_model_grads_func = self._finalize
+        self.batcher = Batcher(space, class_weights(recipe, space), recipe.data.reset_positions)
         self.schedule: Any = get_forward_backward_func()
-        self._weight_sum = torch.zeros((), device=device)
+        self._weight_sum = torch.zeros((), dtype=torch.float64, device=device)
         data_parallel = parallel_state.get_data_parallel_world_size()
         self.micro_batches = recipe.training.global_batch_size // (recipe.training.micro_batch_size * data_parallel)
+        self.seconds = Seconds()
 
     def _finalize(self, model: list, _count: Tensor | None, pg_collection: Any = None, **kwargs: Any) -> None:
         """Divides by the global sum of loss weights; megatron-core's own count is an integer."""
         finalize_model_grads(model, self._weight_sum.clone(), pg_collection, **kwargs)
 
-    def micro_batch(self, windows: Windows, first_sample: int, index: int) -> Batch:
+    def micro_batch(self, windows: Source, first_sample: int, index: int) -> Batch:
         """Micro-batch `index` of this data-parallel rank; the samples of a step are the same at every layout."""
-        size = self.recipe.training.micro_batch_size
-        rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-        start = first_sample + (index * ranks + rank) * size
-        return self.batcher([windows[start + i] for i in range(size)]).to(self.device)
+        with self.seconds.of("data"):
+            size = self.recipe.training.micro_batch_size
+            rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+            start = first_sample + (index * ranks + rank) * size
+            return self.batcher([windows[start + i] for i in range(size)]).to(self.device)
 
-    def _run(self, windows: Windows, first_sample: int, micro_batches: int, forward_only: bool) -> Tensor:
+    def _loss(self, model: Any, batch: Batch, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The head on the last stage's hidden states: loss, a count that nobody uses, the sums by class."""
+        group: Any = parallel_state.get_tensor_model_parallel_group()
+        if self.config.sequence_parallel:
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, True, group)
+        else:
+            hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden, group)
+        weight: Any = head_weight(model)
+        sequence_first = hidden.shape[1] == batch.labels.shape[0]  # else packed: sequences one after the other
+        labels, weights, classes = (
+            (x.t() if sequence_first else x).reshape(-1) for x in (batch.labels, batch.loss_weight, batch.class_id)
+        )
+        loss, sums = head_loss(
+            hidden.view(-1, hidden.shape[-1]),
+            weight.detach(),
+            labels,
+            weights,
+            classes,
+            classes=len(self.space.class_names),
+            vocabulary=self.space.size,
+            z_weight=self.recipe.training.z_loss,
+            group=group,
+            weight_gradient=weight.main_grad if torch.is_grad_enabled() else None,
+        )
+        self._weight_sum += sums[1].sum()
+        return loss, torch.ones((), dtype=torch.int, device=self.device), sums
+
+    def _run(self, windows: Source, first_sample: int, micro_batches: int, forward_only: bool) -> Tensor:
         """The schedule over micro-batches; returns the global loss sums, the same on every rank."""
-        classes = len(self.space.class_names)
-        batches: Iterator[Batch] = (self.micro_batch(windows, first_sample, i) for i in range(micro_batches))
         self._weight_sum.zero_()
-        tensor_group: Any = parallel_state.get_tensor_model_parallel_group()
-        data_group: Any = parallel_state.get_data_parallel_group()
-        pipeline_group: Any = parallel_state.get_pipeline_model_parallel_group()
 
-        def loss_function(batch: Batch, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            loss, nll = vocab_parallel_loss(
-                logits.view(*batch.labels.shape, -1),
-                batch.labels,
-                self.space.size,
-                self.recipe.training.z_loss,
-                tensor_group,
-            )
-            self._weight_sum += batch.loss_weight.sum()
-            sums = class_sums(nll, batch.loss_weight, batch.class_id, classes)
-            return (loss * batch.loss_weight).sum(), torch.ones((), dtype=torch.int, device=self.device), sums
+        def batches() -> Iterator[Batch]:
+            return (self.micro_batch(windows, first_sample, i) for i in range(micro_batches))
 
         def forward_step(iterator: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Any]:
             batch = next(iterator)
-            return forward(model, batch, self.backend), partial(loss_function, batch)
+            return forward(model, batch, self.recipe), partial(self._loss, model, cut(batch))
 
         size, length = self.recipe.training.micro_batch_size, self.recipe.data.sequence_length
-        packed = self.backend == "transformer_engine"  # then a micro-batch is one sequence
+        packed = is_packed(self.backend, self.config)  # then a micro-batch is one sequence
+        single = len(self.ddp) == 1
         results = self.schedule(
             forward_step_func=forward_step,
-            data_iterator=batches,
-            model=self.ddp,
+            data_iterator=batches() if single else [batches() for _ in self.ddp],
+            model=self.ddp[0] if single else self.ddp,
             num_microbatches=micro_batches,
             seq_length=length * size if packed else length,
             micro_batch_size=1 if packed else size,
             forward_only=forward_only,
         )
-        sums = torch.zeros(2, classes, dtype=torch.float64, device=self.device)
+        sums = torch.zeros(2, len(self.space.class_names), dtype=torch.float64, device=self.device)
         if parallel_state.is_pipeline_last_stage():
-            sums += torch.stack(results).double().sum(0)
-            dist.all_reduce(sums, group=data_group)
+            sums += torch.stack(results).sum(0)
+            dist.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        pipeline_group: Any = parallel_state.get_pipeline_model_parallel_group()
         dist.broadcast(sums, parallel_state.get_pipeline_model_parallel_last_rank(), group=pipeline_group)
         return sums
 
-    def train_step(self, windows: Windows, step: int) -> StepResult:
-        """Step `step` (0-based) on its samples. The gradient is of sum(weight * loss) / sum(weight), globally."""
-        self.ddp.train()
-        self.ddp.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        sums = self._run(windows, step * self.recipe.training.global_batch_size, self.micro_batches, False)
-        outcome: Any = self.optimizer.step()
-        _, grad_norm, _ = outcome
-        return StepResult(sums, float(grad_norm) if grad_norm is not None else math.nan)
+    def train_step(self, windows: Source, first_sample: int, rate: float) -> StepResult:
+        """One step on the samples from `first_sample` on, at a learning rate.
+
+        The gradient is that of sum(weight * loss) / sum(weight), over the global batch.
+        """
+        with self.seconds.of("forward_backward"):
+            for ddp in self.ddp:
+                ddp.train()
+                ddp.zero_grad_buffer()
+            self.optimizer.inner.zero_grad()
+            sums = self._run(windows, first_sample, self.micro_batches, False)
+        with self.seconds.of("optimizer"):
+            grad_norm = self.optimizer.step(rate)
+        return StepResult(sums, grad_norm)
 
     @torch.no_grad()
     def validate(self, windows: Windows, count: int) -> Tensor:
-        """Loss sums over the first `count` windows (rounded up to whole micro-batches of all ranks)."""
-        self.ddp.eval()
+        """Loss sums over the first `count` windows: the same at every layout."""
+        for ddp in self.ddp:
+            ddp.eval()
         each = self.recipe.training.micro_batch_size * parallel_state.get_data_parallel_world_size()
-        return self._run(windows, 0, -(-count // each), True)
+        if self.recipe.parallel.virtual_pipeline > 1:
+            each *= self.recipe.parallel.pipeline
+        micro_batches = -(-count // each) * (each // self._samples_of_a_micro_batch())
+        return self._run(_First(windows, count), 0, micro_batches, True)
+
+    def _samples_of_a_micro_batch(self) -> int:
+        return self.recipe.training.micro_batch_size * parallel_state.get_data_parallel_world_size()
+
+
+class _First:
+    """The first `count` samples; what fills up the last micro-batches after them weighs nothing."""
+
+    def __init__(self, windows: Windows, count: int) -> None:
+        self.windows, self.count = windows, count
+
+    def __getitem__(self, sample: int) -> Window:
+        window = self.windows[sample]
+        return window if sample < self.count else Window(window.ids, 0)
+
+
+def class_weights(recipe: Recipe, space: TokenSpace) -> list[float]:
+    """`training.loss_weights` in the order of the token classes; SodaError for a class that does not exist."""
+    for name in recipe.training.loss_weights:
+        choice("training.loss_weights", name, tuple(space.class_names))
+    return [recipe.training.loss_weights.get(name, 1.0) for name in space.class_names]

@@ -14,6 +14,21 @@ LAYOUTS = {
     "dp2": (2, []),
     "dp2_distributed": (2, ["parallel.distributed_optimizer=true"]),
     "tp2dp2_distributed": (4, ["parallel.tensor=2", "parallel.distributed_optimizer=true"]),
+    "sp2": (2, ["parallel.tensor=2", "parallel.sequence=true"]),
+    "cp2": (2, ["parallel.context=2"]),
+    "vpp2": (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]),
+    "sp2pp2": (4, ["parallel.tensor=2", "parallel.sequence=true", "parallel.pipeline=2"]),
+    "sp2cp2": (4, ["parallel.tensor=2", "parallel.sequence=true", "parallel.context=2"]),
+    "cp2pp2": (4, ["parallel.context=2", "parallel.pipeline=2"]),
+    "cp2dp2_distributed": (4, ["parallel.context=2", "parallel.distributed_optimizer=true"]),
+    "vpp2dp2_distributed": (
+        4,
+        ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "parallel.distributed_optimizer=true"],
+    ),
+    "vpp2sp2": (
+        4,
+        ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "parallel.tensor=2", "parallel.sequence=true"],
+    ),
 }
 
 

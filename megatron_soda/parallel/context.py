@@ -1,0 +1,44 @@
+"""Context parallelism: which tokens of a sequence a rank has, and who may look at whom.
+
+A sequence is cut into twice as many pieces as there are ranks; rank r has pieces r and 2 R - 1 - r, so that every rank
+has early tokens, which look at little, and late ones. With one rank it has all, and nothing is copied.
+"""
+
+from dataclasses import fields, replace
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from ..data.batch import Batch
+
+
+def places(length: int, ranks: int, rank: int, device: torch.device | None = None) -> Tensor:
+    """int64 (length / ranks,): the places in the sequence of the tokens that `rank` has, in its order."""
+    pieces = torch.arange(length, device=device).view(2 * ranks, -1)
+    return torch.cat([pieces[rank], pieces[2 * ranks - 1 - rank]])
+
+
+def cut(batch: Batch) -> Batch:
+    """The part of a batch that this rank has. `cu_seqlens` stays that of the whole."""
+    ranks = parallel_state.get_context_parallel_world_size()
+    if ranks == 1:
+        return batch
+    mine = places(batch.tokens.shape[1], ranks, parallel_state.get_context_parallel_rank(), batch.tokens.device)
+    parts = {f.name: getattr(batch, f.name)[:, mine] for f in fields(batch) if f.name != "cu_seqlens"}
+    return replace(batch, **parts)
+
+
+def attention_mask(segment_id: Tensor) -> Tensor:
+    """Segments (batch, length) of whole sequences -> bool (batch, 1, queries, keys): causal, inside one's document.
+
+    Queries are this rank's; keys are everyone's, in the order in which they are gathered.
+    """
+    ranks, length = parallel_state.get_context_parallel_world_size(), segment_id.shape[1]
+    if ranks == 1:
+        queries = keys = torch.arange(length, device=segment_id.device)
+    else:
+        of_rank = [places(length, ranks, r, segment_id.device) for r in range(ranks)]
+        queries, keys = of_rank[parallel_state.get_context_parallel_rank()], torch.cat(of_rank)
+    same = segment_id[:, queries, None] == segment_id[:, None, keys]
+    return (same & (keys[None] <= queries[:, None]))[:, None]

@@ -1,0 +1,101 @@
+"""Where the numbers of a run go: RUN/metrics.jsonl and TensorBoard always, Weights & Biases if the recipe names it."""
+
+import importlib
+import importlib.util
+import json
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import Recipe
+from ..errors import SodaError
+from ..files import write_text
+
+# Dense BF16 TFLOP/s of one device, by a part of its name (NVIDIA's data sheets). FP8 runs are measured against it too.
+PEAK_TFLOPS = {
+    "H100 PCIe": 756.0,
+    "H100": 989.0,
+    "H200": 989.0,
+    "GH200": 989.0,
+    "B200": 2250.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "RTX 4090": 165.0,
+}
+
+
+def peak_tflops(recipe: Recipe, device_name: str) -> float | None:
+    """Of one device: the recipe's, else the table's; None for a device that is in neither (a CPU)."""
+    if recipe.training.peak_tflops:
+        return recipe.training.peak_tflops
+    return next((peak for name, peak in PEAK_TFLOPS.items() if name in device_name), None)
+
+
+def mfu(flops_per_token: int, tokens_per_second: float, devices: int, peak: float | None) -> float | None:
+    """Model FLOPs utilisation: flops_per_token * tokens_per_second / (devices * peak), a share of 1."""
+    return flops_per_token * tokens_per_second / (devices * peak * 1e12) if peak else None
+
+
+def memory_gib() -> float:
+    """The most memory so far, GiB: of the CUDA device, or resident of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def check_wandb(recipe: Recipe) -> None:
+    """SodaError if Weights & Biases is asked for and is not there: before the training, not after."""
+    if recipe.training.wandb_project and not importlib.util.find_spec("wandb"):
+        raise SodaError(
+            f"training.wandb_project={recipe.training.wandb_project}: the package wandb is not installed. "
+            "Install it (pip install wandb), or leave the key empty: metrics.jsonl and TensorBoard are always written."
+        )
+
+
+class Metrics:
+    """One rank writes. On resume, lines of later steps are dropped."""
+
+    def __init__(self, recipe: Recipe, step: int) -> None:
+        run = Path(recipe.run)
+        self.path = run / "metrics.jsonl"
+        kept = []
+        if self.path.is_file():
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                try:
+                    if json.loads(line)["step"] <= step:
+                        kept.append(line)
+                except (json.JSONDecodeError, KeyError):
+                    continue  # the last line of a run that was killed
+        write_text(self.path, "".join(line + "\n" for line in kept))
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+        self.file = self.path.open("a", encoding="utf-8")
+        self.wandb: Any = None
+        if recipe.training.wandb_project:
+            self.wandb = importlib.import_module("wandb").init(
+                project=recipe.training.wandb_project, name=recipe.name, dir=str(run), resume="allow"
+            )
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.file.flush()
+        flat = {}
+        for key, value in values.items():
+            for name, number in value.items() if isinstance(value, dict) else [("", value)]:
+                if number is not None:
+                    flat[f"{key}/{name}" if name else key] = number
+        for key, number in flat.items():
+            self.board.add_scalar(key, number, step)
+        if self.wandb is not None:
+            self.wandb.log(flat, step=step)
+
+    def close(self) -> None:
+        self.file.close()
+        self.board.close()
+        if self.wandb is not None:
+            self.wandb.finish()

@@ -1,0 +1,375 @@
+"""Layers of Transformer Engine compute what the local ones do, under names that checkpoints and exports expect.
+
+Without a GPU: against tests/fakes/transformer_engine_fake.py, in a process of its own, since megatron-core looks for
+Transformer Engine when it is imported. That process does all the work; the tests below look at what it found.
+"""
+
+import contextlib
+import dataclasses
+import json
+import multiprocessing as mp
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.helpers import SPACE, small_recipe
+
+ROOT = Path(__file__).parents[2]
+LAYOUTS = {
+    "one": [],
+    "tp2": ["parallel.tensor=2"],
+    "tp2_sequence": ["parallel.tensor=2", "parallel.sequence=true"],
+    "cp2": ["parallel.context=2"],
+}
+NORMS = {
+    ".input_layernorm.": ".self_attention.linear_qkv.layer_norm_",
+    ".pre_mlp_layernorm.": ".mlp.linear_fc1.layer_norm_",
+}
+
+
+# --- in the process with the fake
+
+
+def te_name(name: str) -> str:
+    """Where Transformer Engine keeps the local layers' parameter of this name."""
+    for local, te in NORMS.items():
+        name = name.replace(local, te)
+    return name
+
+
+def recipe_of(backend: str, *overrides: str) -> Any:
+    return small_recipe(Path("run"), Path("data"), f"training.backend={backend}", *overrides)
+
+
+def build(backend: str, *overrides: str) -> Any:
+    import torch
+
+    from megatron_soda.model import gpt
+
+    return gpt.build_model(recipe_of(backend, *overrides), SPACE, torch.device("cpu"))
+
+
+def logits_of(model: Any, batch: Any) -> Any:
+    from megatron_soda.model import gpt
+
+    return gpt.forward(model, batch, recipe_of("local"), logits=True)
+
+
+def batch_of(lengths: tuple[tuple[int, ...], ...] = ((10, 9, 13), (32,))) -> Any:
+    """A sequence for each tuple, of documents of these lengths."""
+    from megatron_soda.data.batch import Batcher
+    from megatron_soda.data.windows import Window
+
+    rng = np.random.default_rng(0)
+    windows = rng.integers(3, SPACE.size, (len(lengths), sum(lengths[0]) + 1))
+    for window, documents in zip(windows, lengths, strict=True):
+        window[np.cumsum(documents) - 1] = SPACE.eos
+    return Batcher(SPACE)([Window(ids, len(ids) - 1) for ids in windows])
+
+
+def weights(model: Any) -> dict[str, Any]:
+    return {k: v for k, v in model.state_dict().items() if v is not None and not k.endswith("_extra_state")}
+
+
+def both(*overrides: str) -> tuple[Any, Any]:
+    """The local and the Transformer Engine model, with the same weights, none of them at its initial value."""
+    import torch
+
+    local, te = build("local", *overrides), build("transformer_engine", *overrides)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for _, parameter in sorted(local.named_parameters()):
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+    te.load_state_dict({te_name(k): v for k, v in weights(local).items()}, strict=False)
+    return local, te
+
+
+def names_and_shapes() -> dict[str, Any]:
+    local, te = (weights(build(backend)) for backend in ("local", "transformer_engine"))
+    return {
+        "local": {te_name(k): list(v.shape) for k, v in local.items()},
+        "transformer_engine": {k: list(v.shape) for k, v in te.items()},
+        "other_values": [k for k, v in local.items() if not v.equal(te[te_name(k)])],
+    }
+
+
+def checkpoint_keys(*overrides: str) -> dict[str, Any]:
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+
+    found = {}
+    for backend in ("local", "transformer_engine"):
+        state = build(backend, *overrides).sharded_state_dict()
+        apply_factories(state)
+        parts = [value for value in nested_values(state) if isinstance(value, ShardedTensor)]
+        found[backend] = sorted([p.key, list(p.global_shape), list(p.global_offset)] for p in parts)
+    return found
+
+
+def differences(*overrides: str) -> dict[str, Any]:
+    """Largest difference of a logit, and of every gradient as a share of its largest value."""
+    import torch
+    import torch.distributed as dist
+
+    batch, found, gradients = batch_of(), [], []
+    for model in both(*overrides):
+        logits = logits_of(model, batch)
+        found.append(logits)
+        generator = torch.Generator().manual_seed(2)
+        (logits * torch.randn(logits.shape, generator=generator)).sum().backward()
+        for parameter in model.parameters():
+            if getattr(parameter, "sequence_parallel", False):  # each rank saw a part of the tokens
+                dist.all_reduce(parameter.grad)
+        gradients.append({te_name(name): parameter.grad for name, parameter in model.named_parameters()})
+    local, te = gradients
+    return {
+        "logits": float((found[0] - found[1]).abs().max()),
+        "size": float(found[0].abs().max()),
+        "gradients": {k: float((te[k] - v).abs().max() / v.abs().max()) for k, v in local.items()},
+    }
+
+
+def other_documents() -> dict[str, bool]:
+    """Does another token in the second document of the first sequence change logits?"""
+    _, te = both()
+    batch = batch_of()
+    before = logits_of(te, batch)
+    batch.tokens[0, 12] += 1
+    changed = (logits_of(te, batch) != before).any(-1)
+    inside = changed[0, 12:19].clone()
+    changed[0, 12:19] = False
+    return {"inside": bool(inside.all()), "outside": bool(changed.any())}
+
+
+@contextlib.contextmanager
+def fp8(**settings: Any) -> Iterator[None]:
+    """Models built inside have this FP8 configuration."""
+    from megatron_soda.model import gpt
+
+    original = gpt.transformer_config
+    gpt.transformer_config = lambda recipe: dataclasses.replace(original(recipe), fp8="hybrid", **settings)
+    try:
+        yield
+    finally:
+        gpt.transformer_config = original
+
+
+def fp8_of_layers(**settings: Any) -> list[Any]:
+    """By layer, the recipe that its four linear modules ran with: its class, or None; a list if they differ."""
+    with fp8(**settings):
+        model = build("transformer_engine")
+    logits_of(model, batch_of()).sum().backward()
+    found = []
+    for layer in model.decoder.layers:
+        attention, mlp = layer.self_attention, layer.mlp
+        linear = attention.linear_qkv, attention.linear_proj, mlp.linear_fc1, mlp.linear_fc2
+        classes = [type(m.fp8_meta["recipe"]).__name__ if m.fp8 else None for m in linear]
+        formats = {m.fp8_meta["recipe"].fp8_format.name for m in linear if m.fp8}
+        found.append(classes[0] if len(set(classes)) == 1 and formats <= {"HYBRID"} else [classes, sorted(formats)])
+    return found
+
+
+def raised(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def backends() -> dict[str, str]:
+    import torch
+
+    from megatron_soda.model import specs
+
+    found = {"auto": specs.original("auto"), "wanted": raised(lambda: specs.original("transformer_engine"))}
+    available, torch.cuda.is_available = torch.cuda.is_available, lambda: True
+    try:
+        return {**found, "auto_cuda": specs.original("auto"), "wanted_cuda": specs.original("transformer_engine")}
+    finally:
+        torch.cuda.is_available = available
+
+
+def strictness() -> list[str]:
+    import torch
+    import transformer_engine.pytorch as te
+
+    linear = te.Linear(16, 16, device="cpu", bias=False)
+    return [
+        raised(lambda: te.Linear(16, 16, device="cpu", unknown=1)),
+        raised(lambda: linear(torch.ones(1, 16), unknown=1)),
+        raised(lambda: linear(torch.ones(1, 16, dtype=torch.bfloat16))),
+        raised(lambda: te.RMSNorm(16, device="cpu", unknown=1)),
+        raised(lambda: te.fp8_autocast(recipe=None)),
+    ]
+
+
+def on_one_rank() -> dict[str, Callable[[], Any]]:
+    ends = dict(first_last_layers_bf16=True, num_layers_at_start_in_bf16=1, num_layers_at_end_in_bf16=1)
+    checks: dict[str, Callable[[], Any]] = {
+        "backends": backends,
+        "names": names_and_shapes,
+        "keys/one": checkpoint_keys,
+        "differences/one": differences,
+        "differences/tied": lambda: differences("model.tie_embeddings=true"),
+        "differences/recompute": lambda: differences("training.recompute=true"),
+        "documents": other_documents,
+        "strictness": strictness,
+        "fp8/delayed/ends": lambda: raised(lambda: fp8_of_layers(fp8_recipe="delayed", **ends)),
+    }
+    for recipe in ("delayed", "tensorwise", "blockwise"):
+        checks[f"fp8/{recipe}"] = lambda recipe=recipe: fp8_of_layers(fp8_recipe=recipe)
+    for recipe in ("tensorwise", "blockwise"):
+        checks[f"fp8/{recipe}/ends"] = lambda recipe=recipe: fp8_of_layers(fp8_recipe=recipe, **ends)
+    return checks
+
+
+def run(checks: dict[str, Callable[[], Any]], *overrides: str) -> dict[str, Any]:
+    """What each check found, or its trace."""
+    import torch
+
+    from megatron_soda.parallel import ranks
+
+    ranks.init(recipe_of("local", *overrides))
+    torch.set_num_threads(1)
+    results = {}
+    for name, check in checks.items():
+        try:
+            results[name] = check()
+        except Exception:
+            results[name] = {"error": traceback.format_exc()}
+    return results
+
+
+def on_two_ranks(rank: int, store: str, layout: str) -> dict[str, Any]:
+    import torch.distributed as dist
+
+    os.environ.update(WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2")
+    dist.init_process_group("gloo", store=dist.FileStore(f"{store}_{layout}", 2), rank=rank, world_size=2)
+    overrides = LAYOUTS[layout]
+    checks = {
+        f"keys/{layout}": lambda: checkpoint_keys(*overrides),
+        f"differences/{layout}": lambda: differences(*overrides),
+    }
+    return run(checks, *overrides)
+
+
+def main(folder: Path) -> None:
+    from tests.fakes import transformer_engine_fake
+
+    transformer_engine_fake.install()
+    from megatron_soda.parallel import ranks  # noqa: F401  it must be there before megatron
+
+    from megatron_soda.model import specs  # isort: skip
+
+    specs.original = specs.choose_backend
+    specs.choose_backend = lambda wanted: wanted  # there is no CUDA device
+    import megatron_soda.model.gpt  # noqa: F401
+
+    results: dict[str, Any] = {}
+    for layout in [name for name in LAYOUTS if name != "one"]:
+        with mp.get_context("fork").Pool(2) as pool:  # they need not import anything again
+            found = pool.starmap(on_two_ranks, [(rank, str(folder / "store"), layout) for rank in (0, 1)])
+        results |= {name: [part[name] for part in found] for name in found[0]}
+    results |= {name: [value] for name, value in run(on_one_rank()).items()}
+    (folder / "results.json").write_text(json.dumps(results))
+
+
+# --- the tests
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> dict[str, list[Any]]:
+    """By check, what every rank found."""
+    folder = tmp_path_factory.mktemp("te")
+    command = [sys.executable, "-W", "ignore", "-m", "tests.distributed.test_te_spec", str(folder)]
+    child = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
+    assert child.returncode == 0, child.stderr[-4000:]
+    return json.loads((folder / "results.json").read_text())
+
+
+def of(results: dict[str, list[Any]], name: str) -> list[Any]:
+    for value in results[name]:
+        if isinstance(value, dict) and "error" in value:
+            pytest.fail(f"{name}\n{value['error']}")
+    return results[name]
+
+
+def test_the_fake_stays_in_its_process(results):
+    assert "transformer_engine" not in sys.modules
+
+
+def test_the_fake_refuses_what_the_real_one_does(results):
+    (found,) = of(results, "strictness")
+    assert all(error.startswith("TypeError") for error in found), found
+
+
+def test_transformer_engine_is_chosen_with_cuda_alone(results):
+    (found,) = of(results, "backends")
+    assert found["auto"] == "local"
+    assert found["wanted"].startswith("SodaError")
+    assert found["auto_cuda"] == found["wanted_cuda"] == "transformer_engine"
+
+
+def test_state_dicts_have_the_same_names_and_shapes(results):
+    (found,) = of(results, "names")
+    assert found["transformer_engine"] == found["local"]
+
+
+def test_both_start_from_the_same_weights(results):
+    (found,) = of(results, "names")
+    assert found["other_values"] == []
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_checkpoints_have_the_same_tensors(results, layout):
+    for found in of(results, f"keys/{layout}"):
+        assert found["transformer_engine"] == found["local"]
+
+
+@pytest.mark.parametrize("case", [*LAYOUTS, "tied", "recompute"])
+def test_logits_of_packed_documents_agree(results, case):
+    for found in of(results, f"differences/{case}"):
+        assert found["size"] > 1
+        assert found["logits"] < 1e-5 * max(1, found["size"])
+
+
+@pytest.mark.parametrize("case", [*LAYOUTS, "tied", "recompute"])
+def test_gradients_agree(results, case):
+    for found in of(results, f"differences/{case}"):
+        assert {k: v for k, v in found["gradients"].items() if not v < 1e-5} == {}
+
+
+def test_a_document_does_not_see_the_others(results):
+    assert of(results, "documents") == [{"inside": True, "outside": False}]
+
+
+CLASSES = {"delayed": "TEDelayedScaling", "tensorwise": "Float8CurrentScaling", "blockwise": "Float8BlockScaling"}
+
+
+@pytest.mark.parametrize("recipe", CLASSES)
+def test_fp8_has_the_recipe_that_is_asked_for(results, recipe):
+    assert of(results, f"fp8/{recipe}") == [[CLASSES[recipe]] * 4]
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "blockwise"])
+def test_fp8_leaves_the_layers_at_the_ends(results, recipe):
+    assert of(results, f"fp8/{recipe}/ends") == [[None, CLASSES[recipe], CLASSES[recipe], None]]
+
+
+def test_delayed_scaling_takes_all_layers_or_none(results):
+    (found,) = of(results, "fp8/delayed/ends")
+    assert found.startswith("ValueError: Delayed scaling does not support first / last layer")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
