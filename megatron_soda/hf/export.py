@@ -97,7 +97,7 @@ def hf_config(m: Model, space: TokenSpace, max_length: int) -> Any:
         max_position_embeddings=max_length,
         rms_norm_eps=m.norm_epsilon,
         initializer_range=m.init_std,
-        tie_word_embeddings=m.tie_embeddings,
+        tie_word_embeddings=bool(m.tie_embeddings),
         rope_parameters=rope,
         bos_token_id=space.bos,
         eos_token_id=space.eos,

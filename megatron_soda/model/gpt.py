@@ -143,7 +143,8 @@ def build_model(recipe: Recipe, space: TokenSpace, device: torch.device, chunk: 
         vp_stage=chunk,
     )
     if not is_packed(backend, config):
-        model.rotary_pos_emb = Rotary(model.rotary_pos_emb.inv_freq)
+        stock: Any = model.rotary_pos_emb
+        setattr(model, "rotary_pos_emb", Rotary(stock.inv_freq))  # noqa: B010  a module of another class
     for parameter in model.parameters():
         tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
     initialise(model, space, recipe)

@@ -50,7 +50,8 @@ def layer_spec(backend: str, config: TransformerConfig, chunk: int | None = None
     attention.q_layernorm = attention.k_layernorm = RMSNorm
     attention.core_attention = MaskedAttention
     layers: list[ModuleSpec] = [layer] * get_num_layers_to_build(config, chunk)
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+    norm: Any = RMSNorm
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
 
 
 class RMSNorm(torch.nn.RMSNorm):

@@ -239,8 +239,8 @@ def _check_same_data(saved: dict[str, Any], samples: int, windows: Mixture, batc
     if saved["samples"] != samples:
         raise SodaError(
             f"the checkpoint of step {saved['step']} has seen {saved['samples']} samples, and by this recipe "
-            f"it would be {samples}: training.global_batch_size={batch} is not what it was. Set it back, or branch a new run off: "
-            "training.branch_from"
+            f"it would be {samples}: training.global_batch_size={batch} is not what it was. Set it back, or branch a new "
+            "run off: training.branch_from"
         )
     if saved["consumed"] and saved["consumed"] != windows.consumed(samples):
         raise SodaError(

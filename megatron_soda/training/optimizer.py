@@ -49,13 +49,14 @@ class Optimizer:
             use_distributed_optimizer=recipe.parallel.distributed_optimizer,
         )
         exempt = ParamPredicate(name="exempt from decay", fn=lambda p: p.ndim == 1 or getattr(p, "is_embedding", False))
-        for name, parameter in (item for chunk in ddp for item in chunk.module.named_parameters()):
+        parameters: Any = (item for chunk in ddp for item in chunk.module.named_parameters())
+        for name, parameter in parameters:
             tied = name == "output_layer.weight" and bool(recipe.model.tie_embeddings)
             parameter.is_embedding = name == "embedding.word_embeddings.weight" or tied
             parameter.is_vocabulary = name in ("embedding.word_embeddings.weight", "output_layer.weight")
         self.inner: MegatronOptimizer = get_megatron_optimizer(
             config,
-            ddp,
+            list(ddp),
             config_overrides={
                 ParamKey(predicate=exempt): ParamGroupOverride(wd_mult=0.0)  # pyright: ignore[reportCallIssue]
             },
@@ -178,7 +179,7 @@ def _parts(optimizer: MegatronOptimizer) -> list[Any]:
     return getattr(optimizer, "chained_optimizers", [optimizer])
 
 
-def _pieces(part: Any) -> Iterable[tuple[Tensor, Tensor]]:
+def _pieces(part: Any) -> Iterable[tuple[Any, Any]]:
     """(what Adam updates, the model's parameter it is of): itself, its float32 copy, or a rank's share of either."""
     if isinstance(part, DistributedOptimizer):
         pairs = (

@@ -1,0 +1,137 @@
+"""AdamW and Cautious AdamW over 100 steps against numpy, at every way of cutting their state."""
+
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.helpers import SPACE, small_recipe
+
+STEPS, PEAK, DECAY, BETA1, BETA2, EPSILON = 100, 1e-2, 0.1, 0.9, 0.95, 1e-16
+
+
+def rate(step: int) -> float:
+    return PEAK * min(1.0, (step + 1) / 20) * (1.0 if step < 60 else (STEPS - step) / 40)
+
+
+def draw(name: str, kind: str, shape: list[int]) -> np.ndarray:
+    values = np.random.default_rng(zlib.crc32(f"{name}/{kind}".encode())).normal(size=shape) * 0.1
+    return (values.astype(np.float32).view(np.uint32) & 0xFFFF0000).view(np.float32).astype(np.float64)  # fits bf16
+
+
+def gradient(name: str, step: int, shape: list[int]) -> np.ndarray:
+    """With a mean that stays, so that the moments say something; some steps are large enough to be clipped."""
+    large = 5.0 if step % 7 == 0 else 0.2
+    return large * (draw(name, str(step), shape) + draw(name, "mean", shape))
+
+
+def expected(shapes: dict[str, list[int]], cautious: bool) -> dict[str, np.ndarray]:
+    """All parameters after the steps, in float64, from the definition."""
+    weights = {name: draw(name, "weight", shape) for name, shape in shapes.items()}
+    first = {name: np.zeros(shape) for name, shape in shapes.items()}
+    second = {name: np.zeros(shape) for name, shape in shapes.items()}
+    for step in range(STEPS):
+        gradients = {name: gradient(name, step, shape) for name, shape in shapes.items()}
+        norm = np.sqrt(sum((g**2).sum() for g in gradients.values()))
+        for name, g in gradients.items():
+            g = g * min(1.0, 1.0 / (norm + 1e-6))
+            first[name] = BETA1 * first[name] + (1 - BETA1) * g
+            second[name] = BETA2 * second[name] + (1 - BETA2) * g**2
+            update = first[name] / (1 - BETA1 ** (step + 1))
+            update = update / (np.sqrt(second[name] / (1 - BETA2 ** (step + 1))) + EPSILON)
+            decay = DECAY if weights[name].ndim == 2 and not name.startswith("embedding.") else 0.0
+            if cautious:
+                mask = update * g > 0
+                update = update * mask / (mask.mean() + EPSILON)
+                decay *= rate(step) / PEAK
+            weights[name] = weights[name] - rate(step) * (update + decay * weights[name])
+    return weights
+
+
+def run_steps(folder: str, overrides: list[str]) -> tuple[float, int]:
+    """On a rank of the pool: the largest difference of a parameter of this rank, and how many were compared."""
+    import torch
+    from megatron.core import parallel_state
+
+    from megatron_soda.model import gpt
+    from megatron_soda.parallel import ranks
+    from megatron_soda.training.step import Engine
+
+    recipe = small_recipe(
+        Path(folder), Path(folder), f"training.weight_decay={DECAY}", f"training.learning_rate={PEAK}",
+        f"training.beta1={BETA1}", f"training.beta2={BETA2}", f"training.epsilon={EPSILON}", *overrides,
+    )  # fmt: skip
+    device = ranks.init(recipe)
+    size, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
+    shapes: dict[str, list[int]] = {}
+
+    def named(model: Any):
+        for name, parameter in model.named_parameters():
+            name, shape = gpt._global_name(model, name), list(parameter.shape)
+            if parameter.tensor_model_parallel:
+                shape[parameter.partition_dim] *= size
+            if name.startswith(("embedding.", "output_layer.")):
+                shape[0] = SPACE.size
+            yield name, parameter, shape
+
+    def cut(parameter: Any, whole: np.ndarray) -> torch.Tensor:
+        full = torch.tensor(whole, dtype=torch.float32)
+        if not parameter.tensor_model_parallel:
+            return full
+        axis, local = parameter.partition_dim, parameter.shape[parameter.partition_dim]
+        if axis == 0:
+            full = torch.cat([full, torch.zeros(local * size - len(full), *full.shape[1:])])
+        return full.split(local, axis)[rank].contiguous()
+
+    def initialise(model: Any, *_: Any) -> None:
+        with torch.no_grad():
+            for name, parameter, shape in named(model):
+                parameter.copy_(cut(parameter, draw(name, "weight", shape)))
+
+    kept, gpt.initialise = gpt.initialise, initialise
+    try:
+        engine = Engine(recipe, SPACE, device)
+    finally:
+        gpt.initialise = kept
+    parameters = [entry for model in engine.models for entry in named(model)]
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, {name: shape for name, _, shape in parameters})
+    for part in gathered:
+        shapes.update(part)
+    for step in range(STEPS):
+        for name, parameter, shape in parameters:
+            parameter.main_grad.copy_(cut(parameter, gradient(name, step, shape)))
+        engine.optimizer.step(rate(step))
+    wanted = expected(shapes, recipe.training.optimizer == "cautious")
+    half = recipe.training.precision == "bf16"
+    worst = 0.0
+    for name, parameter, _ in parameters:
+        target = cut(parameter, wanted[name])
+        difference = (parameter.detach().float() - target).abs()
+        if half:  # the float32 weights behind are right if the bf16 ones are theirs, rounded
+            difference = (difference - target.abs() / 256).clamp(min=0)
+        worst = max(worst, float(difference.max()))
+    return worst, len(parameters)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "cautious"])
+@pytest.mark.parametrize(
+    ("world", "overrides"),
+    [
+        (1, []),
+        (1, ["training.precision=bf16"]),
+        (2, ["parallel.tensor=2"]),
+        (2, ["parallel.pipeline=2"]),
+        (2, ["parallel.distributed_optimizer=true"]),
+        (2, ["parallel.distributed_optimizer=true", "training.precision=bf16"]),
+        (4, ["parallel.distributed_optimizer=true", "parallel.tensor=2"]),
+        (4, ["parallel.distributed_optimizer=true", "parallel.pipeline=2", "parallel.virtual_pipeline=2"]),
+    ],
+    ids=["one", "bf16", "tp2", "pp2", "dist", "dist-bf16", "dist-tp2", "dist-vpp2"],
+)
+def test_against_numpy(pool, tmp_path, optimizer, world, overrides):
+    for worst, count in pool.run(world, run_steps, str(tmp_path), [f"training.optimizer={optimizer}", *overrides]):
+        assert count > 5
+        assert worst < 2e-5
