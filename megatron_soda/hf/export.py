@@ -49,6 +49,8 @@ def export(recipe: Recipe) -> Path:
         store = Store(recipe.data_folder / "test")
         checkpoint.read_description(newest, recipe.model, store.space)
         recipe.parallel = Parallel()
+        if recipe.training.precision == "fp8":  # its weights are bf16, and documents are of any length
+            recipe.training.precision = "bf16"
         device = ranks.init(recipe)
         ours = build_model(recipe, store.space, device)
         checkpoint.load(newest, [ours], None)

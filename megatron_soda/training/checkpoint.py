@@ -276,15 +276,25 @@ def load(folder: Path, models: list, optimizer: MegatronOptimizer | None) -> Non
     with _weights_only():
         loaded: Any = dist_checkpointing.load(sharded, str(folder))
     for index, model in enumerate(models):
-        model.load_state_dict(loaded[f"model{index}"])
+        missing, unknown = model.load_state_dict(loaded[f"model{index}"], strict=False)
+        left = [name for name in (*missing, *unknown) if not name.endswith("_extra_state")]
+        if left:
+            raise SodaError(f"{folder}: the model and the checkpoint do not agree on {', '.join(left[:5])}")
     if optimizer is not None:
         optimizer.load_state_dict(loaded["optimizer"])
         finish_load(optimizer)
 
 
 def sharded_state(models: list, optimizer: MegatronOptimizer | None, *, loading: bool) -> dict[str, Any]:
-    """What torch_dist saves: every tensor under its name in the whole model, so that any layout finds it."""
-    state: dict[str, Any] = {f"model{index}": model.sharded_state_dict() for index, model in enumerate(models)}
+    """What torch_dist saves: every tensor under its name in the whole model, so that any layout finds it.
+
+    Transformer Engine's extra state (the histories of delayed FP8 scaling) is left out: local layers have none, and it
+    is a pickle. After a resume these histories begin anew.
+    """
+    state: dict[str, Any] = {
+        f"model{index}": {k: v for k, v in model.sharded_state_dict().items() if not k.endswith("_extra_state")}
+        for index, model in enumerate(models)
+    }
     if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=loading, metadata=_OPTIMIZER_FORMAT)
     return state

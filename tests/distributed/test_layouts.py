@@ -34,19 +34,45 @@ LAYOUTS = {
 
 def train(run: str, data: str, overrides: list[str], broken: str = "") -> None:
     """On a rank of the pool. `broken` names a guard to take out, to see that it is needed."""
+    import contextlib
+    import dataclasses
+    from unittest import mock
+
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-    from megatron_soda.training import checkpoint, loop, optimizer
+    from megatron_soda.model import gpt
+    from megatron_soda.training import checkpoint, loop, optimizer, step
 
-    kept = checkpoint.finish_load, DistributedOptimizer._set_main_param_and_optimizer_states
-    try:
+    with contextlib.ExitStack() as patches:
         if broken == "finish_load":
-            checkpoint.finish_load = lambda _: None
+            patches.enter_context(mock.patch.object(checkpoint, "finish_load"))
         if broken == "set_states":
-            DistributedOptimizer._set_main_param_and_optimizer_states = optimizer._original
+            original = optimizer._original
+            patches.enter_context(
+                mock.patch.object(DistributedOptimizer, "_set_main_param_and_optimizer_states", original)
+            )
+        settings, loss = gpt.transformer_config, step.Engine._loss
+        if broken == "p2p":  # batched messages in the interleaved schedule
+            changes = {"overlap_p2p_comm": False, "batch_p2p_comm": True}
+            patches.enter_context(
+                mock.patch.object(gpt, "transformer_config", lambda r: dataclasses.replace(settings(r), **changes))
+            )
+        if broken == "rank_mean":  # each rank's mean in the place of sums that are divided by the global weight
+
+            def mean_loss(self, model, batch, hidden):
+                total, _, sums = loss(self, model, batch, hidden)
+                return total / sums[1].sum(), sums
+
+            def finalize(self, model, _count, pg_collection=None, **kwargs):
+                step.finalize_model_grads(model, None, pg_collection, **kwargs)
+
+            changes = {"calculate_per_token_loss": False}
+            patches.enter_context(
+                mock.patch.object(gpt, "transformer_config", lambda r: dataclasses.replace(settings(r), **changes))
+            )
+            patches.enter_context(mock.patch.object(step.Engine, "_loss", mean_loss))
+            patches.enter_context(mock.patch.object(step.Engine, "_finalize", finalize))
         loop.train(small_recipe(Path(run), Path(data), *overrides))
-    finally:
-        checkpoint.finish_load, DistributedOptimizer._set_main_param_and_optimizer_states = kept
 
 
 def metrics(run: Path) -> list[dict]:
@@ -117,7 +143,7 @@ def test_resume_at_another_layout(pool, data, reference, tmp_path, first, then):
 
 
 @pytest.mark.parametrize("guard", ["finish_load", "set_states"])
-def test_guards_are_needed(pool, data, tmp_path, guard):
+def test_repairs_of_the_distributed_optimizer_are_needed(pool, data, tmp_path, guard):
     """Without each repair of optimizer.py, resuming under the distributed optimizer is wrong, or does not run."""
     flat = ["parallel.distributed_optimizer=true", "training.warmup_share=0", "training.decay_share=0"]
     straight, run = tmp_path / "straight", tmp_path / "run"
@@ -129,3 +155,80 @@ def test_guards_are_needed(pool, data, tmp_path, guard):
         return
     assert losses(run)[:10] == losses(straight)[:10]
     assert losses(run)[10:] != pytest.approx(losses(straight)[10:], abs=1e-4)
+
+
+def test_separate_messages_are_needed_in_the_interleaved_schedule(pool, data, reference, tmp_path):
+    """Batched, they are mixed up between two stages: no error, but other gradients."""
+    world, overrides = LAYOUTS["vpp2"]
+    pool.run(world, train, str(tmp_path), str(data), [*overrides, "training.steps=2"], "p2p")
+    assert metrics(tmp_path)[0]["grad_norm"] != pytest.approx(metrics(reference)[0]["grad_norm"], rel=0.01)
+
+
+def test_means_by_rank_are_noticed_under_context_parallelism(pool, data, tmp_path):
+    """megatron-core multiplies such a loss by the context-parallel size. That doubles gradients, which Adam and
+    clipping hide. The head, which has taken its gradient already, sees that it is to be scaled."""
+    world, overrides = LAYOUTS["cp2"]
+    with pytest.raises(RuntimeError, match="cannot be scaled"):
+        pool.run(world, train, str(tmp_path), str(data), [*overrides, "training.steps=2"], "rank_mean")
+
+
+WEIGHTS = ["training.loss_weights={text: 0.5, semantic: 2, acoustic_1: 0}", "training.micro_batch_size=4"]
+
+
+@pytest.mark.parametrize(
+    ("world", "overrides"),
+    [
+        (1, ["training.micro_batch_size=1"]),
+        (2, ["training.micro_batch_size=1"]),
+        (2, ["parallel.context=2", "training.micro_batch_size=2"]),
+        (2, ["parallel.pipeline=2", "training.micro_batch_size=2", "training.recompute=true"]),
+        (2, ["parallel.tensor=2", "parallel.sequence=true", "training.recompute=true"]),
+    ],
+    ids=["one", "dp2", "cp2", "pp2-recompute", "sp2-recompute"],
+)
+def test_how_a_batch_is_split_changes_nothing(pool, data, weighted, tmp_path, world, overrides):
+    """Nor do weights by class, whose sums differ between micro-batches: they are divided by the sum over all."""
+    pool.run(world, train, str(tmp_path), str(data), [*WEIGHTS, *overrides])
+    for a, b in zip(metrics(weighted), metrics(tmp_path), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], abs=1e-5)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], abs=1e-4)
+        assert "acoustic_1" not in b["nll"]
+
+
+@pytest.fixture(scope="module")
+def weighted(pool, data, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("weighted")
+    pool.run(1, train, str(run), str(data), WEIGHTS)
+    return run
+
+
+def test_validation_is_the_same_at_every_layout(pool, data, tmp_path):
+    """Over windows that fill no whole number of micro-batches, too."""
+    found = []
+    for index, (world, overrides) in enumerate([(1, []), (2, []), LAYOUTS["vpp2"]]):
+        run = tmp_path / str(index)
+        extra = ["training.valid_windows=3", "training.valid_every=1", "training.steps=1"]
+        pool.run(world, train, str(run), str(data), [*overrides, *extra])
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        found.append(next(row["valid_loss"] for row in rows if "valid_loss" in row))
+    assert found[1:] == pytest.approx(found[:1] * 2, abs=1e-5)
+
+
+def test_bf16_stays_near_fp32(pool, data, reference, tmp_path):
+    """With float32 master weights; at several layouts they agree better than with float32."""
+    runs = {}
+    for name in ("one", "dp2_distributed", "sp2", "pp2"):
+        world, overrides = LAYOUTS.get(name, (1, []))
+        pool.run(world, train, str(tmp_path / name), str(data), [*overrides, "training.precision=bf16"])
+        runs[name] = losses(tmp_path / name)
+        assert runs[name] == pytest.approx(losses(reference), abs=0.02)
+        assert runs[name] != losses(reference)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "cautious"])
+def test_a_rate_that_makes_nan_ends_with_its_name(pool, data, tmp_path, optimizer):
+    with pytest.raises(RuntimeError, match=r"step \d+: loss (nan|inf).*Lower training\.learning_rate"):
+        pool.run(
+            1, train, str(tmp_path), str(data),
+            ["training.learning_rate=1e30", f"training.optimizer={optimizer}", "training.clip_grad=0"],
+        )  # fmt: skip

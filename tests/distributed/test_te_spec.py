@@ -396,16 +396,11 @@ def test_checkpoints_have_the_same_tensors(results, layout):
 
 
 NAMES = "local", "transformer_engine", "delayed"
-EXTRA_STATE = pytest.mark.xfail(strict=True, reason="checkpoints hold Transformer Engine's extra state")
 
 
 @pytest.mark.parametrize(
     ("writer", "reader"),
-    [
-        pytest.param(a, b, marks=EXTRA_STATE if a != "transformer_engine" and b != "local" else ())
-        for a in NAMES
-        for b in NAMES
-    ],
+    [(a, b) for a in NAMES for b in NAMES],
 )
 def test_a_checkpoint_of_one_loads_in_the_other(results, writer, reader):
     (found,) = of(results, "checkpoints")

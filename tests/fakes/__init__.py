@@ -1,0 +1,1 @@
+"""Stand-ins for packages that tests cannot have: each is put in place by its `install()`."""
