@@ -1,0 +1,249 @@
+"""Checkpoints: written beside training, kept or forgotten, checked before they are used, and branched off."""
+
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_soda.data.store import Store, write_store
+from tests.distributed.test_layouts import LAYOUTS, losses, train
+from tests.helpers import SPACE, documents, small_recipe
+
+FLAT = ["training.warmup_share=0", "training.decay_share=0"]
+
+
+def folders(run: Path) -> list[int]:
+    return sorted(int(f.name[5:]) for f in (run / "checkpoints").iterdir() if f.name.startswith("step_"))
+
+
+def train_watched(run: str, data: str, overrides: list[str]) -> list[list[int]]:
+    """On a rank of the pool: trains; the checkpoints that can be seen after every step, each proved whole."""
+    from unittest import mock
+
+    from megatron_soda.training import checkpoint, loop
+
+    seen = []
+    poll = checkpoint.Saver.poll
+
+    def watched(self):
+        poll(self)
+        steps = checkpoint.saved_steps(Path(run))
+        for step in steps:
+            assert checkpoint.damage(checkpoint.folder_of(Path(run), step)) == []
+        seen.append(steps)
+
+    with mock.patch.object(checkpoint.Saver, "poll", watched):
+        loop.train(small_recipe(Path(run), Path(data), *overrides))
+    return seen
+
+
+@pytest.mark.parametrize("layout", ["one", "dp2_distributed", "tp2pp2"])
+def test_async_checkpoints_are_whole_when_they_appear(pool, data, tmp_path, layout):
+    world, overrides = LAYOUTS.get(layout, (1, []))
+    plain, run = tmp_path / "plain", tmp_path / "run"
+    pool.run(world, train, str(plain), str(data), [*overrides, *FLAT])
+    asynchronous = [*overrides, *FLAT, "training.async_save=true", "training.save_every=4"]
+    seen = pool.run(world, train_watched, str(run), str(data), [*asynchronous, "training.steps=13"])[0]
+    assert seen[-1][-1] in (8, 12)
+    assert folders(run) == [4, 8, 12, 13]
+    assert not list((run / "checkpoints").glob(".*"))
+    pool.run(world, train, str(run), str(data), asynchronous)
+    assert losses(run) == losses(plain)  # bit for bit: the state that was written is that of its step, not a later one
+
+
+def test_old_checkpoints_are_forgotten(pool, data, tmp_path):
+    pool.run(
+        1, train, str(tmp_path), str(data), ["training.save_every=2", "training.keep_last=2", "training.keep_every=6"]
+    )
+    assert folders(tmp_path) == [6, 12, 18, 20]
+
+
+@pytest.fixture(scope="module")
+def saved(pool, data, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("saved")
+    pool.run(2, train, str(run), str(data), [*FLAT, "training.save_every=5"])
+    return run
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "gone", "no manifest"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(pool, data, saved, tmp_path, capfd, damage):
+    run = tmp_path / "run"
+    shutil.copytree(saved, run)
+    newest = run / "checkpoints" / "step_00000020"
+    victim = max(newest.glob("__*.distcp"))
+    content = bytearray(victim.read_bytes())
+    if damage == "flipped":
+        content[len(content) // 2] ^= 1
+        victim.write_bytes(bytes(content))
+    elif damage == "cut":
+        victim.write_bytes(bytes(content[:-7]))
+    elif damage == "gone":
+        victim.unlink()
+    else:
+        (newest / "manifest.json").unlink()
+    pool.run(2, train, str(run), str(data), [*FLAT, "training.save_every=5"])
+    out = capfd.readouterr().out
+    assert "step_00000020 is damaged and not used" in out
+    assert ("manifest.json" if damage == "no manifest" else victim.name) in out
+    assert "from step 15" in out
+    assert losses(run) == losses(saved)
+    assert folders(run) == [5, 10, 15, 20]
+
+
+def test_when_all_are_damaged_nothing_starts_anew(pool, data, saved, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(saved, run)
+    for path in run.glob("checkpoints/*/common.pt"):
+        path.write_bytes(b"")
+    with pytest.raises(RuntimeError, match="every checkpoint is damaged"):
+        pool.run(1, train, str(run), str(data), [])
+
+
+class _Runs:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/soda_was_here",)
+
+
+def reseal(folder: Path) -> None:
+    """What a stranger can do too: a manifest that agrees with what they wrote."""
+    from megatron_soda.training.checkpoint import _checksum
+
+    names = [p.name for p in folder.iterdir() if p.name not in ("manifest.json", "checkpoint.json")]
+    manifest = {n: (os.path.getsize(folder / n), _checksum(folder / n)) for n in names}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("name", [".metadata", "common.pt"])
+def test_a_checkpoint_cannot_run_code(pool, data, saved, tmp_path, name):
+    run = tmp_path / "run"
+    shutil.copytree(saved, run)
+    shutil.rmtree(run / "checkpoints" / "step_00000020")
+    folder = run / "checkpoints" / "step_00000015"
+    mark = Path("/tmp/soda_was_here")
+    mark.unlink(missing_ok=True)
+    if name == ".metadata":
+        index = pickle.loads((folder / name).read_bytes())
+        index.planner_data = [index.planner_data, _Runs()]
+        (folder / name).write_bytes(pickle.dumps(index))
+    else:
+        import torch
+
+        torch.save({**torch.load(folder / name), "more": _Runs()}, folder / name)
+    reseal(folder)
+    with pytest.raises(RuntimeError, match=r"posix\.system|weights_only|Unsupported"):
+        pool.run(1, train, str(run), str(data), FLAT)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["training.optimizer=cautious"], r"another optimizer: its optimizer\.name is adamw"),
+        (["parallel.distributed_optimizer=true"], r"another optimizer: its optimizer\.distributed"),
+        (["training.precision=bf16"], r"another optimizer: its optimizer\.half"),
+        (["model.ffn_hidden_size=128"], r"another model: its model\.ffn_hidden_size is 64"),
+        (["model.tie_embeddings=true"], r"another model: its model\.tie_embeddings"),
+        (["training.global_batch_size=16"], "by this recipe it would be 320: training.global_batch_size=16 is not"),
+    ],
+)
+def test_another_model_or_optimizer_is_refused(pool, data, saved, tmp_path, overrides, message):
+    run = tmp_path / "run"
+    shutil.copytree(saved, run)
+    with pytest.raises(RuntimeError, match=message):
+        pool.run(1, train, str(run), str(data), [*FLAT, "training.steps=30", *overrides])
+
+
+def test_another_vocabulary_is_refused(pool, saved, tmp_path):
+    from dataclasses import replace
+
+    run, data = tmp_path / "run", tmp_path / "data"
+    shutil.copytree(saved, run)
+    space = replace(SPACE, text_size=80)
+    for side in ("train", "valid"):
+        write_store(data / side, documents(100, 0, space), space)
+    with pytest.raises(RuntimeError, match=r"another vocabulary: its space\.text_size is 64"):
+        pool.run(1, train, str(run), str(data), [*FLAT, "training.steps=30"])
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory, data) -> list[str]:
+    """Two corpora and what validates them."""
+    folder = tmp_path_factory.mktemp("corpora")
+    for name, count, seed in (("speech", 120, 5), ("text", 60, 6)):
+        write_store(folder / name, documents(count, seed), SPACE)
+    return [f"data.corpora={{speech: {folder}/speech, text: {folder}/text}}"]
+
+
+def mix(*stages: tuple[int, float]) -> str:
+    made = [f"{{from_step: {at}, shares: {{speech: {share}, text: {1 - share}}}}}" for at, share in stages]
+    return f"data.mix=[{', '.join(made)}]"
+
+
+def consumed(run: Path, step: int) -> dict[str, int]:
+    return json.loads((run / "checkpoints" / f"step_{step:08d}" / "checkpoint.json").read_text())["consumed"]
+
+
+def test_shares_that_change_on_the_way(pool, data, corpora, tmp_path):
+    """The same at any data-parallel size, through a resume, and without a window lost or repeated."""
+    stages = mix((0, 0.75), (8, 0.25), (15, 1.0))
+    straight, run = tmp_path / "straight", tmp_path / "run"
+    pool.run(1, train, str(straight), str(data), [*corpora, stages, *FLAT])
+    assert consumed(straight, 20) == {"speech": 6 * 8 + 2 * 7 + 8 * 5, "text": 2 * 8 + 6 * 7}
+    pool.run(2, train, str(run), str(data), [*corpora, stages, *FLAT, "training.steps=10"])
+    pool.run(1, train, str(run), str(data), [*corpora, stages, *FLAT])
+    assert losses(run) == pytest.approx(losses(straight), abs=1e-5)
+    with pytest.raises(RuntimeError, match="the shares of steps that are done were changed"):
+        pool.run(1, train, str(run), str(data), [*corpora, mix((0, 0.7)), *FLAT, "training.steps=30"])
+    # A stage for the steps to come is no such change.
+    later = mix((0, 0.75), (8, 0.25), (15, 1.0), (20, 0.0))
+    pool.run(1, train, str(run), str(data), [*corpora, later, *FLAT, "training.steps=25"])
+    assert consumed(run, 25)["speech"] == consumed(run, 20)["speech"]
+
+
+def test_a_decay_leg_with_another_mix(pool, data, corpora, tmp_path):
+    """Off a checkpoint of the stable phase: weights, optimizer, step and the places in the corpora go on."""
+    trunk, leg, same = tmp_path / "trunk", tmp_path / "leg", tmp_path / "same"
+    pool.run(1, train, str(trunk), str(data), [*corpora, mix((0, 0.75)), *FLAT])
+    origin = f"training.branch_from={trunk}/checkpoints/step_00000010"
+    pool.run(1, train, str(same), str(data), [*corpora, mix((0, 0.75)), *FLAT, origin])
+    assert losses(same) == losses(trunk)[10:]  # a branch that changes nothing is the run itself, bit for bit
+    decay = [*corpora, mix((0, 0.0)), origin, "training.schedule=decay"]
+    pool.run(1, train, str(leg), str(data), [*decay, "training.steps=14", "training.save_every=2"])
+    pool.run(1, train, str(leg), str(data), [*decay, "training.steps=14"])  # nothing to do
+    rates = [json.loads(line) for line in (leg / "metrics.jsonl").read_text().splitlines()]
+    rates = [row["learning_rate"] for row in rates if "learning_rate" in row]
+    peak = small_recipe(leg, data).training.learning_rate
+    assert rates == pytest.approx([peak * part / 5 for part in (4, 3, 2, 1)])
+    assert consumed(leg, 14) == {"speech": consumed(trunk, 10)["speech"], "text": consumed(trunk, 10)["text"] + 4 * 8}
+    # Stopped and resumed, the leg knows where it began.
+    shutil.rmtree(leg / "checkpoints" / "step_00000014")
+    before = losses(leg)
+    pool.run(1, train, str(leg), str(data), [*decay, "training.steps=14"])
+    assert losses(leg) == before
+    with pytest.raises(RuntimeError, match=r"branch_from=.*nowhere"):
+        pool.run(1, train, str(tmp_path / "x"), str(data), ["training.schedule=decay", "training.branch_from=/nowhere"])
+
+
+def test_windows_on_whole_frames_and_data_that_do_not_fit(pool, data, corpora, tmp_path):
+    pool.run(2, train, str(tmp_path / "a"), str(data), ["data.align_windows=true"])
+    pool.run(1, train, str(tmp_path / "b"), str(data), ["data.align_windows=true"])
+    assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), abs=1e-5)
+    for overrides, message in [
+        ([*corpora, "data.mix=[{shares: {speech: 0.7, text: 0.2}}]"], "sum to 0.9, not to 1"),
+        ([*corpora, "data.mix=[{shares: {speach: 1.0}}]"], "Did you mean speech"),
+        ([*corpora, "data.mix=[{from_step: 5, shares: {speech: 1.0}}]"], "training begins at step 0"),
+        (["data.sequence_length=65536"], "the store is too small"),
+        (["training.loss_weights={semantik: 1}"], "Did you mean semantic"),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            pool.run(1, train, str(tmp_path / "c"), str(data), overrides)
+    empty = tmp_path / "empty"
+    shutil.copytree(data, empty)
+    write_store(empty / "train", [], SPACE)
+    with pytest.raises(RuntimeError, match="no tokens"):
+        pool.run(1, train, str(tmp_path / "d"), str(empty), [])
+    assert np.array_equal(Store(data / "train").document(0), documents(1)[0])
