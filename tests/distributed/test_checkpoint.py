@@ -69,8 +69,19 @@ def saved(pool, data, tmp_path_factory) -> Path:
     return run
 
 
+def train_heard(run: str, data: str, overrides: list[str]) -> str:
+    """On a rank of the pool: trains; what was printed."""
+    import contextlib
+    import io
+
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        train(run, data, overrides)
+    return out.getvalue()
+
+
 @pytest.mark.parametrize("damage", ["flipped", "cut", "gone", "no manifest"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(pool, data, saved, tmp_path, capfd, damage):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(pool, data, saved, tmp_path, damage):
     run = tmp_path / "run"
     shutil.copytree(saved, run)
     newest = run / "checkpoints" / "step_00000020"
@@ -85,8 +96,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(pool, data, sa
         victim.unlink()
     else:
         (newest / "manifest.json").unlink()
-    pool.run(2, train, str(run), str(data), [*FLAT, "training.save_every=5"])
-    out = capfd.readouterr().out
+    out = pool.run(2, train_heard, str(run), str(data), [*FLAT, "training.save_every=5"])[0]
     assert "step_00000020 is damaged and not used" in out
     assert ("manifest.json" if damage == "no manifest" else victim.name) in out
     assert "from step 15" in out
