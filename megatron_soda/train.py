@@ -1,19 +1,24 @@
 """torchrun entry:  torchrun --nproc-per-node N -m megatron_soda.train RECIPE key=value ..."""
 
 import os
+import socket
 import sys
 
 from .config import load_recipe
 from .errors import SodaError, user_message
 from .parallel.layout import check_layout
+from .parallel.preflight import check_rendezvous
 
 
 def run(recipe_path: str, overrides: list[str]) -> int:
     """Exit status: 0 done, 130 stopped on request with everything saved, 2 for an error the user can mend."""
     rank = int(os.environ.get("RANK", "0"))
+    alone = os.environ.get("LOCAL_RANK", "0") == "0"  # what is wrong with the recipe is said once on each host
     try:
         recipe = load_recipe(recipe_path, overrides)
         check_layout(recipe, int(os.environ.get("WORLD_SIZE", "1")))  # before the seconds that the engine takes
+        check_rendezvous()
+        alone = True
 
         from .training.loop import exit_quietly, train
 
@@ -21,9 +26,9 @@ def run(recipe_path: str, overrides: list[str]) -> int:
         exit_quietly()
         return 0 if done else 130
     except (SodaError, OSError) as error:
-        message = user_message(error)
-        if rank == 0:
-            print(f"error: {message}", file=sys.stderr, flush=True)
+        if alone:
+            where = f" on rank {rank} ({socket.gethostname()})" if rank else ""
+            print(f"error{where}: {user_message(error)}", file=sys.stderr, flush=True)
         return 2
 
 

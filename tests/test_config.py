@@ -2,18 +2,74 @@ import pytest
 
 from megatron_soda.config import PRESETS, Model, load_recipe
 from megatron_soda.errors import SodaError
-from megatron_soda.model.size import parameter_count
+from megatron_soda.model.size import parameter_count, size_of
 from megatron_soda.parallel.layout import check_layout
 from megatron_soda.vocab import LLAMA3
 
 
 @pytest.mark.parametrize(
     ("preset", "parameters"),
-    [("135m", 205_149_568), ("600m", 736_698_368), ("1.7b", 2_001_871_872), ("4b", 4_374_089_216)],
+    [
+        ("135m", 205_149_568),
+        ("600m", 736_698_368),
+        ("1.7b", 2_001_871_872),
+        ("4b", 4_374_089_216),
+        ("150m", 20 * (4 * 512 * 512 + 3 * 512 * 1792 + 2 * 64 + 2 * 512) + 512 + 144_644 * 512),
+    ],
 )
 def test_sizes_of_the_paper(preset, parameters):
     recipe = load_recipe(None, [f"model.preset={preset}"])
     assert parameter_count(recipe.model, LLAMA3) == parameters
+
+
+# Millions, both tables: the appendix of the paper's study, regenerated from the authors' code (width: blocks, total).
+STUDY = {
+    256: (3.1, 77.2), 384: (9.4, 120.5), 512: (25.2, 173.3), 640: (45.9, 231.0), 768: (75.5, 297.7),
+    896: (115.6, 374.8), 1024: (184.6, 480.8), 1152: (254.8, 588.1), 1280: (340.8, 711.1), 1408: (444.1, 851.4),
+    1536: (566.3, 1010.6),
+    1664: (753.2, 1234.6), 1792: (924.9, 1443.3), 1920: (1120.7, 1676.2), 2048: (1342.3, 1934.7),
+    2304: (1953.6, 2620.1),
+    2816: (3425.8, 4240.5), 3072: (4530.0, 5418.7),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("width", STUDY)
+def test_models_of_the_study(width):
+    size = size_of(load_recipe(None, [f"preset=isoflop-{width}"]).model, LLAMA3, 4096)
+    assert (size.blocks / 1e6, size.total / 1e6) == pytest.approx(STUDY[width], abs=0.06)
+
+
+@pytest.mark.parametrize("preset", [*PRESETS, "isoflop-640"])
+def test_sizes_against_transformers(preset):
+    """A Qwen3 of the same sizes on the meta device, whose parameters are counted."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from megatron_soda.hf.export import hf_config
+
+    recipe = load_recipe(None, [f"preset={preset}"])
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(hf_config(recipe.model, LLAMA3, 4096))
+    size = size_of(recipe.model, LLAMA3, 4096)
+    assert size.total == sum(p.numel() for p in model.parameters())
+    assert size.embedding == model.model.embed_tokens.weight.numel()
+    assert size.head == (0 if recipe.model.tie_embeddings else model.lm_head.weight.numel())
+    products = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and "layers" in n)
+    attention = recipe.model.num_layers * 4096 * recipe.model.num_attention_heads * recipe.model.head_dim
+    assert size.flops_per_token == 6 * (products + attention + size.embedding)
+
+
+def test_budgets_of_the_study():
+    """Tokens of a row of its table times the FLOPs of a token are the row's budget (paper, section 6)."""
+    for budget, width, steps, batch in [(3e18, 512, 61262, 16), (3e19, 1152, 35628, 64), (3e20, 1920, 56132, 128)]:
+        size = size_of(load_recipe(None, [f"preset=isoflop-{width}"]).model, LLAMA3, 4096)
+        assert size.study_flops_per_token * steps * batch * 4096 == pytest.approx(budget, rel=0.01)
+
+
+def test_learning_rates_of_the_paper():
+    for preset, rate in [("135m", 4.243e-3), ("600m", 4.243e-3), ("1.7b", 3.0e-3), ("4b", 2.683e-3)]:
+        assert load_recipe(None, [f"preset={preset}"]).training.learning_rate == pytest.approx(rate, rel=1e-3)
+    assert load_recipe(None, ["training.learning_rate=1e-3"]).training.learning_rate == 1e-3
 
 
 @pytest.mark.parametrize(
@@ -31,6 +87,23 @@ def test_sizes_of_the_paper(preset, parameters):
         ("training.precision=fp", "must be one of fp32, bf16, fp8"),
         ("evaluate.suite=[nil]", "Did you mean nll"),
         ("training.decay_share=0.95", "over 1 together"),
+        ("model.preset=isoflop-100", "multiple of 128"),
+        ("training.optimizer=adam", "Did you mean adamw"),
+        ("training.schedule=decay", "training.branch_from"),
+        ("training.schedule=wds", "Did you mean wsd"),
+        ("training.learning_rate=-1", "0 or above"),
+        ("training.learning_rate=nan", "0 or above"),
+        ("training.learning_rate=.inf", "0 or above"),
+        ("training.epsilon=0", "above 0"),
+        ("training.loss_weights={text: -1}", r"loss_weights\.text=-1"),
+        ("training.keep_last=-1", "keep_last=-1"),
+        ("parallel.contxt=2", "Did you mean parallel.context"),
+        ("parallel.context=0", "above 0"),
+        ("data.mix=[{from_step: 0, shares: {a: 1.0}}]", "data.corpora no corpora"),
+        ("data.mix=[{from_stp: 0}]", r"data\.mix\[0\]\.from_stp.*from_step"),
+        ("data.mix=[3]", "from_step and shares"),
+        ("data.corpora={a: x, b: y}", "data.mix must say"),
+        ("training.bf16_layers=2", "none of model.num_layers=3"),
         ("prepare.test_share=1.5", r"must be in \[0, 1\)"),
         ("model.num_query_groups=3", "does not divide"),
     ],
@@ -63,6 +136,9 @@ def test_recipe_file(tmp_path):
         load_recipe(tmp_path / "none.yaml")
 
 
+FP8 = ["training.precision=fp8"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "world", "message"),
     [
@@ -71,6 +147,17 @@ def test_recipe_file(tmp_path):
         (["parallel.pipeline=2"], 2, "does not divide model.num_layers=3"),
         (["parallel.tensor=2"], 3, "3 processes"),
         (["training.global_batch_size=3"], 2, "not a multiple"),
+        (["parallel.sequence=true"], 1, "parallel.tensor of 2"),
+        (["parallel.virtual_pipeline=3"], 1, "parallel.pipeline of 2"),
+        (["num_layers=4", "parallel.pipeline=2", "parallel.virtual_pipeline=4"], 2, "model.num_layers / pipeline=2"),
+        (["num_layers=4", "parallel.pipeline=2", "parallel.virtual_pipeline=2", "global_batch_size=3"], 2, "3 micro-b"),
+        (["parallel.context=2", "data.sequence_length=30"], 2, "multiple of twice that"),
+        (["parallel.tensor=2", "parallel.sequence=true", "data.sequence_length=31"], 2, "does not divide 31 tokens"),
+        (["parallel.context=2"], 3, "3 processes"),
+        ([*FP8, "data.sequence_length=4090"], 1, "4090, and must be a multiple of 16 .*4080 or 4096 would do"),
+        ([*FP8, "parallel.tensor=2", "parallel.sequence=true", "data.sequence_length=16"], 2, "32 would do"),
+        ([*FP8, "training.fp8_recipe=blockwise", "ffn_hidden_size=320"], 1, "256 or 384 would do"),
+        ([*FP8, "parallel.tensor=2", "training.fp8_recipe=blockwise", "ffn_hidden_size=384"], 2, "256 or 512"),
     ],
 )
 def test_layouts_that_do_not_divide(overrides, world, message):

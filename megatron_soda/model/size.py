@@ -1,9 +1,11 @@
 """How many parameters a model has, and what a token costs, without building it. `soda params` prints it."""
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
-from ..config import Model
-from ..vocab import TokenSpace
+from ..config import Model, Recipe
+from ..data.store import Store
+from ..vocab import LLAMA3, TokenSpace
 
 
 @dataclass
@@ -64,6 +66,12 @@ def study_flops(model: Model, space: TokenSpace, sequence_length: int) -> int:
         + 3 * sequence_length * m.num_attention_heads
     )
     return 3 * (m.num_layers * layer + 2 * m.hidden_size * space.size)
+
+
+def space_of(recipe: Recipe) -> TokenSpace:
+    """The vocabulary of the recipe's data if that is there, else SODA's 144,644 ids."""
+    path = next(iter(recipe.data.corpora.values()), str(recipe.data_folder / "train"))
+    return Store(path).space if Path(f"{path}.json").is_file() else LLAMA3
 
 
 def describe(model: Model, space: TokenSpace, sequence_length: int) -> dict[str, int]:

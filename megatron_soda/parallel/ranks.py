@@ -15,13 +15,14 @@ cpu.install()
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 
 from ..config import Recipe  # noqa: E402
+from . import preflight  # noqa: E402
 from .layout import check_layout  # noqa: E402
 
 
 def init(recipe: Recipe) -> torch.device:
     """Starts the process group (torchrun's, or one process alone) and lays out the ranks. Returns the device.
 
-    Raises SodaError if the layout does not divide the model or the processes.
+    Raises SodaError if the layout does not divide the model or the processes, and if the ranks were not started alike.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     check_layout(recipe, world_size)
@@ -44,6 +45,7 @@ def init(recipe: Recipe) -> torch.device:
             )
         else:
             dist.init_process_group(backend)
+    preflight.compare_ranks(recipe, device)  # ranks that want other groups than their peers would wait for ever
     layout(recipe)
     return device
 

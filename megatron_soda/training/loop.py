@@ -18,7 +18,7 @@ from ..data.store import Store
 from ..data.windows import Windows
 from ..errors import SodaError
 from ..model.size import parameter_count, train_flops
-from ..parallel import ranks
+from ..parallel import preflight, ranks
 from ..run_folder import record_environment, record_timing
 from . import checkpoint
 from .metrics import Metrics, check_wandb, memory_gib, mfu, peak_tflops
@@ -89,7 +89,7 @@ def train(recipe: Recipe) -> bool:
     run, t = Path(recipe.run), recipe.training
     check_wandb(recipe)
     device = ranks.init(recipe)
-    rank_map = ""  # PREFLIGHT
+    rank_map = preflight.check_ranks(recipe, device)
     first = ranks.is_first()
 
     origin = checkpoint.newest_whole(run)
@@ -239,8 +239,8 @@ def _check_same_data(saved: dict[str, Any], samples: int, windows: Mixture, batc
     if saved["samples"] != samples:
         raise SodaError(
             f"the checkpoint of step {saved['step']} has seen {saved['samples']} samples, and by this recipe "
-            f"it would be {samples}: training.global_batch_size={batch} is not what it was. Set it back, or branch a new "
-            "run off: training.branch_from"
+            f"it would be {samples}: training.global_batch_size={batch} is not what it was. Set it back, or branch "
+            "a new run off: training.branch_from"
         )
     if saved["consumed"] and saved["consumed"] != windows.consumed(samples):
         raise SodaError(

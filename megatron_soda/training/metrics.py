@@ -5,6 +5,7 @@ import importlib.util
 import json
 import resource
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +50,18 @@ def memory_gib() -> float:
 
 def check_wandb(recipe: Recipe) -> None:
     """SodaError if Weights & Biases is asked for and is not there: before the training, not after."""
-    if recipe.training.wandb_project and not importlib.util.find_spec("wandb"):
+    if recipe.training.wandb_project and not _installed("wandb"):
         raise SodaError(
             f"training.wandb_project={recipe.training.wandb_project}: the package wandb is not installed. "
             "Install it (pip install wandb), or leave the key empty: metrics.jsonl and TensorBoard are always written."
         )
+
+
+def _installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ValueError:  # a module without a spec, or one that was forbidden
+        return False
 
 
 class Metrics:
@@ -77,8 +85,9 @@ class Metrics:
         self.file = self.path.open("a", encoding="utf-8")
         self.wandb: Any = None
         if recipe.training.wandb_project:
+            identity = f"{recipe.name}-{zlib.crc32(str(run.resolve()).encode()):08x}"  # a resumed run is the same run
             self.wandb = importlib.import_module("wandb").init(
-                project=recipe.training.wandb_project, name=recipe.name, dir=str(run), resume="allow"
+                project=recipe.training.wandb_project, name=recipe.name, id=identity, dir=str(run), resume="allow"
             )
 
     def write(self, step: int, values: dict[str, Any]) -> None:
