@@ -29,9 +29,9 @@ def start(command: list[str], **environment: str) -> subprocess.Popen:
     )  # fmt: skip
 
 
-def run(command: list[str], timeout: float = 20, **environment: str) -> tuple[int, str]:
+def run(command: list[str], **environment: str) -> tuple[int, str]:
     process = start(command, **environment)
-    out = process.communicate(timeout=timeout)[0]
+    out = process.communicate(timeout=300)[0]
     return process.returncode, out
 
 
@@ -198,12 +198,12 @@ def test_what_launch_starts(fakes):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", [p.stem for p in PRETRAIN.glob("*.yaml")])
+@pytest.mark.parametrize("name", ["4b", "135m-decay"])  # the others have no key that these have not
 def test_smoke(name):
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]
     environment = {"MASTER_PORT": str(port), "NPROC_PER_NODE": "2"}
-    status, out = run([*LAUNCH, "--smoke", str(PRETRAIN / f"{name}.yaml")], timeout=300, **environment)
+    status, out = run([*LAUNCH, "--smoke", str(PRETRAIN / f"{name}.yaml")], **environment)
     assert status == 0, out
     assert '"step": 4' in (ROOT / "runs" / "smoke" / name / "metrics.jsonl").read_text()
 

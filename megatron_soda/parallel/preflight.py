@@ -156,8 +156,16 @@ def main() -> int:
 
 
 def compare_ranks(recipe: Recipe, device: "torch.device") -> list[dict[str, Any]]:
-    """What every rank is, in their order. SodaError, on all of them, if they differ or two share a device."""
-    facts = [json.loads(text) for text in _gather(json.dumps(_facts(recipe, device)))]
+    """What every rank is, in their order. SodaError, on all of them, if they differ or two share a device.
+
+    Asks over gloo also where the ranks have NCCL: that would fail on a shared device before we could name it.
+    """
+    import torch
+    import torch.distributed as dist
+
+    cpu = torch.device("cpu")
+    gloo: Any = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+    facts = [json.loads(text) for text in _gather(json.dumps(_facts(recipe, device)), cpu, gloo)]
     hosts = [fact["host"] for fact in facts]
     lines = [
         line
@@ -165,9 +173,11 @@ def compare_ranks(recipe: Recipe, device: "torch.device") -> list[dict[str, Any]
         if (line := _difference(name, [fact["versions"][name] for fact in facts], hosts))
     ]
     if len({fact["recipe"] for fact in facts}) > 1:  # all ranks see the same facts, so all take part in this
-        recipes = [json.loads(text) for text in _gather(json.dumps(_flat(recipe)))]
+        recipes = [json.loads(text) for text in _gather(json.dumps(_flat(recipe)), cpu, gloo)]
         keys = dict.fromkeys(key for of_rank in recipes for key in of_rank)
         lines += [line for key in keys if (line := _difference(key, [of_rank.get(key) for of_rank in recipes], hosts))]
+    if gloo is not None:
+        dist.destroy_process_group(gloo)
     if lines:
         more = f"\n  and {len(lines) - 10} more" if len(lines) > 10 else ""
         raise SodaError(
@@ -211,7 +221,7 @@ def check_ranks(recipe: Recipe, device: "torch.device") -> str:
         "data": state.get_data_parallel_rank(),
         "wrong": wrong,
     }
-    for fact, text in zip(facts, _gather(json.dumps(here)), strict=True):
+    for fact, text in zip(facts, _gather(json.dumps(here), device), strict=True):
         fact.update(json.loads(text))
     for name in groups:
         ranks = [rank for rank, fact in enumerate(facts) if name in fact["wrong"]]
@@ -277,27 +287,21 @@ def _flat(recipe: Recipe) -> dict[str, Any]:
     return flat
 
 
-def _gather(text: str) -> list[str]:
-    """The text of every rank, in their order. It goes as bytes, so nothing that another process sent is unpickled.
-
-    It goes over gloo also where the ranks have NCCL: that would fail on a shared device before we could name it.
-    """
+def _gather(text: str, device: "torch.device", group: Any = None) -> list[str]:
+    """The text of every rank, in their order. It goes as bytes, so nothing that another process sent is unpickled."""
     import torch
     import torch.distributed as dist
 
-    group: Any = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
     world = dist.get_world_size()
     data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
-    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world)]
-    dist.all_gather(sizes, torch.tensor([len(data)]), group=group)
+    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world)]
+    dist.all_gather(sizes, torch.tensor([len(data)], device=device), group=group)
     longest = max(int(size) for size in sizes)
-    padded = torch.zeros(longest, dtype=torch.uint8)
+    padded = torch.zeros(longest, dtype=torch.uint8, device=device)
     padded[: len(data)] = data
-    texts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(world)]
+    texts = [torch.zeros(longest, dtype=torch.uint8, device=device) for _ in range(world)]
     dist.all_gather(texts, padded, group=group)
-    if group is not None:
-        dist.destroy_process_group(group)
-    return [t[: int(size)].numpy().tobytes().decode() for t, size in zip(texts, sizes, strict=True)]
+    return [t[: int(size)].cpu().numpy().tobytes().decode() for t, size in zip(texts, sizes, strict=True)]
 
 
 def _adds_up(group: Any, device: "torch.device") -> bool:

@@ -15,6 +15,7 @@ cpu.install()
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 
 from ..config import Recipe  # noqa: E402
+from ..errors import SodaError  # noqa: E402
 from . import preflight  # noqa: E402
 from .layout import check_layout  # noqa: E402
 
@@ -28,6 +29,11 @@ def init(recipe: Recipe) -> torch.device:
     check_layout(recipe, world_size)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise SodaError(
+                f"process {local_rank} of this host has no device: there are {torch.cuda.device_count()}. Start one "
+                "process a device (torchrun --nproc-per-node, NPROC_PER_NODE of launch.sh)."
+            )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     else:

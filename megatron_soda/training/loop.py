@@ -66,16 +66,13 @@ def open_corpora(recipe: Recipe, branch: Branch) -> Mixture:
         for name, store in stores.items()
     }
     batch = recipe.training.global_batch_size
-    stages = [
-        Stage(branch.samples + max(0, stage.from_step - branch.step) * batch, stage.shares) for stage in d.mix or []
-    ] or [Stage(branch.samples, {next(iter(corpora)): 1.0})]
-    if d.mix and d.mix[0].from_step > branch.step:
+    # Stages are counted from step 0 of the run branched off, so that the same mix goes on with the same samples.
+    stages = [Stage(branch.samples + (stage.from_step - branch.step) * batch, stage.shares) for stage in d.mix]
+    if stages and d.mix[0].from_step > branch.step:
         raise SodaError(
             f"data.mix: the first stage is from_step {d.mix[0].from_step}, but training begins at step {branch.step}"
         )
-    for stage, after in zip(d.mix, d.mix[1:], strict=False):
-        if after.from_step <= max(stage.from_step, branch.step):
-            raise SodaError(f"data.mix: from_step {after.from_step} comes after {stage.from_step}; steps must rise")
+    stages = stages or [Stage(branch.samples, {next(iter(corpora)): 1.0})]
     return Mixture(corpora, stages, branch.samples, branch.consumed)
 
 

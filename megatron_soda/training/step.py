@@ -21,6 +21,7 @@ from torch import Tensor
 from ..config import Recipe, choice
 from ..data.batch import Batch, Batcher
 from ..data.windows import Window, Windows
+from ..errors import SodaError
 from ..model.gpt import build_model, forward, head_weight
 from ..model.head import head_loss
 from ..model.specs import choose_backend, is_packed
@@ -83,6 +84,11 @@ class Engine:
     def __init__(self, recipe: Recipe, space: TokenSpace, device: torch.device) -> None:
         self.recipe, self.space, self.device = recipe, space, device
         self.backend = choose_backend(recipe.training.backend)
+        if recipe.training.precision == "fp8" and self.backend != "transformer_engine":
+            raise SodaError(
+                "training.precision=fp8 needs Transformer Engine and a CUDA device of compute capability 8.9 or more; "
+                "here are neither, or not both. training.precision=bf16 runs everywhere. See `soda doctor`."
+            )
         virtual = recipe.parallel.virtual_pipeline
         chunks = list(range(virtual)) if virtual > 1 else [None]
         self.models = [build_model(recipe, space, device, chunk) for chunk in chunks]

@@ -217,9 +217,9 @@ def test_shares_that_change_on_the_way(pool, data, corpora, tmp_path):
 def test_a_decay_leg_with_another_mix(pool, data, corpora, tmp_path):
     """Off a checkpoint of the stable phase: weights, optimizer, step and the places in the corpora go on."""
     trunk, leg, same = tmp_path / "trunk", tmp_path / "leg", tmp_path / "same"
-    pool.run(1, train, str(trunk), str(data), [*corpora, mix((0, 0.75)), *FLAT])
+    pool.run(1, train, str(trunk), str(data), [*corpora, mix((0, 0.7)), *FLAT])
     origin = f"training.branch_from={trunk}/checkpoints/step_00000010"
-    pool.run(1, train, str(same), str(data), [*corpora, mix((0, 0.75)), *FLAT, origin])
+    pool.run(1, train, str(same), str(data), [*corpora, mix((0, 0.7)), *FLAT, origin])
     assert losses(same) == losses(trunk)[10:]  # a branch that changes nothing is the run itself, bit for bit
     decay = [*corpora, mix((0, 0.0)), origin, "training.schedule=decay"]
     pool.run(1, train, str(leg), str(data), [*decay, "training.steps=14", "training.save_every=2"])

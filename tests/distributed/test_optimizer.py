@@ -135,3 +135,61 @@ def test_against_numpy(pool, tmp_path, optimizer, world, overrides):
     for worst, count in pool.run(world, run_steps, str(tmp_path), [f"training.optimizer={optimizer}", *overrides]):
         assert count > 5
         assert worst < 2e-5
+
+
+@pytest.fixture
+def modules(monkeypatch):
+    """Says which optional packages there are, on a machine with CUDA."""
+    import sys
+    import types
+
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+    def install(**present: bool) -> None:
+        class FusedAdam:
+            pass
+
+        for name, there in present.items():
+            for part in ("", ".optimizers", ".pytorch", ".pytorch.optimizers"):
+                module = types.ModuleType(name + part)
+                module.FusedAdam = FusedAdam  # type: ignore[attr-defined]
+                monkeypatch.setitem(sys.modules, name + part, module if there else None)
+
+    return install
+
+
+@pytest.mark.parametrize(
+    ("present", "name"),
+    [
+        ({"transformer_engine": True, "apex": True, "amp_C": True}, "Transformer Engine's FusedAdam"),
+        ({"transformer_engine": False, "apex": True, "amp_C": True}, "apex's FusedAdam"),
+        (
+            {"transformer_engine": False, "apex": True, "amp_C": False},
+            "torch's AdamW",
+        ),  # PyPI's apex is another project
+        ({"transformer_engine": False, "apex": False, "amp_C": False}, "torch's AdamW"),
+    ],
+)
+def test_whose_adam(modules, present, name):
+    from megatron_soda.training.optimizer import choose_adam
+
+    modules(**present)
+    found, _, is_torch = choose_adam(cautious=False)
+    assert found == name
+    assert is_torch == name.startswith("torch")
+    assert choose_adam(cautious=True)[0] == "Cautious AdamW of megatron_soda"
+
+
+def test_the_choice_is_logged(pool, data, tmp_path):
+    import json
+
+    from tests.distributed.test_layouts import train
+
+    pool.run(1, train, str(tmp_path), str(data), ["training.steps=1", "training.optimizer=cautious"])
+    environment = json.loads((tmp_path / "environment.json").read_text())
+    assert environment["optimizer"] == "Cautious AdamW of megatron_soda"
+    assert environment["layers"] == "local"
+    with pytest.raises(RuntimeError, match=r"training\.precision=fp8 needs Transformer Engine"):
+        pool.run(1, train, str(tmp_path / "x"), str(data), ["training.precision=fp8"])

@@ -58,7 +58,9 @@ def wait_for_step(recipe: Path, step: int, process: subprocess.Popen) -> None:
     raise AssertionError(f"step {step} did not come:\n{process.communicate()[0]}")
 
 
-def test_interrupted_and_killed_training_goes_on_bit_for_bit(recipe, tmp_path):
+@pytest.mark.parametrize("asynchronous", ["false", "true"])
+def test_interrupted_and_killed_training_goes_on_bit_for_bit(recipe, tmp_path, asynchronous):
+    recipe.write_text(recipe.read_text().replace("save_every: 50", f"save_every: 50, async_save: {asynchronous}"))
     straight = start(recipe, f"run={tmp_path}/straight", f"data.path={tmp_path}/run/data")
     out = straight.communicate(timeout=300)[0]
     assert straight.returncode == 0, out
@@ -102,9 +104,11 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_full_disk_while_training(recipe, small_disk, tmp_path):
+@pytest.mark.parametrize("asynchronous", ["false", "true"])
+def test_full_disk_while_training(recipe, small_disk, tmp_path, asynchronous):
     """The checkpoint that does not fit is an error by name, the one before stays, and with room it goes on."""
-    run = start(recipe, f"run={small_disk}/run", f"data.path={tmp_path}/run/data", "model.hidden_size=64", processes=1)
+    run = start(recipe, f"run={small_disk}/run", f"data.path={tmp_path}/run/data", "model.hidden_size=64",
+                f"training.async_save={asynchronous}", processes=1)  # fmt: skip
     out = run.communicate(timeout=300)[0]
     assert run.returncode != 0
     assert "error: " in out
