@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-CHUNK_BYTES = 150 << 20  # of logits that are there at a time
+CHUNK_BYTES = {"cpu": 150 << 20, "cuda": 256 << 20}  # of float32 logits that are there at a time
 FEWEST_ROWS = 16
 
 
@@ -35,7 +35,8 @@ class _Head(torch.autograd.Function):
         start = rank * width
         real = min(max(vocabulary - start, 0), width)  # the rows after these are padding
         weight, padded_gradient = weight[:real], weight_gradient
-        rows = max(FEWEST_ROWS, CHUNK_BYTES // (4 * width))
+        rows = max(FEWEST_ROWS, CHUNK_BYTES.get(hidden.device.type, 150 << 20) // (4 * width))
+        rows = rows // 128 * 128 or rows  # whole tiles of a matrix product
         wanted = weight_gradient is not None or ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         if wanted and padded_gradient is None:
             padded_gradient = torch.zeros(width, hidden.shape[1], dtype=hidden.dtype, device=hidden.device)
@@ -91,8 +92,9 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b, where total may be float32 and a, b bfloat16."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
-    else:
-        total.add_(a @ b)
+        return
+    for part, some in zip(total.split(16384), a.split(16384), strict=True):  # a product as large as total is memory
+        part.add_(torch.mm(some, b, out_dtype=total.dtype) if a.is_cuda else some @ b)
 
 
 def head_loss(

@@ -52,7 +52,7 @@ def compute(vocabulary: int, padded: int, z: float, scale: float, rows: int, seq
     gradient = torch.ones_like(local) if main_grad else None
     local.requires_grad_(not main_grad)
     kept = head.CHUNK_BYTES
-    head.CHUNK_BYTES, head.FEWEST_ROWS = rows * 4 * len(local), 1
+    head.CHUNK_BYTES, head.FEWEST_ROWS = {"cpu": rows * 4 * len(local)}, 1
     try:
         found, found_sums = head.head_loss(
             whole, local, torch.tensor(labels), torch.tensor(weights, dtype=torch.float32), torch.tensor(classes),

@@ -109,7 +109,7 @@ def run_steps(folder: str, overrides: list[str]) -> tuple[float, int]:
     worst = 0.0
     for name, parameter, _ in parameters:
         target = cut(parameter, wanted[name])
-        difference = (parameter.detach().float() - target).abs()
+        difference = (parameter.detach().float().cpu() - target).abs()
         if half:  # the float32 weights behind are right if the bf16 ones are theirs, rounded
             difference = (difference - target.abs() / 256).clamp(min=0)
         worst = max(worst, float(difference.max()))
