@@ -11,6 +11,8 @@ SIDE_CHARTS = {
     "learning_rate": ("Learning rate", ""),
     "grad_norm": ("Gradient norm", ""),
     "tokens_per_second": ("Speed", "tokens/s"),
+    "mfu": ("Model FLOPs utilisation", "of the peak"),
+    "memory_gib": ("Memory", "GiB"),
 }
 
 
