@@ -2,8 +2,9 @@
 
 megatron-core 0.16.1 names CUDA in some forty places (device="cuda", torch.cuda.current_device(), Tensor.cuda(),
 Tensor.type() == "torch.cuda.FloatTensor", the CUDA random state). Each goes through a public torch name, so each is
-wrapped here, for calls that come from a `megatron.*` module alone; everyone else sees stock torch. One private
-function of megatron-core is replaced (`_set_cuda_rng_state`, which reaches into the CUDA generator).
+wrapped here, for calls that come from a `megatron.*` module alone; everyone else sees stock torch. Two functions of
+megatron-core are replaced: `_set_cuda_rng_state`, which reaches into the CUDA generator, and the one that scales
+gradients, which is slow.
 
 Checked by tests/distributed against one process at every layout; run those after every change of the pin.
 """
@@ -50,8 +51,10 @@ def install() -> None:
         _wrap_factory(name)
     _wrap_tensor_methods()
 
+    import megatron.core.optimizer.clip_grads as megatron_clip
     import megatron.core.tensor_parallel.random as megatron_random
 
+    megatron_clip.multi_tensor_scale_impl = _scale_in_place
     megatron_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
 
 
@@ -62,6 +65,12 @@ def _keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
         mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+
+
+def _scale_in_place(_chunk: int, _overflow: Any, tensors: list[list[torch.Tensor]], scale: Any) -> None:
+    """For gradient clipping. megatron-core makes a scaled copy of every gradient first: a tenth of a step."""
+    for source, target in zip(*tensors, strict=True):
+        torch.mul(source, scale, out=target)
 
 
 class _NoStream:
