@@ -135,6 +135,9 @@ class Saver:
         self.final: Path | None = None  # of the checkpoint under way
         self.state: dict[str, Any] = {}
         self.seal: _Seal | None = None
+        if dist.get_rank() == 0:
+            for leftover in (self.run / "checkpoints").glob(".step_*"):  # of a run that was killed
+                shutil.rmtree(leftover, ignore_errors=True)
 
     def start(self, step: int, state: dict[str, Any]) -> None:
         """Begins the checkpoint of `step` finished steps, after the one before. `state` is the same on every rank."""

@@ -141,7 +141,8 @@ def train(recipe: Recipe) -> bool:
         )
         metrics = Metrics(recipe, step)
         here = f"from step {step}" if step else "from the start"
-        print(rank_map)
+        if dist.get_world_size() > 1:
+            print(rank_map)
         print(
             f"{parameters:,} parameters; {ranks.describe(recipe)}; {engine.backend} layers, {engine.optimizer.backend}"
         )

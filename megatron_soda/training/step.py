@@ -226,4 +226,7 @@ def class_weights(recipe: Recipe, space: TokenSpace) -> list[float]:
     """`training.loss_weights` in the order of the token classes; SodaError for a class that does not exist."""
     for name in recipe.training.loss_weights:
         choice("training.loss_weights", name, tuple(space.class_names))
-    return [recipe.training.loss_weights.get(name, 1.0) for name in space.class_names]
+    weights = [recipe.training.loss_weights.get(name, 1.0) for name in space.class_names]
+    if not any(weights):
+        raise SodaError("training.loss_weights: every class of tokens has the weight 0; there is nothing to learn")
+    return weights

@@ -1,6 +1,9 @@
-"""A warm pool of four gloo ranks: the engine is imported once, and every layout is a task of it.
+"""Warm pools of gloo ranks: the engine is imported once, and every layout is a task of theirs.
 
 pool.run(2, function, arg)  ->  [function(arg) on rank 0, function(arg) on rank 1]
+
+There is a pool for each number of ranks, started when it is first needed. Its ranks keep their process groups: gloo
+leaves two threads behind for every group that was, and hundreds of layouts would leave thousands.
 """
 
 import multiprocessing as mp
@@ -11,16 +14,16 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-RANKS = 4
 
-
-def _serve(rank: int, connection: Connection) -> None:
+def _serve(rank: int, world: int, connection: Connection) -> None:
     import os
     import warnings
 
     warnings.filterwarnings("ignore")
+    os.environ.update(WORLD_SIZE=str(world), RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
     import torch
     import torch.distributed as dist
+    from megatron.core import parallel_state
 
     import megatron_soda.training.loop  # noqa: F401  the slow import, once
     from megatron_soda.parallel import ranks
@@ -33,49 +36,61 @@ def _serve(rank: int, connection: Connection) -> None:
         return device
 
     ranks.init = init_one_thread
+    groups: dict[tuple, Any] = {}
+    new_group = dist.new_group
+
+    def same_group(of_ranks: Any = None, *args: Any, **kwargs: Any) -> Any:
+        key = (tuple(of_ranks) if of_ranks is not None else None, kwargs.get("backend"))
+        if key not in groups:
+            groups[key] = new_group(of_ranks, *args, **kwargs)
+        return groups[key]
+
+    dist.new_group = lambda ranks=None, *args, **kwargs: same_group(ranks, *args, **kwargs)
     while True:
         message = connection.recv()
         if message is None:
             return
-        function, arguments, world, store = message
+        function, arguments, store = message
         try:
-            os.environ.update(WORLD_SIZE=str(world), RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
-            dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
+            if store:  # at the start, and after a failure, which may have left ranks waiting at different places
+                if dist.is_initialized():
+                    dist.destroy_process_group()
+                groups.clear()
+                dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
             result = function(*arguments)
             dist.barrier()
             connection.send((True, result))
         except BaseException:
             connection.send((False, traceback.format_exc()))
         finally:
-            if dist.is_initialized():
-                from megatron.core import parallel_state
-
-                parallel_state.destroy_model_parallel()
-                dist.destroy_process_group()
+            parallel_state.destroy_model_parallel()
 
 
-class Pool:
-    def __init__(self) -> None:
+class _Ranks:
+    """The ranks of one world size."""
+
+    def __init__(self, world: int, folder: Path) -> None:
         context = mp.get_context("spawn")
-        self.folder = tempfile.TemporaryDirectory()
+        self.folder, self.stores, self.in_step = folder, 0, False
         self.connections, self.processes = [], []
-        for rank in range(RANKS):
+        for rank in range(world):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, theirs))  # not daemons: saving starts processes
+            process = context.Process(target=_serve, args=(rank, world, theirs))  # no daemons: saving starts processes
             process.start()
             theirs.close()
             self.connections.append(ours)
             self.processes.append(process)
-        self.tasks = 0
 
-    def run(self, world: int, function: Callable[..., Any], *arguments: Any, timeout: float = 240) -> list[Any]:
-        """Results by rank. Raises with the trace of the first rank that failed or did not answer."""
-        self.tasks += 1
-        store = str(Path(self.folder.name) / f"store_{self.tasks}")
-        for connection in self.connections[:world]:
-            connection.send((function, arguments, world, store))
+    def run(self, function: Callable[..., Any], arguments: tuple, timeout: float) -> list[Any]:
+        store = ""
+        if not self.in_step:
+            self.stores += 1
+            store = str(self.folder / f"{len(self.processes)}_{self.stores}")
+        self.in_step = False
+        for connection in self.connections:
+            connection.send((function, arguments, store))
         results, errors = [], []
-        for rank, connection in enumerate(self.connections[:world]):
+        for rank, connection in enumerate(self.connections):
             if not connection.poll(5 if errors else timeout):
                 errors.append(f"rank {rank} did not answer")
                 continue
@@ -83,6 +98,7 @@ class Pool:
             (results if good else errors).append(value if good else f"rank {rank}:\n{value}")
         if errors:
             raise RuntimeError("\n".join(errors))
+        self.in_step = True
         return results
 
     def close(self) -> None:
@@ -92,4 +108,20 @@ class Pool:
             process.join(5)
             if process.is_alive():
                 process.kill()
+
+
+class Pool:
+    def __init__(self) -> None:
+        self.folder = tempfile.TemporaryDirectory()
+        self.ranks: dict[int, _Ranks] = {}
+
+    def run(self, world: int, function: Callable[..., Any], *arguments: Any, timeout: float = 240) -> list[Any]:
+        """Results by rank. Raises with the trace of the first rank that failed or did not answer."""
+        if world not in self.ranks:
+            self.ranks[world] = _Ranks(world, Path(self.folder.name))
+        return self.ranks[world].run(function, arguments, timeout)
+
+    def close(self) -> None:
+        for ranks in self.ranks.values():
+            ranks.close()
         self.folder.cleanup()

@@ -85,6 +85,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(pool, data, sa
     run = tmp_path / "run"
     shutil.copytree(saved, run)
     newest = run / "checkpoints" / "step_00000020"
+    (run / "checkpoints" / ".step_00000025.tmp").mkdir()  # what a kill leaves
     victim = max(newest.glob("__*.distcp"))
     content = bytearray(victim.read_bytes())
     if damage == "flipped":
@@ -102,6 +103,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(pool, data, sa
     assert "from step 15" in out
     assert losses(run) == losses(saved)
     assert folders(run) == [5, 10, 15, 20]
+    assert not list((run / "checkpoints").glob(".*"))
 
 
 def test_when_all_are_damaged_nothing_starts_anew(pool, data, saved, tmp_path):
@@ -248,6 +250,7 @@ def test_windows_on_whole_frames_and_data_that_do_not_fit(pool, data, corpora, t
         ([*corpora, "data.mix=[{from_step: 5, shares: {speech: 1.0}}]"], "training begins at step 0"),
         (["data.sequence_length=65536"], "the store is too small"),
         (["training.loss_weights={semantik: 1}"], "Did you mean semantic"),
+        ([f"training.loss_weights={{{', '.join(f'{name}: 0' for name in SPACE.class_names)}}}"], "nothing to learn"),
     ]:
         with pytest.raises(RuntimeError, match=message):
             pool.run(1, train, str(tmp_path / "c"), str(data), overrides)
