@@ -374,6 +374,10 @@ def _check(recipe: Recipe) -> None:
         f"training.bf16_layers={t.bf16_layers} at either end leave none of model.num_layers={m.num_layers} in FP8",
     )
     need(
+        t.bf16_layers == 0 or t.precision == "fp8",
+        f"training.bf16_layers={t.bf16_layers} says which layers are not in FP8; it needs training.precision=fp8",
+    )
+    need(
         t.bf16_layers == 0 or t.fp8_recipe != "delayed" or t.precision != "fp8",
         "training.bf16_layers cannot be had with training.fp8_recipe=delayed; take tensorwise or blockwise",
     )

@@ -103,7 +103,7 @@ def test_learning_rates_of_the_paper():
         ("data.mix=[{from_stp: 0}]", r"data\.mix\[0\]\.from_stp.*from_step"),
         ("data.mix=[3]", "from_step and shares"),
         ("data.corpora={a: x, b: y}", "data.mix must say"),
-        ("training.bf16_layers=2", "none of model.num_layers=3"),
+        ("training.bf16_layers=1", "needs training.precision=fp8"),
         ("prepare.test_share=1.5", r"must be in \[0, 1\)"),
         ("model.num_query_groups=3", "does not divide"),
     ],

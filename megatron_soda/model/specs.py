@@ -82,7 +82,11 @@ class MaskedAttention(MegatronModule):
             group = parallel_state.get_context_parallel_group()
             key, value = (tensor_parallel.gather_from_sequence_parallel_region(x, True, group) for x in (key, value))
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        grouped = q.shape[1] != k.shape[1]
+        if grouped and q.is_cuda:  # torch's memory-efficient kernel takes a mask, but no groups
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+            grouped = False
         context = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=attention_mask, scale=self.softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
+            q, k, v, attn_mask=attention_mask, scale=self.softmax_scale, enable_gqa=grouped
         )
         return context.permute(2, 0, 1, 3).reshape(length, batch, -1)

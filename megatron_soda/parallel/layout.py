@@ -50,6 +50,10 @@ def check_layout(recipe: Recipe, world_size: int) -> int:
 def _check_fp8_shapes(recipe: Recipe) -> None:
     """Every dimension of an FP8 matrix product must be a multiple of 16, or 128 with scales by block, on every rank."""
     m, w, t, length = recipe.model, recipe.parallel, recipe.training, recipe.data.sequence_length
+    if t.bf16_layers > m.num_layers // w.pipeline:
+        raise SodaError(
+            f"training.bf16_layers={t.bf16_layers} do not fit into a stage of {m.num_layers // w.pipeline} layers"
+        )
     unit = 128 if t.fp8_recipe == "blockwise" else 16
     ranks = w.context * (w.tensor if w.sequence else 1)
     heads = (m.num_attention_heads + 2 * m.num_query_groups) * m.head_dim

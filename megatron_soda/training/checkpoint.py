@@ -17,7 +17,7 @@ import os
 import pickle
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,13 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
 
 from ..config import Model, Recipe
 from ..errors import SodaError
 from ..files import read_json, sync_folder, write_json
 from ..vocab import TokenSpace
-from .optimizer import finish_load, prepare_load
+from .optimizer import choose_adam, finish_load, prepare_load
 
 _OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
 _NOT_OF_THE_MODEL = ("preset", "init_std", "embedding_class_std", "head_class_std")
@@ -55,6 +56,14 @@ def newest_whole(run: Path) -> Path | None:
     All ranks call this; each reads its share of the files. SodaError if there are checkpoints, and all are damaged.
     """
     steps = saved_steps(run)
+    if dist.is_initialized():
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, steps)
+        if any(seen != steps for seen in everyone):
+            raise SodaError(
+                f"{run / 'checkpoints'}: not all ranks see the same checkpoints there. The run folder must lie on a "
+                "disk that all hosts share."
+            )
     for step in reversed(steps):
         folder = folder_of(run, step)
         problems = damage(folder)
@@ -102,6 +111,8 @@ def describe(recipe: Recipe, space: TokenSpace) -> dict[str, Any]:
         "distributed": recipe.parallel.distributed_optimizer,
         # The distributed optimizer keeps float32 weights in any case; the plain one's state has another form in bf16.
         "half": recipe.training.precision != "fp32" and not recipe.parallel.distributed_optimizer,
+        # Nor does it tell torch's Adam and a fused one the same count of steps.
+        "torch": recipe.parallel.distributed_optimizer or choose_adam(recipe.training.optimizer == "cautious")[2],
     }
     return {"model": sizes, "space": space.to_dict(), "optimizer": optimizer}
 
@@ -144,10 +155,7 @@ class Saver:
         self.finish()
         self.final = folder_of(self.run, step)
         self.state = {**self.description, "step": step, **state}
-        if dist.get_rank() == 0:
-            shutil.rmtree(self._temporary, ignore_errors=True)
-            self._temporary.mkdir(parents=True)
-        dist.barrier()
+        self._on_first(self._begin)
         sharded = sharded_state(self.models, self.optimizer, loading=False)
         with self._readable_errors():
             request: Any = dist_checkpointing.save(sharded, str(self._temporary), async_sharded_save=self.asynchronous)
@@ -200,18 +208,36 @@ class Saver:
             failed = [found for found in everyone if isinstance(found, str)]
             if failed:
                 raise OSError(failed[0])
-        if dist.get_rank() == 0:
-            with self._readable_errors():
-                write_json(self._temporary / "checkpoint.json", self.state)
-                manifest = {name: entry for found in everyone for name, entry in found.items()}
-                write_json(self._temporary / "manifest.json", manifest)
-                if self.final.exists():
-                    shutil.rmtree(self.final)
-                os.replace(self._temporary, self.final)
-                sync_folder(self.final.parent)
-                self._forget()
+        self._on_first(self._appear, {name: entry for found in everyone for name, entry in found.items()})
         self.final = self.seal = None
-        dist.barrier()
+        if dist.get_rank() == 0:
+            self._forget()
+
+    def _begin(self) -> None:
+        shutil.rmtree(self._temporary, ignore_errors=True)
+        self._temporary.mkdir(parents=True)
+
+    def _appear(self, manifest: dict) -> None:
+        assert self.final is not None
+        write_json(self._temporary / "checkpoint.json", self.state)
+        write_json(self._temporary / "manifest.json", manifest)
+        if self.final.exists():
+            shutil.rmtree(self.final)
+        os.replace(self._temporary, self.final)
+        sync_folder(self.final.parent)
+
+    def _on_first(self, work: Callable[..., None], *arguments: Any) -> None:
+        """Has the first rank do something that all wait for; what goes wrong there is an error on all."""
+        failed = [""]
+        if dist.get_rank() == 0:
+            try:
+                work(*arguments)
+            except (OSError, SodaError) as error:
+                failed = [str(error) or repr(error)]
+        dist.broadcast_object_list(failed, 0)
+        if failed[0]:
+            with self._readable_errors():
+                raise OSError(failed[0])
 
     def _forget(self) -> None:
         steps = saved_steps(self.run)
@@ -221,18 +247,21 @@ class Saver:
             if not (self.keep_every and step % self.keep_every == 0):
                 # Renamed first: a half-removed folder must not look like a checkpoint.
                 doomed = folder_of(self.run, step).with_name(f".step_{step:08d}.old")
-                os.replace(folder_of(self.run, step), doomed)
+                with contextlib.suppress(OSError):  # what cannot be removed now may be the next time
+                    os.replace(folder_of(self.run, step), doomed)
                 shutil.rmtree(doomed, ignore_errors=True)
 
     @contextlib.contextmanager
     def _readable_errors(self) -> Iterator[None]:
         try:
             yield
+        except torch.OutOfMemoryError:
+            raise
         except (OSError, RuntimeError, CheckpointException) as error:  # the last is a BaseException of torch's
             if dist.get_rank() == 0:
                 shutil.rmtree(self._temporary, ignore_errors=True)
             final, self.final, self.seal = self.final, None, None
-            reason = str(error).strip().splitlines()[-1]
+            reason = (str(error).strip() or repr(error)).splitlines()[-1]
             raise SodaError(
                 f"{final}: cannot write the checkpoint ({reason}). Those before it are whole. "
                 "Free some space and run the same command again: it goes on from the newest."
@@ -329,7 +358,9 @@ def check_no_code(folder: Path) -> None:
     path = folder / ".metadata"
     try:
         with path.open("rb") as file:
-            _Unpickler(file).load()
+            index = _Unpickler(file).load()
+        if not isinstance(index, Metadata) or len(list(folder.glob("*.metadata"))) > 1:
+            raise ValueError(f"it holds {type(index).__name__}, or is not the only one")
     except FileNotFoundError:
         raise SodaError(f"{path}: no such file; this is no torch_dist checkpoint") from None
     except Exception as error:  # a damaged pickle raises anything

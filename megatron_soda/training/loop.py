@@ -54,6 +54,7 @@ class Branch:
     step: int = 0
     samples: int = 0
     consumed: dict[str, int] = field(default_factory=dict)  # samples of each corpus
+    origin: str = ""  # the checkpoint
 
 
 def open_corpora(recipe: Recipe, branch: Branch) -> Mixture:
@@ -102,15 +103,26 @@ def train(recipe: Recipe) -> bool:
     if origin is not None:
         saved = checkpoint.read_description(origin, recipe.model, space, description["optimizer"])
     if branching:
-        saved["branch"] = {name: saved[name] for name in ("step", "samples", "consumed")}
+        saved["branch"] = {"origin": t.branch_from, **{name: saved[name] for name in ("step", "samples", "consumed")}}
     branch = Branch(**saved["branch"])
+    if t.branch_from and branch.origin != t.branch_from:
+        raise SodaError(
+            f"{run} has checkpoints already, and they did not branch off training.branch_from={t.branch_from} but off "
+            f"{branch.origin or 'nothing'}. Give the leg a `run` folder of its own."
+        )
     step: int = saved["step"]
+    if branching and step >= t.steps:
+        raise SodaError(
+            f"training.steps={t.steps} is not past step {step}, where the run branches off. Steps count on: for 1000 "
+            f"more set training.steps={step + 1000}"
+        )
     windows = open_corpora(recipe, branch)
 
     def first_sample(of_step: int) -> int:
         return branch.samples + (of_step - branch.step) * t.global_batch_size
 
-    _check_same_data(saved, first_sample(step), windows, t.global_batch_size)
+    description["data"] = _identity(recipe, windows)
+    _check_same_data(saved, first_sample(step), windows, description["data"], t.global_batch_size)
     valid = Windows(Store(recipe.data_folder / "valid"), recipe.data.sequence_length, recipe.seed)
     valid.store.check_space(space, "the training data")
     if step >= t.steps:
@@ -172,6 +184,7 @@ def train(recipe: Recipe) -> bool:
                 result = engine.train_step(windows, first_sample(step), rate)
                 step += 1
                 if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+                    saver.finish()  # what is being written is from before, and whole
                     raise SodaError(
                         f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}. Lower "
                         f"training.learning_rate (now {t.learning_rate:g}) and run again: it goes on from the last "
@@ -232,7 +245,15 @@ def _any_store(recipe: Recipe) -> Store:
     return Store(paths[0])
 
 
-def _check_same_data(saved: dict[str, Any], samples: int, windows: Mixture, batch: int) -> None:
+def _identity(recipe: Recipe, windows: Mixture) -> dict[str, Any]:
+    """All that decides which tokens sample n is, beside the shares."""
+    tokens = {name: corpus.store.size for name, corpus in windows.corpora.items()}
+    d = recipe.data
+    whole = {"seed": recipe.seed, "data.sequence_length": d.sequence_length, "data.align_windows": d.align_windows}
+    return {**whole, "tokens": tokens}
+
+
+def _check_same_data(saved: dict[str, Any], samples: int, windows: Mixture, identity: dict, batch: int) -> None:
     """The steps behind us must have used up what the recipe says they have, or data would be lost or repeated."""
     if saved["samples"] != samples:
         raise SodaError(
@@ -240,12 +261,24 @@ def _check_same_data(saved: dict[str, Any], samples: int, windows: Mixture, batc
             f"it would be {samples}: training.global_batch_size={batch} is not what it was. Set it back, or branch "
             "a new run off: training.branch_from"
         )
-    if saved["consumed"] and saved["consumed"] != windows.consumed(samples):
+    before, now = ({k: v for k, v in used.items() if v} for used in (saved["consumed"], windows.consumed(samples)))
+    if before != now:
         raise SodaError(
             f"the shares of steps that are done were changed: by data.mix, step {saved['step']} has used up "
-            f"{windows.consumed(samples)} samples, but the checkpoint says {saved['consumed']}. Leave the stages that "
-            f"are done as they were, and add one with from_step: {saved['step']} or later"
+            f"{now} samples, but the checkpoint says {before}. Leave the stages that are done as they were, and add "
+            f"one with from_step: {saved['step']} or later"
         )
+    was = saved.get("data", identity)
+    for key, value in identity.items():
+        pairs = [(key, was[key], value)]
+        if key == "tokens":  # of corpora that are new, or were never used, nothing can be repeated
+            pairs = [(f"corpus {n}: tokens", was[key][n], value[n]) for n in value if n in was[key] and before.get(n)]
+        for what, old, new in pairs:
+            if old != new:
+                raise SodaError(
+                    f"{what} was {old} when the checkpoint of step {saved['step']} was written, and is {new}: the "
+                    "data would come in another order, and some again. Set it back, or start a new run."
+                )
 
 
 def exit_quietly() -> None:

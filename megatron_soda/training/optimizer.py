@@ -31,6 +31,7 @@ class Optimizer:
     def __init__(self, recipe: Recipe, ddp: list[DistributedDataParallel], space: TokenSpace) -> None:
         t = recipe.training
         self.cautious, self.decay, self.peak = t.optimizer == "cautious", t.weight_decay, t.learning_rate
+        self.betas, self.epsilon = (t.beta1, t.beta2), t.epsilon
         self.backend, adam, is_torch = choose_adam(self.cautious)
         # megatron-core takes the first of Transformer Engine, apex and torch that it could import. We have chosen.
         megatron_optimizer.Adam, megatron_optimizer.USING_PYTORCH_OPTIMIZER = adam, False  # type: ignore[misc]
@@ -70,6 +71,7 @@ class Optimizer:
         decay = self.decay * (rate / self.peak if self.cautious and self.peak else 1.0)
         for group in self.inner.param_groups:
             group["lr"], group["weight_decay"] = rate, decay * group["wd_mult"]
+            group["betas"], group["eps"] = self.betas, self.epsilon  # a checkpoint brings those it was made with
         outcome: Any = self.inner.step()
         _, norm, _ = outcome
         return float(norm) if norm is not None else float("nan")

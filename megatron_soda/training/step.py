@@ -89,6 +89,8 @@ class Engine:
                 "training.precision=fp8 needs Transformer Engine and a CUDA device of compute capability 8.9 or more; "
                 "here are neither, or not both. training.precision=bf16 runs everywhere. See `soda doctor`."
             )
+        if recipe.training.precision == "fp8" and torch.cuda.get_device_capability(device) < (8, 9):
+            raise SodaError(f"training.precision=fp8: {torch.cuda.get_device_name(device)} has no FP8; take bf16")
         virtual = recipe.parallel.virtual_pipeline
         chunks = list(range(virtual)) if virtual > 1 else [None]
         self.models = [build_model(recipe, space, device, chunk) for chunk in chunks]

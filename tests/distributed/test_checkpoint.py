@@ -159,6 +159,9 @@ def test_a_checkpoint_cannot_run_code(pool, data, saved, tmp_path, name):
         (["training.precision=bf16"], r"another optimizer: its optimizer\.half"),
         (["model.ffn_hidden_size=128"], r"another model: its model\.ffn_hidden_size is 64"),
         (["model.tie_embeddings=true"], r"another model: its model\.tie_embeddings"),
+        (["seed=1"], "seed was 1234 when the checkpoint of step 20 was written, and is 1"),
+        (["data.align_windows=true"], r"data\.align_windows was False"),
+        (["training.branch_from=elsewhere"], "did not branch off training.branch_from=elsewhere but off nothing"),
         (["training.global_batch_size=16"], "by this recipe it would be 320: training.global_batch_size=16 is not"),
     ],
 )
@@ -223,14 +226,23 @@ def test_a_decay_leg_with_another_mix(pool, data, corpora, tmp_path):
     origin = f"training.branch_from={trunk}/checkpoints/step_00000010"
     pool.run(1, train, str(same), str(data), [*corpora, mix((0, 0.7)), *FLAT, origin])
     assert losses(same) == losses(trunk)[10:]  # a branch that changes nothing is the run itself, bit for bit
-    decay = [*corpora, mix((0, 0.0)), origin, "training.schedule=decay"]
+    # The leg brings a corpus of its own, which the trunk did not have.
+    more = corpora[0].replace("text:", f"more: {data}/valid, text:")
+    stage = "data.mix=[{from_step: 10, shares: {more: 0.25, text: 0.75}}]"
+    decay = [more, stage, origin, "training.schedule=decay"]
+    with pytest.raises(RuntimeError, match=r"training\.steps=10 is not past step 10"):
+        pool.run(1, train, str(leg), str(data), [*decay, "training.steps=10"])
     pool.run(1, train, str(leg), str(data), [*decay, "training.steps=14", "training.save_every=2"])
     pool.run(1, train, str(leg), str(data), [*decay, "training.steps=14"])  # nothing to do
     rates = [json.loads(line) for line in (leg / "metrics.jsonl").read_text().splitlines()]
     rates = [row["learning_rate"] for row in rates if "learning_rate" in row]
     peak = small_recipe(leg, data).training.learning_rate
     assert rates == pytest.approx([peak * part / 5 for part in (4, 3, 2, 1)])
-    assert consumed(leg, 14) == {"speech": consumed(trunk, 10)["speech"], "text": consumed(trunk, 10)["text"] + 4 * 8}
+    assert consumed(leg, 14) == {
+        "speech": consumed(trunk, 10)["speech"],
+        "text": consumed(trunk, 10)["text"] + 24,
+        "more": 8,
+    }
     # Stopped and resumed, the leg knows where it began.
     shutil.rmtree(leg / "checkpoints" / "step_00000014")
     before = losses(leg)
