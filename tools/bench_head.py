@@ -1,0 +1,195 @@
+"""Measures the head and its loss against megatron-core's own: time and memory of forward and backward. Run by hand.
+
+Ours is `head_loss` with z-loss; theirs a ColumnParallelLinear and `vocab_parallel_cross_entropy`. Both end with the
+gradient of the hidden states and with that of the weight added to the float32 main_grad of megatron-core's DDP.
+
+The time is taken in one process, the two in turns. The memory is the most that one pass, in a process of its own,
+takes beyond what it found: weights, their gradients and the inputs. On a CPU that is resident memory.
+
+    python tools/bench_head.py
+    python tools/bench_head.py --tokens 4096 --repeats 5 --threads 2
+"""
+
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Annotated, Any
+
+import psutil
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron_soda.config import choice, load_recipe
+from megatron_soda.errors import SodaError
+from megatron_soda.training.metrics import memory_gib
+from megatron_soda.vocab import LLAMA3
+
+SIDES = ("ours", "megatron-core")
+Pass = Callable[[], float]
+
+console = Console()
+
+
+def make(side: str, device: torch.device, preset: str, precision: str, tokens: int) -> Pass:
+    """A pass of one side: forward, backward, and the mean NLL it found."""
+    from megatron_soda.parallel import ranks  # isort: skip  before megatron
+    from megatron.core import parallel_state
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.tensor_parallel import ColumnParallelLinear, vocab_parallel_cross_entropy
+
+    from megatron_soda.model.gpt import padded_size, transformer_config
+    from megatron_soda.model.head import head_loss
+
+    recipe = load_recipe(None, [f"model.preset={preset}", f"training.precision={precision}"])
+    if not parallel_state.model_parallel_is_initialized():
+        ranks.layout(recipe)
+    config = transformer_config(recipe)
+    config.perform_initialization = False
+    layer = ColumnParallelLinear(
+        config.hidden_size,
+        padded_size(LLAMA3, 1),
+        config=config,
+        init_method=torch.nn.init.normal_,
+        bias=False,
+        gather_output=False,
+    )
+    generator = torch.Generator().manual_seed(0)
+    weight: Any = layer.weight
+    torch.nn.init.normal_(weight, std=config.init_method_std, generator=generator)
+    layer.to(device)
+    ddp = DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), layer)
+    ddp.zero_grad_buffer()
+    hidden = torch.randn(tokens, 1, config.hidden_size, generator=generator).to(device, config.params_dtype)
+    hidden.requires_grad_()
+    labels = torch.randint(LLAMA3.size, (tokens, 1), generator=generator)
+    classes = torch.from_numpy(LLAMA3.class_table()).long()[labels[:, 0]].to(device)
+    labels, weights = labels.to(device), torch.ones(tokens, device=device)
+    group: Any = parallel_state.get_tensor_model_parallel_group()
+
+    def our_pass() -> float:
+        hidden.grad = None
+        loss, sums = head_loss(
+            hidden.view(tokens, -1),
+            weight.detach(),
+            labels[:, 0],
+            weights,
+            classes,
+            classes=len(LLAMA3.class_names),
+            vocabulary=LLAMA3.size,
+            z_weight=1e-4,
+            group=group,
+            weight_gradient=weight.main_grad,
+        )
+        loss.backward()
+        return float(sums[0].sum()) / tokens
+
+    def their_pass() -> float:
+        hidden.grad = None
+        logits, _ = ddp(hidden)
+        loss = vocab_parallel_cross_entropy(logits, labels).sum()
+        del logits
+        loss.backward()
+        return float(loss.detach()) / tokens
+
+    return our_pass if side == "ours" else their_pass
+
+
+def start(threads: int) -> torch.device:
+    """A process group of this process alone, and its device."""
+    from megatron_soda.parallel import ranks
+
+    device = ranks.init(load_recipe(None))
+    torch.set_num_threads(threads)
+    return device
+
+
+def sync(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def times(threads: int, preset: str, precision: str, tokens: int, repeats: int) -> tuple[dict[str, list[float]], dict]:
+    """Seconds of each pass by side, in turns; and the NLL each found."""
+    device = start(threads)
+    passes = {side: make(side, device, preset, precision, tokens) for side in SIDES}
+    nll = {side: run() for side, run in passes.items()}  # the first pass sets things up
+    seconds: dict[str, list[float]] = {side: [] for side in SIDES}
+    for _ in range(repeats):
+        for side, run in passes.items():
+            sync(device)
+            began = time.perf_counter()
+            run()
+            sync(device)
+            seconds[side].append(time.perf_counter() - began)
+    return seconds, nll
+
+
+def memory(side: str, threads: int, preset: str, precision: str, tokens: int) -> float:
+    """GiB of one pass beyond what was there before it. The process must be a fresh one."""
+    device = start(threads)
+    run = make(side, device, preset, precision, tokens)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated() / 2**30
+    else:
+        before = psutil.Process().memory_info().rss / 2**30
+    run()
+    return memory_gib() - before
+
+
+def fresh(function: Callable[..., Any], *args: Any) -> Any:
+    """The function's result from a process of its own. This one must stay small: a process begins at its peak."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
+def main(
+    tokens: Annotated[int, typer.Option(min=1, help="of a timed pass")] = 1024,
+    memory_tokens: Annotated[int, typer.Option(min=1, help="of the pass whose memory is taken")] = 4096,
+    repeats: Annotated[int, typer.Option(min=1)] = 9,
+    threads: Annotated[int, typer.Option(min=1)] = 1,
+    preset: Annotated[str, typer.Option(help="whose hidden size it is")] = "135m",
+    precision: Annotated[str, typer.Option(help="fp32 | bf16")] = "fp32",
+    device: Annotated[str, typer.Option(help="auto | cpu")] = "auto",
+) -> None:
+    """Prints a table and one JSON line: our head and megatron-core's, 144,644 ids."""
+    choice("--device", device, ("auto", "cpu"))
+    choice("--precision", precision, ("fp32", "bf16"))
+    hidden_size = load_recipe(None, [f"model.preset={preset}"]).model.hidden_size
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    shape = threads, preset, precision
+    peaks = {side: fresh(memory, side, *shape, memory_tokens) for side in SIDES}
+    seconds, nll = fresh(times, *shape, tokens, repeats)
+    ours, theirs = (seconds[side] for side in SIDES)
+
+    rows = {side: {"seconds": statistics.median(seconds[side]), "gib": peaks[side], "nll": nll[side]} for side in SIDES}
+    table = Table("head", f"ms, {tokens:,} tokens", f"GiB, {memory_tokens:,} tokens", "NLL")
+    for side, row in rows.items():
+        table.add_row(side, f"{1000 * row['seconds']:,.0f}", f"{row['gib']:.3f}", f"{row['nll']:.4f}")
+    faster = statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
+    smaller = peaks[SIDES[1]] / peaks["ours"]
+    table.add_row("megatron-core / ours", f"{faster:.2f}", f"{smaller:.1f}", "")
+    console.print(table)
+    facts = {"tokens": tokens, "memory_tokens": memory_tokens, "hidden_size": hidden_size, "vocabulary": LLAMA3.size}
+    how = {"repeats": repeats, "threads": threads, "precision": precision}
+    print(json.dumps({**facts, **how, "rows": rows, "times_faster": faster, "times_smaller": smaller}))
+
+
+if __name__ == "__main__":
+    try:
+        typer.run(main)
+    except SodaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
