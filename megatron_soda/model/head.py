@@ -43,9 +43,11 @@ class _Head(torch.autograd.Function):
         hidden_gradient = torch.zeros_like(hidden) if wanted else None
         loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
         sums = torch.zeros(2, classes, dtype=torch.float64, device=hidden.device)
+        buffer = torch.empty(min(rows, len(hidden)), real, dtype=hidden.dtype, device=hidden.device)
         for at in range(0, hidden.shape[0], rows):
             part = slice(at, at + rows)
-            scores = (hidden[part] @ weight.t()).float()
+            rows_here = hidden[part]
+            scores = torch.mm(rows_here, weight.t(), out=buffer[: len(rows_here)]).float()  # in place if it is float32
             mine = (labels[part] >= start) & (labels[part] < start + real)
             index = torch.where(mine, labels[part] - start, 0)[:, None]
             if real:
