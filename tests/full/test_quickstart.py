@@ -62,7 +62,7 @@ def test_own_speech_at_every_layout(tmp_path, layout):
     speech = write_speech(tmp_path / "speech", 40)
     result = quickstart(
         "--speech", str(speech), "--layout", layout, f"run={tmp_path}/run", "training.steps=6",
-        "data.sequence_length=128", "text_pieces=300", "evaluate.generations=4", "generate.samples=1",
+        "data.sequence_length=512", "text_pieces=300", "evaluate.generations=4", "generate.samples=1",
         "generate.prompt_seconds=0.4",
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
