@@ -13,6 +13,7 @@ from torch import Tensor
 
 CHUNK_BYTES = {"cpu": 150 << 20, "cuda": 256 << 20}  # of float32 logits that are there at a time
 FEWEST_ROWS = 16
+ROWS_IN_CACHE = 4  # of 144,644 scores: 2 MB
 
 
 class _Head(torch.autograd.Function):
@@ -52,17 +53,19 @@ class _Head(torch.autograd.Function):
             index = torch.where(mine, labels[part] - start, 0)[:, None]
             if real:
                 score = torch.where(mine, scores.gather(1, index)[:, 0], 0.0)
-                highest = scores.amax(1)
+                highest, total = _exponentials(scores)
             else:  # all of this rank's rows are padding
-                score = torch.zeros(len(mine), device=hidden.device)
+                score, total = torch.zeros(2, len(mine), device=hidden.device)
                 highest = torch.full_like(score, -torch.inf)
             if ranks > 1:
+                own = highest.clone()
                 dist.all_reduce(highest, dist.ReduceOp.MAX, group)
-            total = scores.sub_(highest[:, None]).exp_().sum(1)
-            if ranks > 1:
-                both = torch.stack([total, score])
+                from_own = (own - highest).exp()  # the exponentials are relative to this rank's highest
+                both = torch.stack([total * from_own, score])
                 dist.all_reduce(both, group=group)
                 total, score = both
+            else:
+                from_own = 1.0
             log_total = highest + total.log()
             nll = log_total - score
             of_label = loss_weight[part]
@@ -71,7 +74,7 @@ class _Head(torch.autograd.Function):
             sums[1].index_add_(0, class_id[part], of_label.double())
             if hidden_gradient is None or padded_gradient is None or not real:
                 continue
-            scores.mul_((of_label * (1 + 2 * z_weight * log_total) / total)[:, None])
+            scores.mul_((of_label * (1 + 2 * z_weight * log_total) / total * from_own)[:, None])
             scores.scatter_add_(1, index, torch.where(mine, -of_label, 0.0)[:, None])
             scores = scores.to(hidden.dtype)
             torch.mm(scores, weight, out=hidden_gradient[part])
@@ -88,6 +91,17 @@ class _Head(torch.autograd.Function):
             raise RuntimeError(f"the head's gradient is in main_grad already; it cannot be scaled by {incoming.item()}")
         scaled = [None if g is None else g * incoming.to(g.dtype) for g in (hidden_gradient, weight_gradient)]
         return *scaled, None, None, None, None, None, None, None, None
+
+
+def _exponentials(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row's highest score and sum(exp(score - highest)); scores become the exponentials."""
+    highest, total = torch.empty(2, len(scores), device=scores.device)
+    rows = ROWS_IN_CACHE if scores.device.type == "cpu" else len(scores)
+    for at in range(0, len(scores), rows):
+        some = scores[at : at + rows]
+        torch.amax(some, 1, out=highest[at : at + rows])
+        torch.sum(some.sub_(highest[at : at + rows, None]).exp_(), 1, out=total[at : at + rows])
+    return highest, total
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
