@@ -11,12 +11,14 @@ import os
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_soda.errors import SodaError
 from megatron_soda.files import atomic_path, write_json, write_text
 
-from .utterance import Reject, Utterance, one_line
+from .split import _groups
+from .utterance import Reject, Sound, Utterance, one_line, prompt_key
 
 LANGUAGES = ("en", "es", "fr", "it", "ru")
 SHA256 = {  # of Debian's packages, version by version
@@ -58,9 +60,10 @@ def fetch(folder: Path, languages: list[str]) -> None:
 def read(folder: Path, languages: list[str]) -> tuple[list[Utterance], list[Reject]]:
     """The utterances of these languages, in the order of language and prompt id. The audio is 16 kHz G.722.
 
-    `prompt` is Asterisk's id, the same in every language; `id` is LANGUAGE/prompt. A sound without words (a tone,
-    silence: its transcript is empty or begins with [ < or a parenthesis) is a Reject, as is a transcript that has
-    no sound. Raises SodaError for a language that was not fetched.
+    `id` is LANGUAGE/ID with Asterisk's id, the same in every language. `prompt` is that id too, but ids that share a
+    text in one of these languages, also by way of others, have one `prompt`: the smallest of them. A sound without
+    words (a tone, silence: its transcript is empty or begins with [ < or a parenthesis) is a Reject, as is a transcript
+    that has no sound. Raises SodaError for a language that was not fetched.
     """
     found: list[Utterance] = []
     rejects: list[Reject] = []
@@ -79,9 +82,11 @@ def read(folder: Path, languages: list[str]) -> tuple[list[Utterance], list[Reje
                 rejects.append(Reject(f"{language}/{prompt}", f"no speech: {text}"))
             else:
                 speaker = audio.relative_to(_sound_folder(root)).parts[0].split("_")[-1]  # en_US_f_Allison
-                found.append(Utterance(f"{language}/{prompt}", audio, text, speaker, language, prompt))
+                found.append(Utterance(f"{language}/{prompt}", Sound(str(audio)), text, speaker, language, prompt))
         rejects += [Reject(f"{language}/{prompt}", "no audio") for prompt in sorted(texts.keys() - sounds.keys())]
-    return found, rejects
+    groups = _groups(sorted((u.prompt, prompt_key(u.text, otherwise=u.id)) for u in found))
+    smallest = {prompt: group[0] for group in groups for prompt in group}
+    return [replace(u, prompt=smallest[u.prompt]) for u in found], rejects
 
 
 def fetch_text(folder: Path) -> list[Path]:

@@ -1,13 +1,27 @@
-"""Sound file -> mono float32 samples at the codec's rate, or one clear reason why not."""
+"""A recording -> mono float32 samples at the codec's rate, a piece at a time, or one clear reason why not.
 
+Whatever its length, a recording is decoded, resampled and cut in blocks: ten hours need no more memory than a minute.
+"""
+
+import io
 import math
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import lru_cache
+from itertools import chain
 from pathlib import Path
+from typing import Any, BinaryIO, cast
 
 import av
 import numpy as np
 import soundfile
 import soxr
+
+from megatron_soda.errors import SodaError
+
+from .utterance import Sound
 
 SAMPLE_RATE = 24000
 FRAME_SECONDS = 0.08  # one codec frame (12.5 Hz): shorter audio gives no token
@@ -15,6 +29,13 @@ SILENT_PEAK = 1e-3  # -60 dBFS
 LOUDEST_PEAK = 10.0  # +20 dBFS: a float file scaled like integers, not merely a hot recording
 SAMPLE_RATES = (4000, 384000)  # anything else is a damaged header
 UNKNOWN_LENGTH = 0x7FFF_0000  # programs that write a wav into a pipe put a size from here on
+BLOCK = 1 << 20  # samples of all channels that are decoded at once
+STEP = 1 << 14  # samples resampled at once: they fit the cache, where soxr is nearly twice as fast
+CUT_SECONDS = 10.0  # the end of a piece that is searched for a quiet place
+SEGMENT_SLACK = 0.1  # seconds that a segment may go on after the end: transcripts are rounded
+PREROLL = 1.0  # seconds decoded before a segment's start, for what lossy formats carry from packet to packet
+
+Blocks = Iterator[np.ndarray]
 
 
 class BadAudio(ValueError):  # noqa: N818  (a verdict on the file, not a failure of the program)
@@ -22,89 +43,359 @@ class BadAudio(ValueError):  # noqa: N818  (a verdict on the file, not a failure
     fixed phrases, to count by."""
 
 
-def read_audio(path: Path, sample_rate: int = SAMPLE_RATE, max_seconds: float = 60.0) -> np.ndarray:
-    """Reads a sound file: float32 [samples], mono (the mean of the channels), full scale +-1, at `sample_rate` Hz.
+def read_pieces(
+    sound: Sound | Path | str,
+    sample_rate: int,
+    samples_per_frame: int,
+    *,
+    piece_seconds: float = 60.0,
+    trim: bool = False,
+) -> Iterator[np.ndarray]:
+    """Reads a recording of any length: yields pieces, float32 [samples], mono (the mean of the channels), full scale
+    +-1, at `sample_rate` Hz. The pieces put together are the recording, sample by sample.
 
-    Raises BadAudio, and nothing else, for a file that cannot be read, is cut off (where the format tells), has
-    NaN or infinite samples, is silent (peak below -60 dBFS), shorter than one codec frame (80 ms) or longer than
-    `max_seconds`. Long recordings are not cut into pieces here: that is a later matter.
+    A piece has at most `piece_seconds` (two codec frames or more). All but the last are whole codec frames of
+    `samples_per_frame` samples and end at the quietest place of their last ten seconds, so that pieces can be encoded
+    one by one and their codes joined. With `trim`, silence and noise before the first and after the last speech are
+    left out, but for 0.2 s (see speech_activity.py).
+
+    Raises BadAudio for a recording that cannot be read, is cut off (where the format tells), has NaN or infinite
+    samples, is silent (peak below -60 dBFS), too loud, shorter than one codec frame, or, with `trim`, has no speech;
+    some of it shows only at the end, so pieces may come first: they are to be thrown away. Raises SodaError for
+    `trim` without its package, and nothing else.
     """
-    try:
-        samples, rate = _decode(Path(path), max_seconds)
-        seconds = len(samples) / rate
-        if len(samples) == 0:
-            raise BadAudio("no samples")
-        if seconds < FRAME_SECONDS:
-            raise BadAudio(f"too short: {seconds * 1000:.0f} ms; one codec frame is {FRAME_SECONDS * 1000:.0f} ms")
-        if seconds > max_seconds:
-            raise BadAudio(f"too long: over {max_seconds:g} s")
-        if not np.isfinite(samples).all():
+    with reasons():
+        blocks = _wave(sound, sample_rate, samples_per_frame / sample_rate, math.inf, trim)
+        yield from cut(blocks, sample_rate, samples_per_frame, piece_seconds)
+
+
+def read_audio(sound: Sound | Path | str, sample_rate: int = SAMPLE_RATE, max_seconds: float = 60.0) -> np.ndarray:
+    """Reads a recording of `max_seconds` at most: float32 [samples], mono, full scale +-1, at `sample_rate` Hz.
+
+    Raises BadAudio, and nothing else: as read_pieces (one codec frame being 80 ms), and for a longer recording.
+    """
+    with reasons():
+        return np.concatenate(list(_wave(sound, sample_rate, FRAME_SECONDS, max_seconds, trim=False)))
+
+
+def _wave(sound: Sound | Path | str, sample_rate: int, shortest: float, longest: float, trim: bool) -> Blocks:
+    sound = sound if isinstance(sound, Sound) else Sound(os.fspath(sound))
+    with ExitStack() as stack:
+        rate, blocks = _decode(sound, longest, stack)
+        yield from finish(blocks, rate, sample_rate, shortest=shortest, longest=longest, trim=trim)
+
+
+# --- samples
+
+
+def finish(blocks: Blocks, rate: int, sample_rate: int, *, shortest: float, longest: float, trim: bool) -> Blocks:
+    """Decoded blocks, float32 [samples, channels] at `rate` Hz, to checked mono blocks, float32 [samples], at
+    `sample_rate` Hz. `shortest` and `longest` are in seconds. Raises BadAudio, some of it only at the end."""
+    blocks = _checked(blocks, rate, shortest, longest)
+    if rate != sample_rate:
+        blocks = _resampled(blocks, rate, sample_rate)
+    if trim:
+        from . import speech_activity
+
+        blocks = speech_activity.trim(blocks, sample_rate)
+    return blocks
+
+
+def _checked(blocks: Blocks, rate: int, shortest: float, longest: float) -> Blocks:
+    count, peak = 0, 0.0
+    for block in blocks:
+        mono = block[:, 0]
+        if (channels := block.shape[1]) > 1:  # numpy's mean of so short rows takes longer than decoding
+            mono = sum(block.T[1:], mono) / channels
+        count += len(mono)
+        if count > longest * rate:
+            raise BadAudio(f"too long: over {longest:g} s")
+        highest = max(float(mono.max(initial=0.0)), -float(mono.min(initial=0.0)))  # NaN if any is
+        if not math.isfinite(highest):
             raise BadAudio("NaN or infinite samples")
-        mono = samples.mean(axis=1, dtype=np.float64)
-        peak = float(np.abs(mono).max())
-        if peak < SILENT_PEAK:
-            raise BadAudio("silent: peak below -60 dBFS")
-        if peak > LOUDEST_PEAK:
-            raise BadAudio(f"too loud: peak {peak:.3g}; full scale is 1.0")
-        if rate != sample_rate:
-            mono = soxr.resample(mono, rate, sample_rate, quality="HQ")
-        return mono.astype(np.float32)
+        if highest > LOUDEST_PEAK:
+            raise BadAudio(f"too loud: peak {highest:.3g}; full scale is 1.0")
+        peak = max(peak, highest)
+        yield mono
+    if count == 0:
+        raise BadAudio("no samples")
+    if count < shortest * rate:
+        raise BadAudio(f"too short: {count / rate * 1000:.0f} ms; one codec frame is {shortest * 1000:.0f} ms")
+    if peak < SILENT_PEAK:
+        raise BadAudio("silent: peak below -60 dBFS")
+
+
+def _resampled(blocks: Blocks, rate: int, sample_rate: int) -> Blocks:
+    first = next(blocks)
+    second = next(blocks, None)
+    if second is None:  # short, as most are; the same samples, but sooner
+        yield soxr.resample(first, rate, sample_rate, quality="HQ")
+        return
+    stream = soxr.ResampleStream(rate, sample_rate, 1, dtype="float32", quality="HQ")
+    for block in chain((first, second), blocks):
+        for start in range(0, len(block), STEP):
+            yield stream.resample_chunk(block[start : start + STEP])
+    yield stream.resample_chunk(np.zeros(0, np.float32), last=True)
+
+
+def cut(blocks: Blocks, sample_rate: int, samples_per_frame: int, piece_seconds: float) -> Blocks:
+    """Puts float32 [samples] blocks of any size together to the pieces that read_pieces describes. Where the cuts are
+    does not depend on the blocks. The last piece has at least one codec frame too, if all has."""
+    limit = int(piece_seconds * sample_rate + 1e-6) // samples_per_frame * samples_per_frame
+    if limit < 2 * samples_per_frame:
+        raise SodaError(f"pieces of {piece_seconds:g} s are too short: a piece needs two codec frames at least")
+    held: list[np.ndarray] = []
+    count = 0
+    for block in chain(blocks, [None]):
+        if block is not None:
+            held.append(block)
+            count += len(block)
+        while count > limit and (block is None or count >= limit + samples_per_frame):
+            samples = held[0] if len(held) == 1 else np.concatenate(held)
+            at = _quietest(samples, limit, int(CUT_SECONDS * sample_rate), samples_per_frame)
+            yield samples[:at]
+            held, count = [samples[at:]], count - at
+    if count:
+        yield held[0] if len(held) == 1 else np.concatenate(held)
+
+
+def _quietest(samples: np.ndarray, limit: int, search: int, frame: int) -> int:
+    """The frame boundary with the least energy in the frames at its sides; of several, the last."""
+    first = math.ceil(max(limit - search, limit / 2) / frame)
+    last = min(limit, len(samples) - frame) // frame
+    frames = samples[(first - 1) * frame : (last + 1) * frame].reshape(-1, frame)
+    energy = np.einsum("ij,ij->i", frames, frames, dtype=np.float64)
+    return (last - int(np.argmin((energy[:-1] + energy[1:])[::-1]))) * frame
+
+
+# --- decoders
+
+
+class Forward(soundfile.SoundFile):
+    """Read from front to back. After every block soundfile else seeks to where it is, and decodes anew for that."""
+
+    def seekable(self) -> bool:
+        return False
+
+
+def _decode(sound: Sound, longest: float, stack: ExitStack) -> tuple[int, Blocks]:
+    """-> the recording's own rate in Hz, and float32 [samples, channels] blocks, to be read before `stack` closes."""
+    if not 0 <= sound.start < (sound.end or math.inf) or sound.end == math.inf:
+        raise BadAudio(f"bad segment: {sound.start:g} s to {sound.end:g} s")
+    file, name = open_sound(sound, stack)
+    if name.lower().endswith(".g722"):  # headerless: only the name tells what it is
+        return _decode_av(file, "g722", sound, stack)
+    try:
+        decoder = open_decoder(sound, file, stack)
     except BadAudio:
         raise
-    except Exception as error:  # decoders fail in many ways on damaged bytes; a worker must go on to the next file
-        raise BadAudio(f"cannot be read: {_why(error)}") from error
-
-
-def _decode(path: Path, max_seconds: float) -> tuple[np.ndarray, int]:
-    """-> float32 [samples, channels] and the file's own rate in Hz."""
-    if not path.is_file():
-        raise BadAudio("no such file")
-    if path.stat().st_size == 0:
-        raise BadAudio("empty file")
-    if path.suffix.lower() == ".g722":  # headerless: only the name tells what it is
-        return _decode_av(path, max_seconds, "g722")
-    try:
-        file = soundfile.SoundFile(path)
     except Exception as first:  # not a format of libsndfile's
         try:
-            return _decode_av(path, max_seconds, None)
+            file.seek(0)
+            return _decode_av(file, None, sound, stack)
         except BadAudio:
             raise
         except Exception as second:
             raise BadAudio(f"cannot be read: {_why(first)} {_why(second)}") from None
-    with file:
-        rate, frames = file.samplerate, file.frames
-        _check_rate(rate)
-        if frames > max_seconds * rate:  # before decoding: a small file can unpack to hours
-            raise BadAudio(f"too long: {frames / rate:.1f} s; the limit is {max_seconds:g} s")
-        samples = file.read(dtype="float32", always_2d=True)
-    if len(samples) < frames or _wav_is_cut(path):
+    rate, frames = decoder.samplerate, decoder.frames
+    begin, end = round(sound.start * rate), round(sound.end * rate) or frames
+    if 0 < begin >= frames or end > frames + SEGMENT_SLACK * rate:
+        raise BadAudio(f"bad segment: {sound.start:g} s to {sound.end:g} s of {frames / rate:.2f} s")
+    count = min(end, frames) - begin
+    if count > longest * rate:  # before decoding: a small file can unpack to hours
+        raise BadAudio(f"too long: {count / rate:.1f} s; the limit is {longest:g} s")
+    return rate, _soundfile_blocks(decoder, begin, count)
+
+
+def open_decoder(sound: Sound, file: BinaryIO, stack: ExitStack) -> Forward:
+    """The recording in libsndfile. Raises BadAudio for a bad rate or a wav that is cut off, and libsndfile's own errors
+    for what it cannot read."""
+    if _wav_is_cut(file):
         raise BadAudio("cut off: the file is shorter than its header says")
-    return samples, rate
+    file.seek(0)
+    plain = sound.offset < 0 and sound.row < 0
+    decoder = stack.enter_context(Forward(sound.path if plain else file, "r"))
+    _check_rate(decoder.samplerate)
+    return decoder
 
 
-def _decode_av(path: Path, max_seconds: float, format: str | None) -> tuple[np.ndarray, int]:
-    # ffmpeg lets a local file open no network address (a playlist in disguise); the tests hold it to that.
-    with av.open(str(path), format=format) as container:
-        if not container.streams.audio:
-            raise BadAudio("no audio in this file")
-        stream = container.streams.audio[0]
-        rate = stream.rate
-        _check_rate(rate)
-        to_float = av.AudioResampler(format="fltp")  # same rate and channels
-        blocks: list[np.ndarray] = []
-        count = 0
-        for frame in container.decode(stream):
-            for part in to_float.resample(frame):
-                blocks.append(part.to_ndarray().T)
-                count += part.samples
-            if count > max_seconds * rate:
-                raise BadAudio(f"too long: over {max_seconds:g} s")
+def _soundfile_blocks(decoder: Forward, begin: int, count: int) -> Blocks:
+    if begin:
+        decoder.seek(begin)
+    step = max(1, BLOCK // decoder.channels)
+    # The same values: libsndfile's own conversion takes as long as half the resampling.
+    dtype = "int16" if (decoder.format, decoder.subtype) == ("WAV", "PCM_16") else "float32"
+    while count > 0:
+        block = decoder.read(min(step, count), dtype=dtype, always_2d=True)
+        if len(block) == 0:
+            raise BadAudio("cut off: the file is shorter than its header says")
+        count -= len(block)
+        yield block if dtype == "float32" else np.multiply(block, np.float32(2**-15), dtype=np.float32)
+
+
+def _decode_av(file: BinaryIO, format: str | None, sound: Sound, stack: ExitStack) -> tuple[int, Blocks]:
+    # No protocol is allowed: a playlist in disguise opens neither network addresses nor other files.
+    container = stack.enter_context(av.open(file, format=format, options={"protocol_whitelist": "none"}))
+    if not container.streams.audio:
+        raise BadAudio("no audio in this file")
+    rate = container.streams.audio[0].rate
+    _check_rate(rate)
+    return rate, _av_blocks(container, rate, sound.start, sound.end)
+
+
+def _av_blocks(container: Any, rate: int, start: float, end: float) -> Blocks:
+    stream = container.streams.audio[0]
+    zero = stream.start_time or 0
+    jump = start > PREROLL
+    if jump:
+        with suppress(OSError, ValueError):  # a format that cannot seek is decoded from its beginning
+            container.seek(zero + int((start - PREROLL) / stream.time_base), stream=stream)
+    to_float = av.AudioResampler(format="fltp")  # same rate and channels
+    begin, stop = round(start * rate), round(end * rate) or sys.maxsize
+    parts: list[np.ndarray] = []
+    at, held = -1, 0  # `at` counts from the recording's beginning
+    for frame in container.decode(stream):
+        if at < 0:
+            if jump and frame.pts is None:
+                raise BadAudio("bad segment: the recording has no time stamps to find it by")
+            at = max(0, round((frame.pts - zero) * stream.time_base * rate)) if jump else 0
+        for part in to_float.resample(frame):
+            samples = part.to_ndarray().T[max(0, begin - at) : max(0, stop - at)]
+            at += part.samples
+            held += samples.size
+            parts.append(samples)
+        if held >= BLOCK:
+            yield np.concatenate(parts)
+            parts, held = [], 0
+        if at >= stop:
+            break
+    else:
         declared = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else 0.0
         # Only mp4 states a length; for the others ffmpeg guesses it from the size.
-        if "mov" in container.format.name and count / rate < 0.98 * declared - 0.1:
+        if "mov" in container.format.name and at / rate < 0.98 * declared - 0.1:
             raise BadAudio("cut off: the file is shorter than its header says")
-    return np.concatenate(blocks) if blocks else np.zeros((0, 1), np.float32), rate
+        if (end and at / rate < end - SEGMENT_SLACK) or 0 < begin >= at:
+            raise BadAudio(f"bad segment: {start:g} s to {end:g} s of {max(at, 0) / rate:.2f} s")
+    if parts:
+        yield np.concatenate(parts)
+
+
+# --- bytes
+
+
+class _Range(io.RawIOBase):
+    """`size` bytes of a file from `offset`, as a file. Seeking never fails: libsndfile asks through a callback, where
+    an exception would only be printed."""
+
+    def __init__(self, file: BinaryIO, offset: int, size: int) -> None:
+        self.file, self.offset, self.size, self.at = file, offset, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = (0, self.at, self.size)[whence]
+        self.at = max(0, base + offset)
+        return self.at
+
+    def readinto(self, buffer: Any) -> int:
+        count = min(len(buffer), self.size - self.at)
+        if count <= 0:
+            return 0
+        self.file.seek(self.offset + self.at)
+        with memoryview(buffer) as view:
+            count = cast(io.BufferedIOBase, self.file).readinto(view[:count])
+        self.at += count
+        return count
+
+
+def open_sound(sound: Sound, stack: ExitStack) -> tuple[BinaryIO, str]:
+    """-> the recording's encoded bytes as a file, and its name. Raises BadAudio if they are not there."""
+    if not Path(sound.path).is_file():
+        raise BadAudio("no such file")
+    name = sound.name or sound.path
+    if sound.row >= 0:
+        data, inner = _parquet_value(sound)
+        file, size = io.BytesIO(data), len(data)
+        name = sound.name or inner
+    else:
+        file = stack.enter_context(open(sound.path, "rb"))  # noqa: SIM115  (the stack closes it)
+        size = os.fstat(file.fileno()).st_size
+    if sound.offset >= 0:
+        if sound.size < 0 or sound.offset + sound.size > size:
+            raise BadAudio(f"cut off: bytes {sound.offset} + {sound.size} of a file of {size}")
+        size = sound.size
+    if size == 0:
+        raise BadAudio("empty file")
+    if sound.offset >= 0 or sound.row >= 0:
+        file = io.BufferedReader(_Range(cast(BinaryIO, file), max(0, sound.offset), size), 1 << 16)
+    return cast(BinaryIO, file), name
+
+
+def _parquet_value(sound: Sound) -> tuple[bytes, str]:
+    stat = os.stat(sound.path)
+    stamp = stat.st_mtime_ns, stat.st_size
+    starts = _group_starts(sound.path, stamp)
+    if not sound.row < starts[-1]:
+        raise BadAudio(f"no such row: {sound.row} of {starts[-1]}")
+    group = int(np.searchsorted(starts, sound.row, side="right")) - 1
+    value = _row_group(sound.path, stamp, sound.column, group)[sound.row - starts[group]].as_py()
+    data, name = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, "")
+    if not isinstance(data, bytes):
+        raise BadAudio("no audio in this row")
+    return data, name or ""
+
+
+@lru_cache(maxsize=8)
+def _group_starts(path: str, stamp: tuple[int, int]) -> tuple[int, ...]:
+    """The first row of each row group, and the number of rows."""
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path) as file:
+        rows = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
+    return (0, *(int(end) for end in np.cumsum(rows)))
+
+
+@lru_cache(maxsize=1)  # utterances come in the order of the file
+def _row_group(path: str, stamp: tuple[int, int], column: str, group: int) -> Any:
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path) as file:
+        if column not in file.schema_arrow.names:
+            raise BadAudio(f"no such column: {column}")
+        return file.read_row_group(group, columns=[column]).column(0)
+
+
+def _wav_is_cut(file: BinaryIO) -> bool:
+    """Whether a RIFF wav's data chunk goes past the end of the file (libsndfile reads what is there in silence)."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    head = file.read(12)
+    if head[:4] != b"RIFF" or head[8:] != b"WAVE":
+        return False
+    while len(chunk := file.read(8)) == 8:
+        length = int.from_bytes(chunk[4:], "little")
+        if chunk[:4] == b"data":
+            return length < UNKNOWN_LENGTH and file.tell() + length > size
+        file.seek(math.ceil(length / 2) * 2, os.SEEK_CUR)
+    return False
+
+
+# --- reasons
+
+
+@contextmanager
+def reasons() -> Iterator[None]:
+    """Turns what decoders raise into BadAudio: they fail in many ways on damaged bytes, and a worker must go on."""
+    try:
+        yield
+    except (BadAudio, SodaError):
+        raise
+    except Exception as error:
+        raise BadAudio(f"cannot be read: {_why(error)}") from error
 
 
 def _why(error: Exception) -> str:
@@ -116,18 +407,3 @@ def _why(error: Exception) -> str:
 def _check_rate(rate: int) -> None:
     if not SAMPLE_RATES[0] <= rate <= SAMPLE_RATES[1]:
         raise BadAudio(f"bad sample rate: {rate} Hz")
-
-
-def _wav_is_cut(path: Path) -> bool:
-    """Whether a RIFF wav's data chunk goes past the end of the file (libsndfile reads what is there in silence)."""
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
-        head = file.read(12)
-        if head[:4] != b"RIFF" or head[8:] != b"WAVE":
-            return False
-        while len(chunk := file.read(8)) == 8:
-            length = int.from_bytes(chunk[4:], "little")
-            if chunk[:4] == b"data":
-                return length < UNKNOWN_LENGTH and file.tell() + length > size
-            file.seek(math.ceil(length / 2) * 2, os.SEEK_CUR)
-    return False

@@ -1,123 +1,126 @@
-"""Audio files to unit shards, in worker processes, a shard at a time: what is written is never done again."""
+"""The second stage: sound to codes, a shard at a time. A unit shard whose key is the same is never made again."""
 
+import functools
 import json
-import multiprocessing
-import os
-import shutil
-import signal
-from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-from megatron_soda.errors import SodaError
+import numpy as np
+
 from megatron_soda.files import write_json
 
-from .audio import BadAudio, read_audio
+from . import executor
+from .audio import BadAudio, read_pieces
 from .codecs import load_codec
 from .codecs.base import Codec
-from .units import write_units
-from .utterance import Reject, Utterance
+from .executor import Job, Result
+from .index import Shard, digest, read_index
+from .units import unit_key, write_units
+from .utterance import Utterance
 
-SHARD = 64  # utterances
-
-_codec: Codec | None = None  # of a worker process
-
-
-def encode_all(
-    utterances: list[Utterance], folder: Path, codec_arguments: dict, workers: int, advance: Callable[[int], None]
-) -> tuple[list[Path], list[Reject]]:
-    """Encodes to FOLDER/part-*.parquet and returns the shards and what could not be used.
-
-    Shards that are there already are kept. `advance(n)` is called as n more utterances are done.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    jobs = []
-    for start in range(0, len(utterances), SHARD):
-        path = folder / f"part-{start // SHARD:05d}.parquet"
-        chunk = utterances[start : start + SHARD]
-        if _rejects_path(path).is_file():  # written last
-            advance(len(chunk))
-        else:
-            jobs.append((path, chunk))
-    workers = min(workers or len(os.sched_getaffinity(0)), len(jobs))
-    if workers <= 1:
-        _start_worker(codec_arguments, None)
-        for job in jobs:
-            _encode_shard(*job)
-            advance(len(job[1]))
-    else:
-        _encode_parallel(jobs, workers, codec_arguments, advance)
-    shards = sorted(folder.glob("part-*.parquet"))
-    rejects = [Reject(*row) for path in shards for row in json.loads(_rejects_path(path).read_text("utf-8"))]
-    return shards, rejects
+SECONDS_AT_ONCE = 300.0  # of audio in memory, beyond one piece
+SETTINGS = ("decoder", "trim")  # of the recipe, which change the codes
 
 
-def _encode_parallel(
-    jobs: list[tuple[Path, list[Utterance]]], workers: int, codec_arguments: dict, advance: Callable[[int], None]
-) -> None:
-    pool = ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(codec_arguments, 1)
-    )
-    try:
-        running = {pool.submit(_encode_shard, *job): len(job[1]) for job in jobs}
-        while running:
-            done, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                future.result()
-                advance(running.pop(future))
-    except BrokenProcessPool:
-        raise SodaError(
-            "an encoding process died (out of memory?). What was encoded is kept: run the same command again, "
-            "with a lower prepare.workers if it happens twice."
-        ) from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+def encode_jobs(shards: list[Shard], folder: Path, codec: dict[str, Any], settings: dict[str, Any]) -> list[Job]:
+    """One job a shard: FOLDER/part-NUMBER.parquet. codec: what codec.json holds."""
+    common = {"codec": codec, **settings}
+    return [
+        {
+            **common,
+            "shard": vars(shard),
+            "out": str(folder / f"part-{shard.number:06d}.parquet"),
+            "key": digest(shard.key, codec["fingerprint"], settings),
+        }
+        for shard in shards
+    ]
 
 
-def _start_worker(codec_arguments: dict[str, Any], threads: int | None) -> None:
-    global _codec
-    if threads is not None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-        import torch
-
-        torch.set_num_threads(threads)
-    _codec = load_codec(**codec_arguments)
+def is_done(job: Job) -> bool:
+    return unit_key(Path(job["out"])) == job["key"]
 
 
-def _encode_shard(path: Path, utterances: list[Utterance]) -> None:
-    assert _codec is not None
-    kept, waves, rejects = [], [], []
-    for utterance in utterances:
+def encode_shard(job: Job) -> Result:
+    """Writes the unit shard, and part-NUMBER.rejects.json before it. -> counts."""
+    codec = _codec(json.dumps(job["codec"]["arguments"], sort_keys=True), executor.device)
+    utterances = [utterance for utterance, _ in read_index(job["shard"])]
+    encoder = _Encoder(codec)
+    rejects, lengths = [], {}
+    for number, utterance in enumerate(utterances):
         try:
-            waves.append(read_audio(utterance.audio, _codec.sample_rate))
-            kept.append(utterance)
+            samples = 0
+            for piece in _pieces(utterance, codec, job):
+                samples += len(piece)
+                encoder.add(number, piece)
+            lengths[number] = samples / codec.sample_rate
         except BadAudio as error:
+            encoder.drop(number)
             rejects.append((str(utterance.audio), str(error)))
+    codes = encoder.finish()
     rows = [
         {
             "id": u.id,
-            "codes": codes,
+            "codes": codes[number],
             "text": u.text,
             "language": u.language,
             "speaker": u.speaker,
             "prompt": u.prompt,
-            "seconds": len(wave) / _codec.sample_rate,
+            "recording": u.recording,
+            "seconds": lengths[number],
             "audio": str(u.audio),
         }
-        for u, wave, codes in zip(kept, waves, _codec.encode(waves) if waves else [], strict=True)
+        for number, u in enumerate(utterances)
+        if number in lengths
     ]
-    write_units(path, rows, codebooks=_codec.codebooks, fingerprint=_codec.fingerprint)
-    write_json(_rejects_path(path), rejects)
+    path = Path(job["out"])
+    write_json(rejects_path(path), rejects)
+    write_units(path, rows, codec=job["codec"], key=job["key"])
+    return {"utterances": len(rows), "rejects": len(rejects), "seconds": sum(lengths.values())}
 
 
-def _rejects_path(shard: Path) -> Path:
+def _pieces(utterance: Utterance, codec: Codec, job: Job):
+    if job["decoder"] == "dali":
+        from .dali import read_pieces as read
+    else:
+        read = read_pieces
+    return read(utterance.audio, codec.sample_rate, codec.samples_per_frame, trim=job["trim"])
+
+
+class _Encoder:
+    """Encodes pieces many at a time, and joins the codes of the pieces of an utterance."""
+
+    def __init__(self, codec: Codec) -> None:
+        self._codec = codec
+        self._waiting: list[tuple[int, np.ndarray]] = []
+        self._samples = 0
+        self._codes: dict[int, list[np.ndarray]] = {}
+
+    def add(self, number: int, piece: np.ndarray) -> None:
+        self._waiting.append((number, piece))
+        self._samples += len(piece)
+        if self._samples > SECONDS_AT_ONCE * self._codec.sample_rate:
+            self._encode()
+
+    def drop(self, number: int) -> None:
+        self._waiting = [(n, piece) for n, piece in self._waiting if n != number]
+        self._samples = sum(len(piece) for _, piece in self._waiting)
+        self._codes.pop(number, None)
+
+    def finish(self) -> dict[int, np.ndarray]:
+        self._encode()
+        return {number: np.concatenate(parts) for number, parts in self._codes.items()}
+
+    def _encode(self) -> None:
+        numbers, pieces = [n for n, _ in self._waiting], [piece for _, piece in self._waiting]
+        for number, codes in zip(numbers, self._codec.encode(pieces) if pieces else [], strict=True):
+            self._codes.setdefault(number, []).append(codes)
+        self._waiting, self._samples = [], 0
+
+
+@functools.lru_cache(maxsize=1)
+def _codec(arguments: str, device: str) -> Codec:
+    return load_codec(**json.loads(arguments), device=device)
+
+
+def rejects_path(shard: Path) -> Path:
     return shard.with_suffix(".rejects.json")
-
-
-def forget_others(folder: Path) -> None:
-    """Removes the shards of other settings, FOLDER's siblings."""
-    for other in folder.parent.glob("*"):
-        if other != folder and other.is_dir():
-            shutil.rmtree(other)

@@ -1,12 +1,16 @@
 """Unit shards: utterances as codes and text, in Parquet. Encoding is the dear step, so its product is kept."""
 
+import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from megatron_soda.errors import SodaError
 from megatron_soda.files import atomic_path
 
 SCHEMA = pa.schema(
@@ -17,25 +21,80 @@ SCHEMA = pa.schema(
         ("language", pa.string()),
         ("speaker", pa.string()),
         ("prompt", pa.string()),  # utterances of one prompt stay on one side of the split
+        ("recording", pa.string()),  # utterances of one recording that follow each other make one document
         ("seconds", pa.float32()),
-        ("audio", pa.string()),  # the source file
+        ("audio", pa.string()),  # where the sound was
     ]
 )
+FACTS = ("codec", "key")  # metadata of a shard, as JSON
 
 
-def write_units(path: Path, rows: list[dict], *, codebooks: int, fingerprint: str) -> None:
-    """rows: dicts of SCHEMA's fields, with codes (frames, codebooks)."""
+@dataclass(frozen=True)
+class Row:
+    """An utterance of a shard without its codes, which are `codes[start:end]` of the shard."""
+
+    id: str
+    text: str
+    language: str
+    speaker: str
+    prompt: str
+    recording: str
+    seconds: float
+    start: int
+    end: int
+
+
+def write_units(path: Path, rows: list[dict], *, codec: dict[str, Any], key: str = "") -> None:
+    """rows: dicts of SCHEMA's fields, with codes (frames, codebooks). codec: what `codec.json` holds."""
     columns = [{**row, "codes": np.asarray(row["codes"], np.int16).reshape(-1)} for row in rows]
-    table = pa.Table.from_pylist(columns, SCHEMA.with_metadata({"codec": fingerprint, "codebooks": str(codebooks)}))
+    facts = {"codec": json.dumps(codec, sort_keys=True), "key": key}
     with atomic_path(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd")
+        pq.write_table(pa.Table.from_pylist(columns, SCHEMA.with_metadata(facts)), temporary, compression="zstd")
+
+
+def unit_key(path: Path) -> str | None:
+    """The key a shard was written with; None if it is not there or is no whole unit shard."""
+    try:
+        return (pq.read_schema(path).metadata or {}).get(b"key", b"").decode()
+    except (OSError, pa.ArrowException):
+        return None
+
+
+def unit_codec(path: Path) -> dict[str, Any]:
+    """The codec of a shard: name, fingerprint, codebooks, entries, and how to load it. SodaError if it is no shard."""
+    try:
+        return json.loads((pq.read_schema(path).metadata or {})[b"codec"])
+    except (OSError, pa.ArrowException, KeyError, ValueError) as error:
+        raise SodaError(f"{path}: no unit shard that `soda prepare` wrote ({type(error).__name__}: {error})") from None
+
+
+def read_shard(path: Path) -> tuple[list[Row], np.ndarray]:
+    """The utterances of a shard, and all their codes: int16 (frames, codebooks). SodaError if it cannot be read."""
+    codebooks = unit_codec(path)["codebooks"]
+    try:
+        table = pq.read_table(path)
+        if missing := set(SCHEMA.names) - set(table.column_names):
+            raise SodaError(
+                f"{path}: lacks the columns {', '.join(sorted(missing))}; has {', '.join(table.column_names)}"
+            )
+        codes = table.column("codes").combine_chunks()
+        lengths = np.asarray(codes.value_lengths().fill_null(0), np.int64)
+        flat = np.asarray(codes.flatten()).astype(np.int16, copy=False)
+        if (lengths % codebooks).any():
+            raise SodaError(f"{path}: its codes are not whole frames of {codebooks}")
+    except (OSError, pa.ArrowException) as error:
+        raise SodaError(f"{path}: cannot be read ({error}). Delete it and run the same command again.") from None
+    ends = np.cumsum(lengths // codebooks).tolist()
+    names = ("id", "text", "language", "speaker", "prompt", "recording", "seconds")
+    columns = [[v or "" for v in table.column(n).to_pylist()] for n in names]
+    rows = [Row(*fields) for fields in zip(*columns, [0, *ends][: len(ends)], ends, strict=True)]
+    return rows, flat.reshape(-1, codebooks)
 
 
 def read_units(paths: list[Path]) -> Iterator[dict]:
     """Rows in the order of the shards, with codes (frames, codebooks) int16."""
     for path in sorted(paths):
-        table = pq.read_table(path)
-        codebooks = int((table.schema.metadata or {})[b"codebooks"])
-        for row in table.to_pylist():
+        codebooks = unit_codec(path)["codebooks"]
+        for row in pq.read_table(path).to_pylist():
             row["codes"] = np.array(row["codes"], np.int16).reshape(-1, codebooks)
             yield row

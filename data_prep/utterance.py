@@ -2,28 +2,49 @@
 
 import unicodedata
 from dataclasses import dataclass
-from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Sound:
+    """Where a recording is: the file `path`; or bytes [offset, offset + size) of it (a member of a tar, a value in an
+    Arrow file); or the value in row `row` of a Parquet file's column `column`; and of that, the seconds from `start` to
+    `end`. `name` is the recording's own name in there: formats without a header (.g722) are told by its suffix."""
+
+    path: str
+    offset: int = -1
+    size: int = -1
+    row: int = -1
+    column: str = ""
+    name: str = ""
+    start: float = 0.0
+    end: float = 0.0  # 0: to the end
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.name or self.row}" if self.offset >= 0 or self.row >= 0 else self.path
 
 
 @dataclass(frozen=True)
 class Utterance:
-    """One recording of one sentence.
+    """One recording of one sentence, or the stretch of a recording that has it.
 
     `id` is unique within its source. It may hold '/' and any other character, so it is no file name.
     `prompt` is the key that must never stand on two sides of a split: what is said, not who says it.
+    `recording`: utterances of one recording that follow each other make one document; empty: each is its own.
     """
 
     id: str
-    audio: Path
-    text: str | None
+    audio: Sound
+    text: str  # empty: there is none, and only documents of audio alone can be made of it
     speaker: str = ""
     language: str = ""
     prompt: str = ""
+    recording: str = ""
 
 
 @dataclass(frozen=True)
 class Reject:
-    """An input that was left out: `where` is a file, file:line or id; `reason` is a short sentence."""
+    """An input that was left out: `where` is a file, file:line or id; `reason` is a short sentence, up to its ':' one
+    of a few fixed phrases, to count by."""
 
     where: str
     reason: str

@@ -32,15 +32,20 @@ def _examples(*lines: str) -> str:
     epilog=_examples(
         "soda prepare examples/quickstart/recipe.yaml",
         "soda prepare recipe.yaml prepare.speech=/data/my_speech prepare.workers=8",
+        "soda prepare recipe.yaml 'prepare.speech=/data/tars/*.tar' prepare.layout=webdataset --dry-run",
     )
 )
-def prepare(recipe: Target, overrides: Overrides = None) -> None:
+def prepare(
+    recipe: Target,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count: utterances, hours, tokens, disk.")] = False,
+) -> None:
     """Turn speech and text into token stores (RUN/data). Skips what is done."""
     from data_prep.prepare import prepare as run
 
     from .hf.load import resolve
 
-    run(resolve(recipe, overrides or []))
+    run(resolve(recipe, overrides or []), dry_run)
 
 
 @app.command(epilog=_examples("soda validate runs/quickstart", "soda validate recipe.yaml data.path=/data/stores"))

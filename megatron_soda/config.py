@@ -18,22 +18,32 @@ from .files import write_text
 
 @dataclass
 class Prepare:
-    """From speech to token stores."""
+    """From speech and text to token stores."""
 
-    speech: str = "asterisk"  # `asterisk`: the free prompts, fetched; or a folder of audio with a manifest
+    # Speech: `asterisk`, the free prompts, fetched; or a folder, a manifest or a glob; empty: none.
+    speech: str = "asterisk"
+    layout: str = "auto"  # auto | manifest | pairs | librispeech | ljspeech | commonvoice | emilia | webdataset | hf
     languages: list[str] = field(default_factory=lambda: ["en", "es", "fr"])  # of the prompts
     downloads: str = "downloads"  # where fetched material is kept
-    codec: str = "embedded"  # embedded | mimi
-    codec_path: str = ""  # a fitted embedded codec, or Mimi's hub id or folder; empty: fit one | kyutai/mimi
-    codebooks: int = 8
-    entries: int = 2048  # in every codebook; only the embedded codec lets one choose
+    units: list[str] = field(default_factory=list)  # unit shards (globs) made before, instead of speech
+    released: list[str] = field(default_factory=list)  # SODA's corpora: Parquet files (globs) of marker strings
+    corpus_codebooks: int = 8  # codebooks in these strings; of more than the token space has, the first are taken
+    text: list[str] = field(default_factory=list)  # JSONL, Parquet or txt files (globs); `wordnet`: fetched
+    text_share: float = 0.05  # of all training tokens (paper: 5 %)
+    decoder: str = "soundfile"  # soundfile | dali
+    trim: bool = False  # cut off what is no speech at both ends; needs the extra [vad]
+    codec: str = "embedded"  # embedded | mimi | encodec | dac
+    codec_path: str = ""  # a fitted embedded codec, or a hub id or folder; empty: fit one | the usual hub id
+    codebooks: int = 0  # the first so many of the codec; 0: as many as it usually has
+    entries: int = 0  # in every codebook; only of the embedded codec, which has 2,048 otherwise
+    orders: list[str] = field(default_factory=lambda: ["text-first", "audio-first"])  # see data_prep/interleave.py
     tokenizer: str = ""  # a sentencepiece .model or a tokenizer.json; empty: train one on the transcripts
     text_pieces: int = 512  # ids of a tokenizer that is trained
-    text: list[str] = field(default_factory=list)  # text files, a document a line; `wordnet`: fetched
-    text_share: float = 0.05  # of all training tokens (paper: 5 %)
     valid_share: float = 0.05  # of the prompts
     test_share: float = 0.05
-    workers: int = 0  # processes that encode; 0: one a core
+    shard_size: int = 256  # utterances that are encoded, kept and made again together
+    executor: str = "local"  # local | ray
+    workers: int = 0  # processes; 0: one a core, or one a GPU for a codec that runs there
     max_rejects: float = 0.1  # stop if more than this share of the utterances cannot be used
 
 
@@ -58,6 +68,12 @@ class Model:
     rope_theta: int = 500_000
     rope_scaling_factor: float = 8.0  # Llama-3's, with its other constants
 
+
+LAYOUTS = ("auto", "manifest", "pairs", "librispeech", "ljspeech", "commonvoice", "emilia", "webdataset", "hf")
+ORDERS = (
+    *("text-first", "audio-first", "audio-only", "semantic-only", "text-only", "asr", "tts", "conversational"),
+    "translation",
+)
 
 # layers, hidden, ffn, heads, query groups, head_dim, tied embeddings. 135m to 4b: the paper's SODA-base, section 3.
 # 150m: its ablations. 600m-prelim: its multilingual forerunner. And `isoflop-WIDTH`, by the rule of its scaling study.
@@ -314,7 +330,7 @@ def _check(recipe: Recipe) -> None:
     m, p, d, t, w = recipe.model, recipe.prepare, recipe.data, recipe.training, recipe.parallel
     for section, names in (
         (m, (*_SIZES, "norm_epsilon", "init_std", "rope_theta", "rope_scaling_factor")),
-        (p, ("codebooks", "entries", "text_pieces")),
+        (p, ("text_pieces", "shard_size", "corpus_codebooks")),
         (d, ("sequence_length",)),
         (t, ("steps", "global_batch_size", "micro_batch_size", "epsilon", "log_every", "save_every")),
         (t, ("valid_every", "valid_windows")),
@@ -346,7 +362,23 @@ def _check(recipe: Recipe) -> None:
     choice("training.precision", t.precision, ("fp32", "bf16", "fp8"))
     choice("training.fp8_recipe", t.fp8_recipe, ("delayed", "tensorwise", "blockwise"))
     choice("training.backend", t.backend, ("auto", "transformer_engine", "local"))
-    choice("prepare.codec", p.codec, ("embedded", "mimi"))
+    choice("prepare.codec", p.codec, ("embedded", "mimi", "encodec", "dac"))
+    choice("prepare.layout", p.layout, LAYOUTS)
+    choice("prepare.decoder", p.decoder, ("soundfile", "dali"))
+    choice("prepare.executor", p.executor, ("local", "ray"))
+    for name in p.orders:
+        choice("prepare.orders", name, ORDERS)
+    need(bool(p.orders), "prepare.orders is empty: which documents are to be made of an utterance?")
+    need(
+        "semantic-only" not in p.orders or p.orders == ["semantic-only"],
+        f"prepare.orders={p.orders}: semantic-only documents have frames of one code and need a store of their own",
+    )
+    need(
+        bool(p.speech or p.units or p.released or p.text),
+        "prepare.speech, prepare.units, prepare.released and prepare.text are all empty: nothing to prepare",
+    )
+    for name in ("codebooks", "entries", "workers"):
+        need(getattr(p, name) >= 0, f"prepare.{name}={getattr(p, name)}: must be 0 or above")
     choice("evaluate.split", recipe.evaluate.split, ("train", "valid", "test"))
     choice("generate.split", recipe.generate.split, ("valid", "test"))
     for name in recipe.evaluate.suite:

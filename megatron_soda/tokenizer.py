@@ -1,78 +1,224 @@
-"""The text tokenizer: a sentencepiece model or a Hugging Face tokenizer.json, behind one class."""
+"""The text tokenizer: a sentencepiece model or a Hugging Face tokenizer.json, behind one class. Both are run by the
+tokenizers library, so that an exported tokenizer, which is the same engine with more tokens, cannot disagree.
+(sentencepiece itself adds its scores in single precision and breaks ties otherwise: one text in a thousand differs.)
+"""
 
 import hashlib
-from collections.abc import Iterable
+import json
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .errors import SodaError
 from .files import atomic_path
-from .vocab import BOS, EOS, TokenSpace
+from .vocab import BOS, EOS, FIRST_AUDIO_CHARACTER, MARKERS, TokenSpace
+
+NAMES = ("text_tokenizer.model", "text_tokenizer.json")  # in a data folder, an export or an extended tokenizer
+PREFIX = "▁"  # how sentencepiece writes a space
+NORMAL, USER_DEFINED, BYTE, UNUSED = 1, 4, 6, 5  # kinds of sentencepiece's pieces
 
 
 class TextTokenizer:
     """Text to ids and back. BOS and EOS must be in it, as <|begin_of_text|> and <|end_of_text|>.
 
-    Markers inside a text are plain text to it: no transcript can forge structure.
+    `path` is a sentencepiece .model, a tokenizer.json, or a folder with a text_tokenizer of either kind in it, such as
+    `soda tokenizer extend` writes. Markers inside a text are plain text to it: no transcript can forge structure. Other
+    added tokens of a tokenizer.json, such as Llama-3's <|eot_id|>, are read as these tokens, as in an exported one.
     Raises SodaError for a file that is neither format, or that lacks BOS or EOS.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise SodaError(f"{path}: no such tokenizer (a sentencepiece .model or a tokenizer.json)")
+        self.path = _file(Path(path))
         self.fingerprint = hashlib.sha256(self.path.read_bytes()).hexdigest()[:16]
-        self._is_json = self.path.suffix == ".json"
-        try:
-            if self._is_json:
-                from tokenizers import Tokenizer
-
-                self._model: Any = Tokenizer.from_file(str(self.path))
-                self._model.encode_special_tokens = True
-                self._model.no_padding()
-                self._model.no_truncation()
-                self.size = self._model.get_vocab_size(with_added_tokens=True)
-                ids = [self._model.token_to_id(BOS), self._model.token_to_id(EOS)]
-            else:
-                import sentencepiece
-
-                self._model = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
-                self.size = self._model.get_piece_size()
-                ids = [self._model.piece_to_id(piece) for piece in (BOS, EOS)]
-                ids = [None if i == self._model.unk_id() else i for i in ids]
-        except Exception as error:  # both libraries raise bare exceptions
-            raise SodaError(f"{path}: neither a sentencepiece model nor a tokenizer.json ({error})") from None
+        spec = self.spec()
+        for token in spec["added_tokens"]:
+            token["special"] = token["content"] in (BOS, EOS)
+        self._model = engine(spec, self.path)
+        self._model.encode_special_tokens = True
+        ids = [self._model.token_to_id(token) for token in (BOS, EOS)]
         if None in ids:
-            raise SodaError(f"{path}: the tokenizer has no {BOS} or no {EOS}; add them as special tokens")
-        self.bos, self.eos = (int(i) for i in ids if i is not None)
+            raise SodaError(
+                f"{path}: the tokenizer has no {BOS} or no {EOS}; `soda tokenizer extend` makes one that has"
+            )
+        if any(self._model.token_to_id(marker) is not None for marker in MARKERS):
+            raise SodaError(f"{path}: it has SODA's markers already; take the {NAMES[1]} it was made from")
+        self.bos, self.eos = (int(i) for i in ids)
+        self.size = 1 + max(self._model.get_vocab(with_added_tokens=True).values())
+
+    def spec(self) -> dict[str, Any]:
+        """What the tokenizer.json of an export starts from."""
+        return read_spec(self.path)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, without BOS and EOS."""
-        if self._is_json:
-            return self._model.encode(text, add_special_tokens=False).ids
-        return self._model.encode(text)
+        """Ids of `text`, without BOS and EOS. Half a surrogate pair cannot be encoded; `clean_text` removes it."""
+        return self._model.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The same for many texts, faster."""
+        return [found.ids for found in self._model.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int]) -> str:
-        ids = [int(i) for i in ids]
-        return self._model.decode(ids, skip_special_tokens=False) if self._is_json else self._model.decode(ids)
-
-    @property
-    def sentencepiece(self) -> Any:
-        """The sentencepiece processor. ValueError for a tokenizer.json."""
-        if self._is_json:
-            raise ValueError(f"{self.path} is not a sentencepiece model")
-        return self._model
+        return self._model.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def space(self, codebooks: int, entries: int) -> TokenSpace:
         return TokenSpace(self.size, self.bos, self.eos, codebooks, entries)
 
 
+def _file(path: Path) -> Path:
+    if path.is_dir():
+        return next((path / name for name in (*NAMES, "tokenizer.json") if (path / name).is_file()), path / NAMES[0])
+    if not path.is_file():
+        raise SodaError(f"{path}: no such tokenizer (a sentencepiece .model or a tokenizer.json)")
+    return path
+
+
 def data_tokenizer(folder: Path) -> TextTokenizer:
     """The text tokenizer of a data folder."""
-    found = sorted(folder.glob("text_tokenizer.model")) + sorted(folder.glob("text_tokenizer.json"))
+    found = [folder / name for name in NAMES if (folder / name).is_file()]
     if not found:
         raise SodaError(f"{folder}: no tokenizer in it; is it a data folder that `soda prepare` made?")
     return TextTokenizer(found[0])
+
+
+# ---- texts and documents as strings
+
+
+def clean_text(text: str, space: TokenSpace) -> str:
+    """`text` without what a document as a string could not tell from structure; most texts are not changed.
+
+    Characters that stand for audio codes of `space` (with SODA's 8 x 2,048 those are U+E000 to U+11FFF: private use,
+    ligatures, full-width and Arabic presentation forms, variation selectors, ..) become their NFKC form, or nothing
+    where that is no better. Markers are broken: "<|audio_end|>" becomes "< |audio_end|>". Halves of surrogate pairs,
+    which are not Unicode, are left out. Cleaning twice changes nothing more.
+    """
+    if text.isascii() and "<|" not in text:
+        return text
+    last = chr(FIRST_AUDIO_CHARACTER + space.codebooks * space.entries - 1)
+    forms = f"[{chr(FIRST_AUDIO_CHARACTER)}-{last}]"
+    text = re.sub("[\ud800-\udfff]", "", text)
+    text = re.sub(f"{forms}+", lambda run: re.sub(forms, "", unicodedata.normalize("NFKC", run[0])), text)
+    return _MARKER.sub(lambda marker: f"< {marker[0][1:]}", text)
+
+
+_MARKER = re.compile("|".join(map(re.escape, (BOS, EOS, *MARKERS))))
+
+
+def document_string(ids: np.ndarray, space: TokenSpace, text: TextTokenizer) -> str:
+    """One document of ids (tokens,) as SODA writes it: markers, text, and a character for every code."""
+    ids = np.asarray(ids, np.int64)
+    special = {space.bos: BOS, space.eos: EOS} | {space.text_size + i: m for i, m in enumerate(MARKERS)}
+    audio = ids >= space.audio_base
+    alone = np.isin(ids, list(special))
+    begins = np.flatnonzero(np.diff(audio, prepend=~audio[:1]) | alone | np.concatenate([[False], alone[:-1]]))
+    parts = []
+    for begin, end in zip(begins, [*begins[1:], len(ids)], strict=True):
+        if alone[begin]:
+            parts.append(special[int(ids[begin])])
+        elif audio[begin]:
+            codes = ids[begin:end] - space.audio_base + FIRST_AUDIO_CHARACTER
+            parts.append(codes.astype("<u4").tobytes().decode("utf-32-le"))
+        else:
+            parts.append(text.decode(ids[begin:end]))
+    return "".join(parts)
+
+
+# ---- both formats as what a tokenizer.json holds
+
+
+def read_spec(path: Path) -> dict[str, Any]:
+    """What the tokenizer.json `path` holds, or would hold for a sentencepiece model, less what acts on whole inputs
+    only: a text must have the same ids alone and inside a document. Raises SodaError for a file that is neither.
+    """
+    try:
+        spec = json.loads(path.read_bytes()) if path.suffix == ".json" else _sentencepiece_spec(path)
+        spec["model"]
+    except SodaError:
+        raise
+    except Exception as error:
+        raise _neither(path, error) from None
+    spec.update(post_processor=None, truncation=None, padding=None)
+    spec["added_tokens"] = spec.get("added_tokens") or []
+    if _never_prefix_the_first(spec.get("pre_tokenizer")):
+        _never_prefix_the_first(spec.get("decoder"))
+        decoder = spec.get("decoder") or {}
+        if "decoders" in decoder:
+            decoder["decoders"] = [d for d in decoder["decoders"] if d.get("type") != "Strip"]
+    return spec
+
+
+def engine(spec: dict[str, Any], path: Path) -> Any:
+    """The `tokenizers.Tokenizer` of a spec; `path` is for the error."""
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_str(json.dumps(spec))
+    except Exception as error:  # a bare Exception is what the library raises
+        raise _neither(path, error) from None
+
+
+def _neither(path: Path, error: Exception) -> SodaError:
+    return SodaError(f"{path}: neither a sentencepiece model nor a tokenizer.json ({error})")
+
+
+def _never_prefix_the_first(part: Any) -> bool:
+    """A space before the first word of the input alone: inside a document no text is first. -> was there one?"""
+    found = False
+    if isinstance(part, dict):
+        found = part.get("prepend_scheme") == "first"
+        part.update({"prepend_scheme": "never"} if found else {})
+    for one in part.values() if isinstance(part, dict) else part if isinstance(part, list) else ():
+        found |= _never_prefix_the_first(one)
+    return found
+
+
+def _sentencepiece_spec(path: Path) -> dict[str, Any]:
+    from sentencepiece import sentencepiece_model_pb2
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    proto: Any = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
+    proto.ParseFromString(path.read_bytes())
+    trainer, how = proto.trainer_spec, proto.normalizer_spec
+    if trainer.model_type not in (1, 2) or trainer.treat_whitespace_as_suffix or not how.escape_whitespaces:
+        raise SodaError(f"{path}: only sentencepiece's unigram and bpe models are read, with spaces before words")
+    pieces = [(piece.piece, piece.score) for piece in proto.pieces]
+    unknown, byte_fallback = trainer.unk_id, any(piece.type == BYTE for piece in proto.pieces)
+    if trainer.model_type == 1:
+        model = models.Unigram(pieces, unk_id=unknown, byte_fallback=byte_fallback)
+    else:
+        ids = {piece: i for i, (piece, _) in enumerate(pieces)}
+        whole = [p.piece for p in proto.pieces if p.type in (NORMAL, USER_DEFINED) and len(p.piece) > 1]
+        whole.sort(key=lambda piece: -pieces[ids[piece]][1])
+        cuts = ((piece[:i], piece[i:]) for piece in whole for i in range(1, len(piece)))
+        merges = [(left, right) for left, right in cuts if left in ids and right in ids]
+        model = models.BPE(ids, merges, unk_token=pieces[unknown][0], fuse_unk=True, byte_fallback=byte_fallback)
+    tokenizer = Tokenizer(model)
+    steps: list[Any] = []
+    if how.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(how.precompiled_charsmap))
+    if how.remove_extra_whitespaces:
+        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    if how.add_dummy_prefix:
+        steps.append(normalizers.Prepend(PREFIX))
+    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", PREFIX)])
+    # Pieces that are no text, such as <unk> and <0x41>, would be found in a text that spells them: it is cut there.
+    spelled = [p.piece for p in proto.pieces if p.type not in (NORMAL, USER_DEFINED, BYTE, UNUSED)]
+    spelled = [re.escape(piece[1:]) for piece in {*spelled, BOS, EOS} if piece.startswith("<")]
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(
+        Regex(f"<(?={'|'.join([*sorted(spelled), '0x[0-9A-F]{2}>'])})"), "isolated"
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace(PREFIX, " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            *([decoders.Strip(" ", 1, 0)] if how.add_dummy_prefix else []),
+        ]
+    )
+    return json.loads(tokenizer.to_str())
 
 
 def train_sentencepiece(path: Path, sentences: Iterable[str], pieces: int) -> None:

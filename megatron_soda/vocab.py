@@ -66,8 +66,8 @@ class TokenSpace:
             raise ValueError(f"codes must be (frames, {self.codebooks}), not {codes.shape}")
         if codes.size and (codes.min() < 0 or codes.max() >= self.entries):
             raise ValueError(f"codes must lie in [0, {self.entries}), found {codes.min()} to {codes.max()}")
-        offsets = self.audio_base + self.entries * np.arange(self.codebooks)
-        return (codes.astype(np.int64) + offsets).astype(np.int32).reshape(-1)
+        offsets = (self.audio_base + self.entries * np.arange(self.codebooks)).astype(np.int32)
+        return np.add(codes, offsets, dtype=np.int32, casting="unsafe").reshape(-1)
 
     def codes(self, ids: np.ndarray) -> np.ndarray:
         """Inverse of `audio_ids`: ids of whole frames -> int16 codes (frames, codebooks)."""
@@ -102,15 +102,15 @@ class TokenSpace:
         table[self.audio_base :] = FIRST_CODE + np.repeat(np.arange(self.codebooks), self.entries)
         return table
 
-    def check(self, ids: np.ndarray) -> str | None:
-        """None if `ids` is one whole document, else what is wrong with it and at which token."""
+    def check(self, ids: np.ndarray, slots: int = 0) -> str | None:
+        """None if `ids` is one whole document, else what is wrong with it and at which token. `slots`: see Grammar."""
         ids = np.asarray(ids)
         outside = np.flatnonzero((ids < 0) | (ids >= self.size))
         if len(outside):
             return f"token {outside[0]}: id {ids[outside[0]]} is out of range [0, {self.size})"
         state = Grammar.START
         kinds = self.kind_table()[ids]
-        grammar = Grammar(self)
+        grammar = Grammar(self, slots)
         for position, kind in enumerate(kinds):
             following = grammar.step.get((state, int(kind)))
             if following is None:
@@ -128,14 +128,16 @@ class Grammar:
     """The documents of a token space as a finite automaton over kinds.
 
     `step[state, kind]` is the next state; a missing key is an illegal token. Used to check stores and to
-    constrain decoding, so both mean the same by a valid document.
+    constrain decoding, so both mean the same by a valid document. `slots`: codes of a frame; 0 is as many as there are
+    codebooks, and 1 makes the grammar of semantic-only documents.
     """
 
     START, OPEN, BARE, TEXT_FIRST, IN_TEXT, BETWEEN, END, FRAME_FIRST = range(8)  # then IN_FRAME + slot, slot >= 0
 
-    def __init__(self, space: TokenSpace) -> None:
+    def __init__(self, space: TokenSpace, slots: int = 0) -> None:
         self.space = space
-        self.frame = [self.FRAME_FIRST + 1 + slot for slot in range(space.codebooks)]  # frame[0]: at a frame's edge
+        slots = slots or space.codebooks
+        self.frame = [self.FRAME_FIRST + 1 + slot for slot in range(slots)]  # frame[0]: at a frame's edge
         step = {
             (self.START, BOS_KIND): self.OPEN,
             (self.OPEN, TEXT): self.BARE,
@@ -149,12 +151,12 @@ class Grammar:
         for state in (self.OPEN, self.BETWEEN):
             step[state, TEXT_START] = self.TEXT_FIRST
             step[state, AUDIO_START] = self.FRAME_FIRST
-        for slot in range(space.codebooks):
-            step[self.frame[slot], FIRST_CODE + slot] = self.frame[(slot + 1) % space.codebooks]
-        step[self.FRAME_FIRST, FIRST_CODE] = self.frame[1 % space.codebooks]
+        for slot in range(slots):
+            step[self.frame[slot], FIRST_CODE + slot] = self.frame[(slot + 1) % slots]
+        step[self.FRAME_FIRST, FIRST_CODE] = self.frame[1 % slots]
         step[self.frame[0], AUDIO_END] = self.BETWEEN
         self.step = step
-        self.states = self.FRAME_FIRST + 1 + space.codebooks
+        self.states = self.FRAME_FIRST + 1 + slots
 
     def legal(self) -> np.ndarray:
         """bool (states, size): the ids that may follow in every state."""

@@ -275,14 +275,15 @@ def test_weights_of_one_batch_do_not_reach_the_next(store):
     assert batcher([Window(window.ids, 40)]).loss_weight.sum() == 40
 
 
-@given(st.integers(0, 300), st.data())
-def test_fast_validation_equals_the_automaton(seed, data):
-    made = documents(4, seed)
+@given(st.integers(0, 300), st.sampled_from([1, 2, SPACE.codebooks]), st.data())
+def test_fast_validation_equals_the_automaton(seed, slots, data):
+    after = SPACE.audio_base + slots * SPACE.entries  # frames of the first `slots` codes, 1 of semantic-only documents
+    made = [document[document < after] for document in documents(4, seed)]
     for document in made:
         if data.draw(st.booleans()):
             document[data.draw(st.integers(0, len(document) - 1))] = data.draw(st.integers(0, SPACE.size - 1))
     offsets = np.concatenate([[0], np.cumsum([len(d) for d in made])])
-    assert _all_legal(np.concatenate(made), offsets, SPACE) == all(SPACE.check(d) is None for d in made)
+    assert _all_legal(np.concatenate(made), offsets, SPACE, slots) == all(SPACE.check(d, slots) is None for d in made)
 
 
 def test_validate_names_document_and_token(tmp_path, capsys):

@@ -212,3 +212,16 @@ def test_corpora_must_fit_together(stores, tmp_path):
         Mixture({"a": stores["a"], "b": other}, [Stage(0, {"a": 1.0})])
     with pytest.raises(ValueError, match="different lengths"):
         Mixture({"a": stores["a"], "b": Windows(stores["b"].store, 8, 1)}, [Stage(0, {"a": 1.0})])
+
+
+@pytest.mark.parametrize("what", ["codec", "tokenizer"])
+def test_stores_of_different_fingerprints_refuse_to_mix(tmp_path, what):
+    made_by = {"codec": "aa", "tokenizer": "bb"}
+    write_store(tmp_path / "one", documents(20, seed=1), SPACE, **made_by)
+    write_store(tmp_path / "two", documents(20, seed=2), SPACE, **{**made_by, what: "cc"})
+    write_store(tmp_path / "text", documents(20, seed=3), SPACE, codec=None, tokenizer=made_by["tokenizer"])
+    windows = {name: Windows(Store(tmp_path / name), 32, 0) for name in ("one", "two", "text")}
+    with pytest.raises(SodaError, match=f"different {what}s"):
+        Mixture(windows, [Stage(0, {"one": 0.5, "two": 0.5})])
+    if what == "codec":
+        Mixture({name: windows[name] for name in ("one", "text")}, [Stage(0, {"one": 0.5, "text": 0.5})])

@@ -126,6 +126,17 @@ def _check_corpora(corpora: dict[str, Windows]) -> None:
     (first, windows), *others = corpora.items()
     for _, other in others:
         other.store.check_space(windows.store.space, f"corpus {first} ({windows.store.path})")
+    for what in ("codec", "tokenizer"):
+        made_by: dict[str, str] = {}
+        for name, corpus in corpora.items():
+            if fingerprint := corpus.store.meta.get(what):  # text has no codec
+                made_by.setdefault(fingerprint, name)
+        if len(made_by) > 1:
+            names = ", ".join(f"{name} by {fingerprint}" for fingerprint, name in made_by.items())
+            raise SodaError(
+                f"data.corpora: their ids were made by different {what}s ({names}), so one id means different things. "
+                f"Prepare them with the same {what}."
+            )
     if len({w.length for w in corpora.values()}) > 1:
         raise ValueError("the corpora have windows of different lengths")
 

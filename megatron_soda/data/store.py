@@ -2,9 +2,10 @@
 
 NAME.bin   the ids, little-endian int32
 NAME.idx   header and document lengths, as megatron.core.datasets.indexed_dataset reads them
-NAME.json  the token space, and the fingerprints of the codec and the tokenizer that made the ids
+NAME.json  the token space, the codes of a frame, and the fingerprints of the codec and the tokenizer that made the ids
 """
 
+import shutil
 import struct
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,29 +24,57 @@ _ENTRIES_AT_ONCE = 1 << 20
 
 
 def write_store(path: str | Path, documents: Iterable[np.ndarray], space: TokenSpace, **provenance: Any) -> int:
-    """Writes documents of ids as the store `path` (no suffix) and returns the number of tokens.
+    """Writes documents of ids as the store `path` (no suffix) and returns the number of tokens."""
+    return write_parts(path, ((document, np.array([len(document)])) for document in documents), space, **provenance)
 
-    `.bin` and `.idx` appear before `.json`, so a store with a `.json` is whole. Memory stays bounded by one
-    document and the list of lengths.
+
+def write_parts(
+    path: str | Path, parts: Iterable[tuple[np.ndarray, np.ndarray]], space: TokenSpace, **provenance: Any
+) -> int:
+    """Writes the store `path` (no suffix) out of parts, each the ids of some documents one after the other and their
+    lengths. Returns the number of tokens.
+
+    `.bin` and `.idx` appear before `.json`, so a store with a `.json` is whole. Memory stays bounded by one part.
     """
     path = Path(path)
     _file(path, "json").unlink(missing_ok=True)
-    lengths = []
-    with atomic_path(_file(path, "bin")) as temporary, open(temporary, "wb") as file:
-        for document in documents:
-            if len(document) == 0:
-                raise ValueError("a document must have at least one token")
-            lengths.append(len(document))
-            file.write(np.ascontiguousarray(document, dtype="<i4").tobytes())
-    sizes = np.array(lengths, dtype="<i4")
-    pointers = np.zeros(len(sizes), dtype="<i8")
-    np.cumsum(4 * sizes[:-1].astype(np.int64), out=pointers[1:])
-    with atomic_path(_file(path, "idx")) as temporary, open(temporary, "wb") as file:
-        file.write(_HEADER.pack(_MAGIC, 1, _INT32, len(sizes), len(sizes) + 1))
-        file.write(sizes.tobytes() + pointers.tobytes() + np.arange(len(sizes) + 1, dtype="<i8").tobytes())
-    tokens = int(sizes.sum(dtype=np.int64))
-    write_json(_file(path, "json"), {"tokens": tokens, "documents": len(sizes), "space": space.to_dict(), **provenance})
+    tokens = documents = 0
+    with atomic_path(_file(path, "idx")) as index:
+        sizes = index.with_suffix(".sizes")
+        try:
+            with (
+                atomic_path(_file(path, "bin")) as temporary,
+                open(temporary, "wb") as file,
+                open(sizes, "wb") as out,
+            ):
+                for ids, lengths in parts:
+                    if len(lengths) and (lengths.min() < 1 or lengths.sum() != len(ids)):
+                        raise ValueError("a document must have at least one token, and the lengths must sum to the ids")
+                    file.write(np.ascontiguousarray(ids, dtype="<i4").data)
+                    out.write(np.ascontiguousarray(lengths, dtype="<i4").data)
+                    tokens, documents = tokens + len(ids), documents + len(lengths)
+            _write_index(index, sizes, documents)
+        finally:
+            sizes.unlink(missing_ok=True)
+    write_json(_file(path, "json"), {"tokens": tokens, "documents": documents, "space": space.to_dict(), **provenance})
     return tokens
+
+
+def _write_index(path: Path, sizes: Path, count: int) -> None:
+    """The index of documents whose lengths are the int32 of the file `sizes`."""
+    with open(path, "wb") as file:
+        file.write(_HEADER.pack(_MAGIC, 1, _INT32, count, count + 1))
+        with open(sizes, "rb") as lengths:
+            shutil.copyfileobj(lengths, file)
+        with open(sizes, "rb") as lengths:
+            end = 0
+            while block := lengths.read(4 * _ENTRIES_AT_ONCE):
+                bytes_each = 4 * np.frombuffer(block, "<i4").astype("<i8")
+                ends = end + np.cumsum(bytes_each)
+                file.write((ends - bytes_each).data)
+                end = int(ends[-1])
+        for first in range(0, count + 1, _ENTRIES_AT_ONCE):
+            file.write(np.arange(first, min(first + _ENTRIES_AT_ONCE, count + 1), dtype="<i8").data)
 
 
 class Store:
@@ -64,6 +93,7 @@ class Store:
         self.meta = read_json(_file(self.path, "json"))
         try:
             self.space = TokenSpace(**self.meta["space"])
+            self.slots = int(self.meta.get("slots", self.space.codebooks))  # codes of a frame: 1 if semantic-only
         except (KeyError, TypeError) as error:
             raise SodaError(f"{_file(self.path, 'json')}: no token space in it ({error})") from None
         self._lengths, self._pointers = self._map_index()  # of the documents: in tokens, and where they begin in bytes

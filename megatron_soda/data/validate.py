@@ -58,22 +58,22 @@ def find_problems(store: Store):
         start = int(offsets[0])
         ids = store.read(start, int(offsets[-1]) - start)
         offsets -= start
-        if ids.min() >= 0 and ids.max() < store.space.size and _all_legal(ids, offsets, store.space):
+        if ids.min() >= 0 and ids.max() < store.space.size and _all_legal(ids, offsets, store.space, store.slots):
             continue
         for i in range(first, last):  # the slow way, which can tell where
-            problem = store.space.check(store.document(i))
+            problem = store.space.check(store.document(i), store.slots)
             if problem:
                 yield f"document {i}, {problem}"
 
 
-def _all_legal(ids: np.ndarray, offsets: np.ndarray, space: TokenSpace) -> bool:
+def _all_legal(ids: np.ndarray, offsets: np.ndarray, space: TokenSpace, slots: int) -> bool:
     """Whether every document ids[offsets[i]:offsets[i + 1]] is legal: the grammar of vocab.py without a loop."""
     kinds = space.kind_table()[ids].astype(np.int64)
     if (kinds[offsets[:-1]] != BOS_KIND).any() or (kinds[offsets[1:] - 1] != EOS_KIND).any():
         return False
     number = FIRST_CODE + space.codebooks
     pairs = np.zeros((number, number), bool)
-    last_code = FIRST_CODE + space.codebooks - 1
+    last_code = FIRST_CODE + slots - 1
     for before, after in (
         (BOS_KIND, (TEXT, TEXT_START, AUDIO_START)),
         (TEXT_START, (TEXT,)),
@@ -85,7 +85,7 @@ def _all_legal(ids: np.ndarray, offsets: np.ndarray, space: TokenSpace) -> bool:
         (EOS_KIND, (BOS_KIND,)),
     ):
         pairs[before, list(after)] = True
-    for slot in range(space.codebooks - 1):
+    for slot in range(slots - 1):
         pairs[FIRST_CODE + slot, FIRST_CODE + slot + 1] = True
     if not pairs[kinds[:-1], kinds[1:]].all() or np.count_nonzero(kinds == EOS_KIND) != len(offsets) - 1:
         return False

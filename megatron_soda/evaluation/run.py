@@ -29,7 +29,7 @@ def evaluate(target: str, overrides: list[str]) -> dict:
 
         result["nll"] = evaluate_nll(model, test, train, e.documents)
     if "grammar" in e.suite:
-        from data_prep.prepare import load_data_codec
+        from data_prep.choose import load_data_codec
 
         from .grammar import evaluate_grammar
 

@@ -12,7 +12,7 @@ from .tasks import held_out_rows
 
 def generate(target: str, overrides: list[str]) -> list[dict]:
     """Runs the recipe's tasks on an exported model; RUN/samples gets the wav files and samples.json."""
-    from data_prep.prepare import load_data_codec
+    from data_prep.choose import load_data_codec
 
     recipe = resolve(target, overrides)
     folder = model_folder(target, recipe)

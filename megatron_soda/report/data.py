@@ -29,7 +29,7 @@ def data_summary(data: dict[str, Any]) -> dict[str, Any] | None:
     for row in languages:
         row["percent"] = 100 * (row["seconds"] or 0) / longest
     documents, tokens = as_dict(data.get("documents")), as_dict(data.get("tokens"))
-    known = ("rejects", "languages", "documents", "tokens", "codec", "attribution", "classes")
+    known = ("rejects", "languages", "documents", "tokens", "codec", "attribution", "classes", "reject_count")
     return {
         "facts": flatten({key: value for key, value in data.items() if key not in known}),
         "codec": flatten(data.get("codec")) if data.get("codec") else [],
@@ -39,6 +39,6 @@ def data_summary(data: dict[str, Any]) -> dict[str, Any] | None:
         "classes": flatten(data.get("classes")) if data.get("classes") else [],
         "languages": languages,
         "rejects": rows[:MOST_REJECTS],
-        "reject_count": len(rows),
+        "reject_count": data.get("reject_count", len(rows)),
         "reject_reasons": Counter(str(row["reason"]) for row in rows).most_common(8),
     }

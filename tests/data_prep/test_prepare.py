@@ -10,7 +10,9 @@ import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.prepare import load_data_codec, prepare
+from data_prep import encode
+from data_prep.choose import load_data_codec
+from data_prep.prepare import prepare
 from data_prep.split import split
 from data_prep.units import read_units
 from megatron_soda.config import Recipe, load_recipe
@@ -29,7 +31,7 @@ def speech(tmp_path_factory) -> Path:
 
 def recipe(run: Path, speech: Path, *overrides: str) -> Recipe:
     some = ["prepare.text_pieces=300", "prepare.workers=1", "prepare.valid_share=0.2", "prepare.test_share=0.2"]
-    return load_recipe(None, [f"run={run}", f"prepare.speech={speech}", *some, *overrides])
+    return load_recipe(None, [f"run={run}", f"prepare.speech={speech}", "prepare.shard_size=3", *some, *overrides])
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +47,12 @@ def stores(folder: Path) -> dict[str, bytes]:
         for s in ("train", "valid", "test")
         for x in ("bin", "idx", "json")
     }
+
+
+def times(folder: Path) -> dict[Path, int]:
+    """When the files that are kept were written; the index is made anew every time."""
+    kept = (p for p in folder.rglob("*") if p.is_file() and "work" not in p.parts and p.name != ".lock")
+    return {p: p.stat().st_mtime_ns for p in kept}
 
 
 def test_stores_hold_every_utterance_in_both_orders(prepared, speech):
@@ -79,24 +87,24 @@ def test_codes_are_the_codecs(prepared):
 
 
 def test_workers_and_interruptions_change_no_byte(prepared, speech, tmp_path, monkeypatch):
-    from data_prep import encode
-
-    monkeypatch.setattr(encode, "SHARD", 3)
     prepare(recipe(tmp_path / "two", speech, "prepare.workers=2"))
     assert stores(tmp_path / "two" / "data") == stores(prepared)
 
-    original, calls = encode._encode_shard, []
+    original, calls = encode.encode_shard, []
 
-    def interrupted(path, utterances):
+    def interrupted(job):
         if len(calls) == 2:
             raise KeyboardInterrupt
-        calls.append(path)
-        original(path, utterances)
+        return spied(job)
 
-    monkeypatch.setattr(encode, "_encode_shard", interrupted)
+    def spied(job):
+        calls.append(job["out"])
+        return original(job)
+
+    monkeypatch.setattr(encode, "encode_shard", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prepare(recipe(tmp_path / "cut", speech))
-    monkeypatch.setattr(encode, "_encode_shard", lambda *a: (calls.append(a[0]), original(*a)))
+    monkeypatch.setattr(encode, "encode_shard", spied)
     prepare(recipe(tmp_path / "cut", speech))
     assert len(calls) == len(set(calls)) == 4  # no shard twice
     assert stores(tmp_path / "cut" / "data") == stores(prepared)
@@ -106,9 +114,9 @@ def test_a_second_run_does_nothing_and_a_change_does(speech, tmp_path, monkeypat
     copy = Path(shutil.copytree(speech, tmp_path / "speech"))
     run = tmp_path / "run"
     first = prepare(recipe(run, copy))
-    before = {p: p.stat().st_mtime_ns for p in (run / "data").rglob("*") if p.is_file()}
+    before = times(run / "data")
     assert prepare(recipe(run, copy)) == first
-    assert {p: p.stat().st_mtime_ns for p in (run / "data").rglob("*") if p.is_file()} == before
+    assert times(run / "data") == before
     assert "nothing to do" in capsys.readouterr().err
     soundfile.write(copy / "clip_000.wav", voice(99, 1.0), RATE)
     assert prepare(recipe(run, copy))["tokens"] != first["tokens"]
@@ -137,7 +145,7 @@ def test_bad_files_are_listed_and_the_rest_is_used(speech, tmp_path):
         manifest.write(b'{"audio": "clip_000.wav", "text": "\xff\xfe"}\n')
         manifest.write(b'{"audio": "../secret.wav", "text": "x"}\n')
         manifest.write(b'{"audio": "clip_001.wav"}\n')
-    with pytest.raises(SodaError, match="10 of 24 utterances cannot be used"):
+    with pytest.raises(SodaError, match="5 of 24 utterances cannot be used"):
         prepare(recipe(tmp_path / "strict", folder))
     summary = prepare(recipe(tmp_path / "run", folder, "prepare.max_rejects=0.5"))
     assert summary["utterances"] == 14
@@ -154,7 +162,7 @@ def test_nothing_to_use(tmp_path):
     with pytest.raises(SodaError):
         prepare(recipe(tmp_path / "run", tmp_path / "nowhere"))
     one = write_speech(tmp_path / "one", 1)
-    with pytest.raises(SodaError, match="too few to split"):
+    with pytest.raises(SodaError, match="too little to split"):
         prepare(recipe(tmp_path / "run", one))
 
 
@@ -196,3 +204,110 @@ def test_split_keeps_prompts_and_texts_whole(pairs, valid, test):
         by_text.setdefault(text, set()).add(sides[prompt])
     assert all(len(s) == 1 for s in by_text.values())
     assert split(named[::-1], valid, test) == sides
+
+
+def write_text(path: Path, count: int = 400) -> Path:
+    path.write_text("".join(f"the {i}th line says {i * i} and stays on the line\n" for i in range(count)))
+    return path
+
+
+def test_text_has_its_share_and_no_line_is_on_two_sides(speech, tmp_path):
+    text = write_text(tmp_path / "text.txt")
+    text.write_text(text.read_text() * 2)
+    settings = [f"prepare.text=[{text}]", "prepare.text_share=0.2", "prepare.text_pieces=400"]
+    summary = prepare(recipe(tmp_path / "run", speech, *settings))
+    assert summary["repeated_texts"] == 400
+    assert summary["reject_count"] == 0
+    assert validate(tmp_path / "run" / "data")
+    tokenizer = data_tokenizer(tmp_path / "run" / "data")
+    lines: dict[str, str] = {}
+    for side in ("train", "valid", "test"):
+        store = Store(tmp_path / "run" / "data" / side)
+        texts = [ids for ids in map(store.document, range(len(store))) if ids[1] < store.space.text_size]
+        assert sum(map(len, texts)) / store.size == pytest.approx(0.2, abs=max(map(len, texts)) / store.size)
+        for ids in texts:
+            assert lines.setdefault(tokenizer.decode(ids[1:-1]), side) == side
+    assert set(lines) <= set(text.read_text().splitlines())
+
+
+def test_text_alone_makes_stores(tmp_path):
+    text = write_text(tmp_path / "text.txt")
+    summary = prepare(recipe(tmp_path / "run", Path(), "prepare.speech=''", f"prepare.text=[{text}]"))
+    assert summary["documents"] == {"train": 240, "valid": 80, "test": 80}
+    assert (summary["utterances"], summary["codec"]) == (0, None)
+    assert validate(tmp_path / "run" / "data")
+
+
+def test_units_are_used_again_without_encoding(prepared, speech, tmp_path, monkeypatch):
+    def no_encoding(job):
+        raise AssertionError("encodes again")
+
+    monkeypatch.setattr(encode, "encode_shard", no_encoding)
+    again = recipe(tmp_path / "again", speech, f"prepare.units=[{prepared}/units/*.parquet]")
+    summary = prepare(again)
+    assert stores(tmp_path / "again" / "data") == stores(prepared)
+    assert summary["utterances"] == 12
+    assert load_data_codec(tmp_path / "again" / "data").fingerprint == load_data_codec(prepared).fingerprint
+    other = prepare(recipe(tmp_path / "other", speech, f"prepare.units=[{prepared}/units/*.parquet]",
+                           "prepare.orders=[semantic-only]"))  # fmt: skip
+    assert Store(tmp_path / "other" / "data" / "train").slots == 1
+    assert validate(tmp_path / "other" / "data")
+    assert other["documents"]["train"] * 2 == summary["documents"]["train"]
+
+
+def test_units_of_two_codecs_are_refused(prepared, speech, tmp_path):
+    prepare(recipe(tmp_path / "other", speech, "prepare.codebooks=4", "prepare.entries=32"))
+    both = f"prepare.units=[{prepared}/units/*.parquet,{tmp_path}/other/data/units/*.parquet]"
+    with pytest.raises(SodaError, match="mean different sounds"):
+        prepare(recipe(tmp_path / "run", speech, both))
+    with pytest.raises(SodaError, match=r"prepare\.units: no file matches"):
+        prepare(recipe(tmp_path / "run", speech, "prepare.units=[nothing/*.parquet]"))
+
+
+def test_two_at_work_on_one_folder(speech, tmp_path):
+    import fcntl
+
+    (tmp_path / "data").mkdir()
+    with open(tmp_path / "data" / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(SodaError, match="another `soda prepare` is at work"):
+            prepare(recipe(tmp_path, speech))
+    assert prepare(recipe(tmp_path, speech))["utterances"] == 12
+
+
+def test_dry_run_counts_and_leaves_no_trace(speech, tmp_path, capsys):
+    r = recipe(tmp_path / "run", speech)
+    expected = prepare(r, dry_run=True)
+    assert not (tmp_path / "run").exists()
+    assert "utterances" in capsys.readouterr().err
+    summary = prepare(r)
+    assert expected["utterances"] == summary["utterances"]
+    assert expected["hours"] == pytest.approx(summary["hours"], rel=0.05)
+    assert expected["tokens"] == pytest.approx(sum(summary["tokens"].values()), rel=0.2)
+    assert expected["bytes"]["stores"] == pytest.approx(summary["bytes"]["stores"], rel=0.25)
+
+
+def test_recordings_become_documents(tmp_path):
+    folder = write_speech(tmp_path / "speech")
+    lines = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+    for i, line in enumerate(lines):
+        line["recording"] = f"talk {i // 3}"
+    (folder / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    summary = prepare(recipe(tmp_path / "run", folder, "prepare.orders=[audio-first]"))
+    assert sum(summary["documents"].values()) == 4
+    store = Store(tmp_path / "run" / "data" / "train")
+    assert np.count_nonzero(store.document(0) == store.space.audio_start) == 3
+
+
+def test_long_audio_becomes_one_utterance(tmp_path):
+    folder = tmp_path / "speech"
+    folder.mkdir()
+    rows = []
+    for i, seconds in enumerate((130.0, 2.0, 2.0, 2.0)):
+        soundfile.write(folder / f"{i}.wav", voice(i, seconds), RATE)
+        rows.append(json.dumps({"audio": f"{i}.wav", "text": f"words {i} and please stay on the line {i}"}))
+    (folder / "manifest.jsonl").write_text("\n".join(rows))
+    prepare(recipe(tmp_path / "run", folder, "prepare.valid_share=0.3", "prepare.test_share=0.3"))
+    found = {r["id"]: r for r in read_units(sorted((tmp_path / "run/data/units").rglob("*.parquet")))}
+    assert found["0"]["codes"].shape == (1625, 8)
+    assert found["0"]["seconds"] == pytest.approx(130)

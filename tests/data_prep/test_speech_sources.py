@@ -14,13 +14,19 @@ import soundfile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_prep import asterisk, manifest
-from data_prep.utterance import Reject, Utterance, prompt_key
+from data_prep import asterisk, sources
+from data_prep.utterance import Reject, Sound, Utterance, prompt_key
 from megatron_soda.errors import SodaError
 
 
 def reasons(rejects: list[Reject]) -> dict[str, str]:
     return {reject.where: reject.reason for reject in rejects}
+
+
+def read(path: Path, layout: str = "auto") -> tuple[list[Utterance], list[Reject]]:
+    everything = list(sources.read(str(path), layout, path.parent / "scratch"))
+    found = [one for one in everything if isinstance(one, Utterance)]
+    return found, [one for one in everything if isinstance(one, Reject)]
 
 
 # --- prompt keys ---
@@ -63,9 +69,9 @@ GOOD = [
 
 def check_good(folder: Path, found: list[Utterance]) -> None:
     assert found == [
-        Utterance("first", folder / "wavs/a.wav", "Hello, World.", "anna", "en", "hello world"),
-        Utterance("wavs/b", folder / "wavs/b.flac", "Да.", "", "", "да"),
-        Utterance("wavs/c d", folder / "wavs/c d.ogg", 'He said "no", twice.', "", "", "he said no twice"),
+        Utterance("first", Sound(str(folder / "wavs/a.wav")), "Hello, World.", "anna", "en", "hello world"),
+        Utterance("wavs/b", Sound(str(folder / "wavs/b.flac")), "Да.", "", "", "да"),
+        Utterance("wavs/c d", Sound(str(folder / "wavs/c d.ogg")), 'He said "no", twice.', "", "", "he said no twice"),
     ]
 
 
@@ -84,7 +90,7 @@ def test_good_manifests(speech: Path, kind: str, newline: str, bom: bytes) -> No
     path = speech / f"manifest.{kind}"
     path.write_bytes(bom + (newline.join(lines) + newline * 2).encode())
     for given_path in (speech, path):
-        found, rejects = manifest.read(given_path)
+        found, rejects = read(given_path)
         check_good(speech, found)
         assert rejects == []
 
@@ -110,15 +116,13 @@ def test_every_bad_json_line_is_a_reject(speech: Path) -> None:
         (b'{"audio": "wavs/b.flac"}', "no transcript"),
         (b'{"audio": "wavs/b.flac", "text": null}', "no transcript"),
         (b'{"audio": "wavs/b.flac", "text": " \\n "}', "no transcript"),
-        (b'{"audio": "wavs/a.wav", "text": "again"}', "duplicate id 'wavs/a'"),
-        (b'{"audio": "wavs/b.flac", "text": "x", "id": "wavs/a"}', "duplicate id 'wavs/a'"),
         (b'{"audio": "a\\u0000b", "text": "x"}', "not a path"),
         (b'{"audio": "wavs/b.flac", "text": "\\ud800"}', "not valid Unicode"),
         (b'{"audio": "' + b"x" * 5000 + b'", "text": "x"}', "name too long"),
     ]
     good = b'{"audio": "wavs/a.wav", "text": "good"}'
     (speech / "manifest.jsonl").write_bytes(b"\n".join([good, *(line for line, _ in lines)]))
-    found, rejects = manifest.read(speech)
+    found, rejects = read(speech)
     assert [utterance.id for utterance in found] == ["wavs/a"]
     assert [reject.where for reject in rejects] == [f"manifest.jsonl:{n}" for n in range(2, len(lines) + 2)]
     for reject, (line, expected) in zip(rejects, lines, strict=True):
@@ -130,11 +134,11 @@ def test_bad_csv_and_tsv_lines(speech: Path) -> None:
         b"audio,text\nwavs/a.wav,Good.\nwavs/b.flac,Hello, there\nwavs/b.flac,\nwavs/b.flac\n"
         b'wavs/b.flac,"open\nwavs/b.flac,"x" y\nwavs/b.flac,\xe9\n,x\n\nwavs/b.flac, "Good, too"\n'
     )
-    found, rejects = manifest.read(speech)
+    found, rejects = read(speech)
     assert [utterance.text for utterance in found] == ["Good.", "Good, too"]
     by_line = reasons(rejects)
     assert list(by_line) == [f"manifest.csv:{n}" for n in range(3, 10)]
-    assert "3 cells for 2 columns" in by_line["manifest.csv:3"]
+    assert "wrong number of cells: 3 cells for 2 columns" in by_line["manifest.csv:3"]
     assert by_line["manifest.csv:4"] == by_line["manifest.csv:5"] == "no transcript"
     assert "not csv" in by_line["manifest.csv:6"]
     assert "not csv" in by_line["manifest.csv:7"]
@@ -143,7 +147,7 @@ def test_bad_csv_and_tsv_lines(speech: Path) -> None:
 
     (speech / "manifest.csv").rename(speech / "other.csv")
     (speech / "manifest.tsv").write_text('audio\ttext\nwavs/a.wav\t"Quoted," she said\nwavs/b.flac\tx\ty\n')
-    found, rejects = manifest.read(speech)
+    found, rejects = read(speech)
     assert [utterance.text for utterance in found] == ['"Quoted," she said']
     assert len(rejects) == 1
 
@@ -154,7 +158,7 @@ def test_absolute_paths_inside_and_links(speech: Path) -> None:
     (speech / "wavs/link.wav").symlink_to(speech.parent / "outside.wav")
     rows = [str(speech / "wavs/a.wav"), str(linked / "wavs/b.flac"), "wavs/link.wav"]
     (speech / "manifest.jsonl").write_text("".join(json.dumps({"audio": r, "text": "x"}) + "\n" for r in rows))
-    found, rejects = manifest.read(linked)
+    found, rejects = read(linked)
     assert [utterance.id for utterance in found] == ["wavs/a", "wavs/b", "wavs/link"]
     assert rejects == []
 
@@ -164,38 +168,41 @@ def test_text_files_beside_sound_files(speech: Path) -> None:
     (speech / "wavs/b.txt").write_bytes(b"\xff")
     (speech / "wavs/._a.wav").write_bytes(b"a resource fork")
     soundfile.write(speech / "wavs/a.flac", np.zeros(100), 24000)
-    found, rejects = manifest.read(speech)
-    assert found == [Utterance("wavs/a", speech / "wavs/a.flac", "Good morning.", prompt="good morning")]
+    found, rejects = read(speech)
+    assert found == [
+        Utterance("wavs/a", Sound(str(speech / "wavs/a.flac")), "Good morning.", prompt="good morning"),
+        Utterance("wavs/a", Sound(str(speech / "wavs/a.wav")), "Good morning.", prompt="good morning"),
+    ]
     assert reasons(rejects) == {
-        "wavs/a.wav": "duplicate id 'wavs/a'",
-        "wavs/b.flac": "b.txt: not UTF-8",
-        "wavs/c d.ogg": "no transcript (c d.txt is not there)",
+        "wavs/b.flac": "not UTF-8: b.txt",
+        "wavs/c d.ogg": "no transcript: c d.txt is not there",
     }
 
 
-def test_nothing_usable_is_a_clear_error(speech: Path, tmp_path: Path) -> None:
-    def message(path: Path) -> str:
+def test_nothing_usable(speech: Path, tmp_path: Path) -> None:
+    def message(path: Path, layout: str = "auto") -> str:
         with pytest.raises(SodaError) as caught:
-            manifest.read(path)
+            read(path, layout)
         return str(caught.value)
 
     assert "no such folder" in message(tmp_path / "none")
     (tmp_path / "empty").mkdir()
-    for path in (tmp_path / "empty", speech):  # nothing at all; sound files without text
+    for path in (tmp_path / "empty", speech, speech / "wavs/a.wav"):  # nothing at all; sound files without text
         text = message(path)
         for part in ("manifest.jsonl", "manifest.csv", "manifest.tsv", "X.txt beside X.wav", '{"audio": "wavs/a.wav"'):
             assert part in text
-    assert "wavs/a.wav: no transcript" in message(speech)
+    assert reasons(read(speech, "pairs")[1])["wavs/a.wav"] == "no transcript: a.txt is not there"
     (speech / "manifest.jsonl").write_text('{"audio": "none.wav", "text": "x"}\n')
-    assert "manifest.jsonl:1: audio: no file 'none.wav'" in message(speech)
+    assert read(speech) == ([], [Reject("manifest.jsonl:1", "no file: 'none.wav'")])
     (speech / "manifest.jsonl").write_bytes(b"")
-    assert "not one usable line" in message(speech)
-    (speech / "manifest.csv").write_text("file,text\nwavs/a.wav,x\n")
+    assert read(speech) == ([], [])
+    (speech / "manifest.csv").write_text("sound,text\nwavs/a.wav,x\n")
     assert "keep one" in message(speech)
     assert "must name the columns" in message(speech / "manifest.csv")
-    assert "ends in .jsonl, .csv or .tsv" in message(speech / "wavs/a.wav")
+    assert "ends in .jsonl, .csv or .tsv" in message(speech / "wavs/a.wav", "manifest")
     (speech / "manifest.csv").write_text("audio,text\nwavs/a.wav,x\n", encoding="utf-16")
     assert "must name the columns" in message(speech / "manifest.csv")
+    assert "there is no such layout" in message(speech, "kaldi")
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -213,16 +220,27 @@ def test_nothing_usable_is_a_clear_error(speech: Path, tmp_path: Path) -> None:
 )
 def test_any_bytes_give_utterances_rejects_or_soda_error(speech: Path, kind: str, lines: list[bytes]) -> None:
     path = speech / f"manifest.{kind}"
-    path.write_bytes(b"\n".join([b"audio,text" if kind == "csv" else b"audio\ttext"] * (kind != "jsonl") + lines))
+    header = [b"audio,text" if kind == "csv" else b"audio\ttext"] * (kind != "jsonl")
+    content = b"\n".join(header + lines)
+    path.write_bytes(content)
     try:
-        found, _ = manifest.read(path)
+        found, rejects = read(path)
     except SodaError:
         return
-    assert len({utterance.id for utterance in found}) == len(found)
+    # Every line that is not blank is one or the other.
+    given_lines = [line for line in content.split(b"\n")[len(header) :] if not is_blank(line)]
+    assert len(found) + len(rejects) == len(given_lines)
     for utterance in found:
-        assert utterance.text
+        assert utterance.text or kind == "jsonl"  # without any text column there is none
         assert utterance.prompt
-        assert utterance.audio.is_relative_to(speech)
+        assert Path(utterance.audio.path).is_relative_to(speech)
+
+
+def is_blank(line: bytes) -> bool:
+    try:
+        return not line.decode("utf-8-sig").strip()
+    except UnicodeDecodeError:
+        return False
 
 
 # --- Asterisk prompts, with stand-ins for apt-get and dpkg-deb: no network, no Debian ---
@@ -333,7 +351,7 @@ def test_fetch_and_read(archive: Archive, tmp_path: Path) -> None:
         ("hello", "Helloè: there."),
         ("letters/dash", "dash"),
     ]
-    assert all(u.audio.is_file() for u in found)
+    assert all(Path(u.audio.path).is_file() for u in found)
     assert reasons([reject for reject in rejects if reject.where.startswith(("en/", "core-sounds-en"))]) == {
         "core-sounds-en.txt:5": "a second digits/1",
         "core-sounds-en.txt:12": "not 'id: text'",
@@ -347,6 +365,25 @@ def test_fetch_and_read(archive: Archive, tmp_path: Path) -> None:
     notice = (folder / "ATTRIBUTION.md").read_text()
     for part in ("Source: somewhere", "Allison", "CC-BY-SA-3.0", "Carlo", "CC-BY-3.0"):
         assert part in notice
+
+
+def test_prompts_that_share_a_text_are_one(archive: Archive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also by way of another language: c shares a text with b in one, and b with a in the other."""
+    asterisk.fetch(tmp_path, ["en", "it"])
+    prompts = ("hello", "digits/1", "letters/dash")
+    spoken = {"en": ("Yes!", "yes", "no"), "it": ("uno", "due", "Due.")}
+
+    def transcripts(root: Path, language: str) -> tuple[dict[str, str], list[Reject]]:
+        return dict(zip(prompts, spoken[language], strict=True)), []
+
+    monkeypatch.setattr(asterisk, "_transcripts", transcripts)
+    for languages, expected in (
+        (["en", "it"], {"hello": "digits/1", "digits/1": "digits/1", "letters/dash": "digits/1"}),
+        (["en"], {"hello": "digits/1", "digits/1": "digits/1", "letters/dash": "letters/dash"}),
+        (["it"], {"hello": "hello", "digits/1": "digits/1", "letters/dash": "digits/1"}),
+    ):
+        found, _ = asterisk.read(tmp_path, languages)
+        assert {u.id.partition("/")[2]: u.prompt for u in found} == expected
 
 
 def test_fetch_goes_on_where_it_was(archive: Archive, tmp_path: Path) -> None:
@@ -449,9 +486,10 @@ def test_sentences(glosses: list[str], limit: int) -> None:
 def test_importing_needs_neither_torch_nor_a_network() -> None:
     code = (
         "import sys, socket\n"
-        "def refuse(*_, **__): raise SystemExit('a socket was opened')\n"
-        "socket.socket = refuse\n"
-        "import data_prep.asterisk, data_prep.audio, data_prep.manifest, data_prep.utterance\n"
+        "class Refuse(socket.socket):\n"
+        "    def __init__(self, *_, **__): raise SystemExit('a socket was opened')\n"
+        "socket.socket = Refuse\n"
+        "import data_prep.asterisk, data_prep.audio, data_prep.sources, data_prep.texts\n"
         "sys.exit(bool({'torch', 'megatron', 'transformers'} & set(sys.modules)))\n"
     )
     root = Path(__file__).parents[2]

@@ -137,7 +137,7 @@ def test_full_disk_while_preparing(small_disk, tmp_path):
 def test_interrupted_prepare_goes_on(tmp_path):
     speech = write_speech(tmp_path / "speech", 150)
     (tmp_path / "r.yaml").write_text(
-        f"run: {tmp_path}/run\nprepare: {{speech: {speech}, text_pieces: 300, workers: 2}}\n"
+        f"run: {tmp_path}/run\nprepare: {{speech: {speech}, text_pieces: 300, workers: 2, shard_size: 16}}\n"
     )
     command = [sys.executable, "-m", "megatron_soda.cli", "prepare", str(tmp_path / "r.yaml")]
     process = subprocess.Popen(
@@ -159,3 +159,42 @@ def test_interrupted_prepare_goes_on(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert {p: p.stat().st_mtime_ns for p in kept} == kept
+
+
+def test_kills_anywhere_change_no_byte(tmp_path):
+    """`soda prepare` is killed again and again, later each time, and goes on; with one worker and with eight."""
+    speech = write_speech(tmp_path / "speech", 60)
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"line {i} of some text\n" for i in range(300)))
+
+    def command(run: str, workers: int) -> list[str]:
+        return [
+            sys.executable, "-m", "megatron_soda.cli", "prepare", str(tmp_path / "r.yaml"), f"run={tmp_path}/{run}",
+            f"prepare.workers={workers}",
+        ]  # fmt: skip
+
+    (tmp_path / "r.yaml").write_text(
+        f"prepare: {{speech: {speech}, text: [{text}], text_share: 0.1, text_pieces: 300, shard_size: 4}}\n"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(command("straight", 1), cwd=ROOT, env=environment, check=True, capture_output=True, timeout=300)
+    subprocess.run(command("eight", 8), cwd=ROOT, env=environment, check=True, capture_output=True, timeout=300)
+    kills, delay = 0, 2.0
+    while True:
+        process = subprocess.Popen(
+            command("killed", 2), cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        try:
+            assert process.wait(timeout=delay) == 0
+            break
+        except subprocess.TimeoutExpired:
+            for child in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+                child.kill()
+            process.wait()
+            kills, delay = kills + 1, delay + 1.5
+    assert kills >= 3
+    for name in ("train", "valid", "test"):
+        for suffix in ("bin", "idx", "json"):
+            straight = (tmp_path / "straight" / "data" / f"{name}.{suffix}").read_bytes()
+            for other in ("eight", "killed"):
+                assert (tmp_path / other / "data" / f"{name}.{suffix}").read_bytes() == straight

@@ -1,0 +1,160 @@
+"""Which codec and which text tokenizer: given, or fitted and trained on the training side. Kept in RUN/data."""
+
+import heapq
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from megatron_soda.config import Recipe
+from megatron_soda.errors import SodaError
+from megatron_soda.files import atomic_path, read_json, write_json, write_text
+from megatron_soda.tokenizer import TextTokenizer, train_sentencepiece
+
+from .audio import BadAudio, read_audio
+from .codecs import Codec, load_codec
+from .index import Index, digest, sample, side, split_key
+from .utterance import Utterance
+
+FIT_AT_LEAST = 600.0  # seconds of speech; with less, the quantiser that ships with the embedded codec is better
+FIT_AT_MOST = 5400.0
+FIT_UTTERANCES = 20_000  # at most, of which FIT_AT_MOST seconds are read
+TOKENIZER_SENTENCES = 500_000  # at most
+
+console = Console(stderr=True)
+
+
+def choose_codec(recipe: Recipe, index: Index, folder: Path) -> dict[str, Any]:
+    """Chooses, fits if asked to, and writes FOLDER/codec.json, which says how to load it again. -> what that holds."""
+    p = recipe.prepare
+    path = p.codec_path or None
+    wanted = {"codebooks": p.codebooks or 8, "entries": p.entries or 2048}
+    if p.entries and p.codec != "embedded":
+        raise SodaError(f"prepare.entries={p.entries}: only the embedded codec lets one choose; leave it at 0")
+    if p.codec == "embedded" and not path:
+        some = sample(index.shards, FIT_UTTERANCES, lambda u: side(split_key(u), index.bounds) == "train")
+        fitted, stamp = folder / "codec.safetensors", folder / "codec.key"
+        key = digest(wanted, recipe.seed, [(u.id, when) for u, when in some])
+        if fitted.is_file() and stamp.is_file() and stamp.read_text() == key:
+            path = str(fitted)
+        else:
+            waves = _fit_audio([u for u, _ in some])
+            seconds = sum(map(len, waves)) / 24_000
+            if seconds >= FIT_AT_LEAST or wanted != {"codebooks": 8, "entries": 2048}:
+                _fit(waves, fitted, wanted, recipe.seed)
+                write_text(stamp, key)
+                path = str(fitted)
+            else:
+                console.print(f"{seconds:.0f} s of speech: too little to fit the codec on, taking the one that ships")
+    arguments: dict[str, Any] = {"spec": p.codec, "path": path}
+    if p.codec != "embedded":
+        arguments["codebooks"] = p.codebooks or None
+    chosen = describe(load_codec(**arguments), arguments)
+    if not (folder / "codec.json").is_file() or read_json(folder / "codec.json") != chosen:
+        write_json(folder / "codec.json", chosen)
+    return chosen
+
+
+def describe(codec: Codec, arguments: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "name": codec.name,
+        "fingerprint": codec.fingerprint,
+        "codebooks": codec.codebooks,
+        "entries": codec.entries,
+        "sample_rate": codec.sample_rate,
+        "samples_per_frame": codec.samples_per_frame,
+        "arguments": arguments,
+    }
+
+
+def _fit_audio(train: list[Utterance]) -> list[np.ndarray]:
+    """Audio of the utterances, FIT_AT_MOST seconds in all. What cannot be read is reported by encoding."""
+    waves, seconds = [], 0.0
+    for utterance in train:
+        try:
+            waves.append(read_audio(utterance.audio, 24_000))
+        except BadAudio:
+            continue
+        seconds += len(waves[-1]) / 24_000
+        if seconds > FIT_AT_MOST:
+            break
+    return waves
+
+
+def _fit(waves: list[np.ndarray], path: Path, wanted: dict[str, int], seed: int) -> None:
+    from rich.progress import Progress
+
+    from .codecs.embedded import EmbeddedCodec
+
+    with Progress(console=console) as progress:
+        task = progress.add_task("fit codec", total=1.0)
+        codec = EmbeddedCodec.fit(
+            waves, seed=seed, **wanted, progress=lambda done, _: progress.update(task, completed=done)
+        )
+    codec.save(path)
+
+
+def load_data_codec(folder: Path) -> Codec:
+    """The codec that made the tokens of a data folder (or of an exported model, which carries its own)."""
+    chosen = read_json(folder / "codec.json")
+    arguments = dict(chosen["arguments"])
+    if (folder / "codec.safetensors").is_file() and arguments.get("path", "") and chosen["name"] == "embedded":
+        arguments["path"] = str(folder / "codec.safetensors")
+    codec = load_codec(**arguments)
+    if codec.fingerprint != chosen["fingerprint"]:
+        raise SodaError(
+            f"{folder}: its tokens were made by codec {chosen['fingerprint']}, the one installed now is "
+            f"{codec.fingerprint}. Prepare the data again, or install the version of megatron_soda that made it."
+        )
+    return codec
+
+
+def choose_tokenizer(
+    recipe: Recipe, transcripts: Iterator[tuple[str, str]], lines: Iterator[tuple[str, str]], key: str, folder: Path
+) -> TextTokenizer:
+    """Copies or trains the text tokenizer into FOLDER. transcripts, lines: (id, text) of the training side; `key`
+    changes with them: what was trained with the same one is kept."""
+    p, stamp = recipe.prepare, folder / "text_tokenizer.key"
+    if p.tokenizer:
+        source = TextTokenizer(p.tokenizer)
+        path = folder / f"text_tokenizer{source.path.suffix}"
+        _forget(folder)
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(source.path.read_bytes())
+        return TextTokenizer(path)
+    path = folder / "text_tokenizer.model"
+    key = digest(key, p.text_pieces, recipe.seed)
+    if not (path.is_file() and stamp.is_file() and stamp.read_text() == key):
+        _forget(folder)
+        spoken = _some(transcripts, TOKENIZER_SENTENCES)
+        some = _some(lines, max(200, len(spoken) // 4))
+        if not spoken and not some:
+            raise SodaError("no transcript and no text to train a tokenizer on: set prepare.tokenizer")
+        with console.status("training the text tokenizer"):
+            train_sentencepiece(path, sorted(spoken) + some, p.text_pieces)
+        write_text(stamp, key)
+    return TextTokenizer(path)
+
+
+def _forget(folder: Path) -> None:
+    for old in folder.glob("text_tokenizer.*"):
+        old.unlink()
+
+
+def _some(texts: Iterable[tuple[str, str]], count: int) -> list[str]:
+    """At most `count` of the texts, the same ones whatever their order: those of the lowest hashes of the ids."""
+    return [text for _, text in heapq.nsmallest(count, ((digest(id), text) for id, text in texts if text))]
+
+
+def take_codec_of(units: Path, chosen: dict[str, Any], folder: Path) -> None:
+    """Writes FOLDER/codec.json for unit shards that came from elsewhere, with the fitted codec if it is still there."""
+    path = (chosen.get("arguments") or {}).get("path") or ""
+    if chosen["name"] == "embedded" and path and Path(path).is_file() and Path(path) != folder / "codec.safetensors":
+        with atomic_path(folder / "codec.safetensors") as temporary:
+            temporary.write_bytes(Path(path).read_bytes())
+    if chosen["name"] == "embedded" and path and not Path(path).is_file():
+        console.print(f"[yellow]{units}[/]: its codec {path} is gone; speech cannot be heard again without it")
+    write_text(folder / "codec.json", json.dumps(chosen, indent=1) + "\n")

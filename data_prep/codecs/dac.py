@@ -1,0 +1,64 @@
+"""DAC (Kumar et al., "High-Fidelity Audio Compression with Improved RVQGAN", 2023) through transformers' DacModel."""
+
+import math
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from transformers import DacModel
+
+from .hub import HubCodec, Piece
+
+WINDOW_SECONDS = 2.0
+
+
+class DacCodec(HubCodec):
+    """The first `codebooks` codebooks of a DAC model, by default all; a `Codec`. Models of 16, 24 and 44.1 kHz.
+
+    transformers' `encode` pads nothing and drops what is left of a frame; here silence fills the last frame.
+
+    The encoder is convolutions that look both ways, so silence after a wave would change its last frames. In batches
+    a wave is cut into windows of two seconds that overlap by as much as a frame's code depends on (8 frames of the
+    model of 24 kHz); those at an end of the wave end there too. A wave shorter than a window goes alone.
+    """
+
+    name: str = "dac"
+    title: ClassVar[str] = "DAC"
+    model_class: ClassVar[Any] = DacModel
+
+    def _available(self) -> int:
+        return self._model.config.n_codebooks
+
+    def _stride(self) -> int:
+        return math.prod(self._model.config.downsampling_ratios)
+
+    def _context(self) -> int:
+        """So many frames before and after a frame can change its codes: no sound further away reaches it."""
+        # Samples from a frame's first one; the modules are in the order in which they are called.
+        before, after, step = 0, 0, 1
+        for layer in self._model.encoder.modules():
+            if isinstance(layer, nn.Conv1d):
+                padding = int(layer.padding[0])
+                before += padding * step
+                after += ((layer.kernel_size[0] - 1) * layer.dilation[0] - padding) * step
+                step *= layer.stride[0]
+        return max(math.ceil(before / self.samples_per_frame), after // self.samples_per_frame)
+
+    def _batch_pieces(self, wave: int, frames: int) -> list[Piece]:
+        context = self._context()
+        window = max(round(WINDOW_SECONDS * self.sample_rate / self.samples_per_frame), 4 * context)
+        if frames < window:
+            return [Piece(wave, 0, frames, 1, slice(0, frames))]
+        pieces: list[Piece] = []
+        done = 0
+        while done < frames:
+            start = min(max(done - context, 0), frames - window)
+            end = frames if start + window == frames else start + window - context
+            pieces.append(Piece(wave, start, window, self._rows(window), slice(done - start, end - start)))
+            done = end
+        return pieces
+
+    def _codes(self, waves: Tensor) -> Tensor:
+        return self._model.encode(waves, n_quantizers=self.codebooks).audio_codes
+
+    def _audio(self, codes: Tensor) -> Tensor:
+        return self._model.decode(audio_codes=codes).audio_values

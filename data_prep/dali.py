@@ -1,0 +1,123 @@
+"""Decoding with NVIDIA DALI, in batches, on the CPU: `decoder="dali"`.
+
+DALI decodes wav, flac, ogg and opus with its own build of libsndfile, faster than soundfile's. Its resampler is slower
+than soxr, so a file comes at its own rate and audio.py does the rest. The samples are those of read_pieces: identical
+for wav and flac, within 1e-6 for what is decoded in floating point (tests/data_prep/test_dali.py).
+
+Everything else is read_pieces' own: other formats, long recordings, segments, and every file that DALI or a first look
+at the header finds fault with, which read_pieces has the words for.
+"""
+
+import importlib
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+
+from megatron_soda.errors import SodaError
+
+from .audio import BadAudio, cut, finish, open_decoder, open_sound, read_pieces, reasons
+from .utterance import Sound
+
+BATCH = 16  # files decoded at once
+LONGEST = 60.0  # seconds: a batch is in memory whole
+LARGEST = 1 << 25  # bytes, encoded
+FORMATS = (b"RIFF", b"fLaC", b"OggS")  # the first bytes of what DALI can decode
+
+
+class DaliDecoder:
+    """Decodes lists of recordings; the arguments are those of read_pieces. For one thread of one process."""
+
+    def __init__(self, sample_rate: int, samples_per_frame: int, *, piece_seconds: float = 60.0, trim: bool = False):
+        self.sample_rate, self.samples_per_frame = sample_rate, samples_per_frame
+        self.piece_seconds, self.trim = piece_seconds, trim
+        self.pipeline: Any = None
+        _dali()  # fails now rather than at the first file
+
+    def decode(self, sounds: Sequence[Sound]) -> list[list[np.ndarray] | BadAudio]:
+        """For each recording its pieces, float32 [samples] mono at `sample_rate` Hz as read_pieces yields them, or why
+        it cannot be used. Raises nothing for a bad file."""
+        results: list[list[np.ndarray] | BadAudio] = []
+        for start in range(0, len(sounds), BATCH):
+            batch = sounds[start : start + BATCH]
+            loaded = [_load(sound) for sound in batch]
+            decoded = iter(self._run([data for data, _, _ in filter(None, loaded)]))
+            for sound, encoded in zip(batch, loaded, strict=True):
+                samples = next(decoded) if encoded else None
+                if encoded is None or samples is None or len(samples) < encoded[2]:
+                    results.append(self._pieces(sound))
+                else:
+                    results.append(self._pieces(sound, samples, encoded[1]))
+        return results
+
+    def _pieces(self, sound: Sound, samples: np.ndarray | None = None, rate: int = 0) -> list[np.ndarray] | BadAudio:
+        shape = self.sample_rate, self.samples_per_frame
+        try:
+            if samples is None:
+                return list(read_pieces(sound, *shape, piece_seconds=self.piece_seconds, trim=self.trim))
+            with reasons():
+                shortest = self.samples_per_frame / self.sample_rate
+                blocks = finish(
+                    iter([samples[:, None]]), rate, shape[0], shortest=shortest, longest=LONGEST, trim=self.trim
+                )
+                return list(cut(blocks, *shape, self.piece_seconds))
+        except BadAudio as error:
+            return error
+
+    def _run(self, encoded: list[np.ndarray]) -> list[np.ndarray | None]:
+        """float32 [samples] at each file's own rate; None for a file that DALI cannot decode."""
+        if not encoded:
+            return []
+        if self.pipeline is None:
+            self.pipeline = _build()
+        try:
+            self.pipeline.feed_input("encoded", encoded)
+            (decoded,) = self.pipeline.run()
+            return [np.array(decoded.at(i)).reshape(-1) for i in range(len(encoded))]
+        except RuntimeError:
+            self.pipeline = None  # one bad file ends a pipeline for good (NVIDIA/DALI issue 4076)
+        if len(encoded) == 1:
+            return [None]
+        return [self._run([one])[0] for one in encoded]
+
+
+def _load(sound: Sound) -> tuple[np.ndarray, int, int] | None:
+    """The encoded bytes (uint8), the rate in Hz and the number of samples of a recording for DALI; else None."""
+    if sound.start or sound.end:
+        return None
+    try:
+        with reasons(), ExitStack() as stack:
+            file, _ = open_sound(sound, stack)
+            if file.read(4) not in FORMATS or file.seek(0, 2) > LARGEST:
+                return None
+            decoder = open_decoder(sound, file, stack)
+            if decoder.frames > LONGEST * decoder.samplerate:
+                return None
+            file.seek(0)
+            return np.frombuffer(file.read(), np.uint8), decoder.samplerate, decoder.frames
+    except BadAudio:
+        return None
+
+
+def _dali() -> Any:
+    try:
+        return importlib.import_module("nvidia.dali")
+    except ImportError:
+        raise SodaError(
+            "decoding with DALI needs the package nvidia-dali-cuda130: pip install megatron-soda[dali] "
+            "(or decode with soundfile)"
+        ) from None
+
+
+def _build() -> Any:
+    dali, fn = _dali(), importlib.import_module("nvidia.dali.fn")
+    # One thread, nothing ahead of time: the processes are many, and batches come one at a time.
+    pipeline = dali.Pipeline(
+        batch_size=BATCH, num_threads=1, device_id=None, prefetch_queue_depth=1, exec_pipelined=False, exec_async=False
+    )
+    with pipeline:
+        encoded = fn.external_source(name="encoded", dtype=dali.types.UINT8, ndim=1)
+        pipeline.set_outputs(fn.decoders.audio(encoded, dtype=dali.types.FLOAT, downmix=True)[0])
+    pipeline.build()
+    return pipeline

@@ -1,0 +1,67 @@
+"""`soda prepare --dry-run`: what would be made, by the index and a few decoded utterances. The run is not touched."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from megatron_soda.config import Recipe
+
+from .audio import BadAudio, read_audio
+from .codecs import load_codec
+from .index import sample
+from .inputs import read_inputs
+from .show import Rejects, console
+
+SAMPLE = 64  # utterances that are decoded
+
+
+def estimate(recipe: Recipe) -> dict[str, Any]:
+    """Counts, hours, tokens and bytes, which are also printed. SodaError as `prepare`."""
+    with tempfile.TemporaryDirectory(prefix="soda-") as scratch:
+        return _estimate(recipe, Path(scratch))
+
+
+def _estimate(recipe: Recipe, scratch: Path) -> dict[str, Any]:
+    """What `prepare` would make, from the index and a few decoded utterances; nothing is written to the run folder."""
+    p = recipe.prepare
+    rejects = Rejects(scratch / "rejects.jsonl")
+    inputs = read_inputs(recipe, scratch, rejects)
+    index = inputs.speech
+    seconds, bad, letters = [], 0, 0
+    for utterance, _ in sample(index.shards, SAMPLE, lambda u: True):
+        try:
+            seconds.append(len(read_audio(utterance.audio, 8000, max_seconds=36_000)) / 8000)
+            letters += len(utterance.text)
+        except BadAudio:
+            bad += 1
+    usable = len(seconds) / max(1, len(seconds) + bad)
+    hours = index.utterances * usable * (sum(seconds) / max(1, len(seconds))) / 3600
+    codec = load_codec(
+        p.codec, p.codec_path or None, codebooks=(p.codebooks or None) if p.codec != "embedded" else None
+    )
+    rate = codec.sample_rate / codec.samples_per_frame * codec.codebooks
+    audio = hours * 3600 * rate
+    spoken = audio * len(p.orders) + index.utterances * usable * len(p.orders) * (
+        6 + letters / max(1, len(seconds)) / 3
+    )
+    tokens = spoken / (1 - p.text_share if p.text else 1)
+    found = {
+        "utterances": index.utterances,
+        "texts": inputs.texts.utterances,
+        "repeated_texts": inputs.repeated_texts,
+        "released_files": len(inputs.released),
+        "rejects": rejects.count,
+        "unreadable_share": 1 - usable,
+        "hours": hours,
+        "tokens": round(tokens),
+    }
+    bytes_of = {"units": round(1.5 * audio), "parts": round(4 * tokens), "stores": round(4 * tokens)}
+    rejects.close()
+    table = Table("expected", "", title=f"{len(seconds) + bad} utterances were decoded; 3 letters a token are assumed")
+    sizes = {f"GB of {name}": size / 1e9 for name, size in bytes_of.items()}
+    for name, value in {**found, **sizes}.items():
+        table.add_row(name.replace("_", " "), f"{value:,.2f}" if isinstance(value, float) else f"{value:,}")
+    console.print(table)
+    return {**found, "bytes": bytes_of}

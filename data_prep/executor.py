@@ -1,0 +1,126 @@
+"""Runs the jobs of a stage: in processes of this machine, or on a Ray cluster.
+
+A job is plain data, the argument of the stage's function, which writes files of its own and returns a few counts. Which
+worker runs it, in what order, and whether it ran before, must not show in what it writes.
+"""
+
+import json
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+from typing import Any
+
+from megatron_soda.errors import SodaError
+
+Job = dict[str, Any]
+Result = dict[str, Any]
+EXECUTORS = ("local", "ray")
+AHEAD = 4  # jobs of every worker that are in flight: a list of millions must not be copied to the workers
+
+device = "cpu"  # of this worker process
+
+
+def run_jobs(
+    function: Callable[[Job], Result],
+    jobs: Sequence[Job],
+    *,
+    workers: int = 0,
+    executor: str = "local",
+    gpu: bool = False,
+) -> Iterator[Result]:
+    """Yields the result of every job, as they come. `workers`: processes, 0 is one a core, or one a GPU if `gpu`.
+
+    Raises what a job raised, and SodaError if a worker died.
+    """
+    if executor == "ray":
+        yield from _on_ray(function, jobs, workers, gpu)
+        return
+    gpus = _gpus() if gpu else 0
+    workers = min(workers or gpus or len(os.sched_getaffinity(0)), len(jobs))
+    if workers <= 1:
+        if gpus:
+            _set_device("cuda:0")
+        for job in jobs:
+            yield function(job)
+        return
+    yield from _in_processes(function, jobs, workers, gpus)
+
+
+def _in_processes(function: Callable[[Job], Result], jobs: Sequence[Job], workers: int, gpus: int) -> Iterator[Result]:
+    context = multiprocessing.get_context("spawn")
+    numbers = context.Queue()
+    for number in range(workers):
+        numbers.put(number)
+    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(numbers, gpus))
+    waiting = iter(jobs)
+    try:
+        running = {pool.submit(function, job) for job in islice(waiting, AHEAD * workers)}
+        while running:
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            running |= {pool.submit(function, job) for job in islice(waiting, len(done))}
+            for future in done:
+                yield future.result()
+    except BrokenProcessPool:
+        raise SodaError(
+            "a worker process died (out of memory?). What was done is kept: run the same command again, "
+            "with a lower prepare.workers if it happens twice."
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_worker(numbers: Any, gpus: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    import torch
+
+    torch.set_num_threads(1)
+    if gpus:
+        _set_device(f"cuda:{numbers.get() % gpus}")
+
+
+def _set_device(name: str) -> None:
+    global device
+    device = name
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _on_ray(function: Callable[[Job], Result], jobs: Sequence[Job], workers: int, gpu: bool) -> Iterator[Result]:
+    try:
+        import ray
+        import ray.data
+    except ImportError:
+        raise SodaError("prepare.executor=ray: Ray is not installed. pip install 'megatron-soda[ray]'") from None
+    if not jobs:
+        return
+    if not ray.is_initialized():  # RAY_ADDRESS names a cluster; without it Ray starts on this machine, for it alone
+        here = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+        ray.init(log_to_driver=False, **here)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+
+    def task(row: dict[str, str]) -> dict[str, str]:
+        import torch
+
+        torch.set_num_threads(1)
+        if gpu:
+            _set_device("cuda:0")  # Ray shows a task no other
+        try:
+            return {"result": json.dumps(function(json.loads(row["job"])))}
+        except SodaError as error:  # Ray would wrap it in its own
+            return {"result": json.dumps({"error": str(error)})}
+
+    rows = ray.data.from_items([{"job": json.dumps(job)} for job in jobs], override_num_blocks=len(jobs))
+    done = rows.map(task, num_cpus=1, num_gpus=1 if gpu else 0, concurrency=workers or None)
+    for row in done.iter_rows():
+        result = json.loads(row["result"])
+        if "error" in result:
+            raise SodaError(result["error"])
+        yield result

@@ -1,0 +1,110 @@
+"""What a recipe names as its input: speech, text and released corpora, indexed."""
+
+import glob
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_soda.config import Recipe
+from megatron_soda.errors import SodaError
+
+from . import asterisk, sources
+from .index import Index, make_index, read_index
+from .show import Rejects, console, progress
+from .texts import read_texts
+from .utterance import Reject, Sound, Utterance
+
+TEXTS_A_SHARD = 4  # times the utterances of one: a text is a sentence or a page
+
+
+@dataclass
+class Inputs:
+    speech: Index
+    texts: Index
+    repeated_texts: int  # left out: they were there already
+    released: list[Path]
+
+
+def read_inputs(recipe: Recipe, work: Path, rejects: Rejects) -> Inputs:
+    """Makes the indices in WORK. SodaError if there is nothing to prepare."""
+    p = recipe.prepare
+    shares = {"valid_share": p.valid_share, "test_share": p.test_share}
+    texts = _text_patterns(recipe)
+    with progress("utterances", None if p.speech and not p.units else 0) as advance:
+        source = _source(recipe, work) if p.speech and not p.units else iter(())
+        index = make_index(
+            source, work / "index", shard_size=p.shard_size, reject=rejects.add, advance=advance, **shares
+        )
+    repeats = 0
+
+    def reject_text(reject: Reject) -> None:
+        nonlocal repeats
+        if reject.reason.startswith("duplicate id"):
+            repeats += 1
+        else:
+            rejects.add(reject)
+
+    with progress("texts", None if texts else 0) as advance:
+        text_index = make_index(
+            (_as_item(text) for text in read_texts(texts)) if texts else iter(()),
+            work / "texts",
+            shard_size=TEXTS_A_SHARD * p.shard_size,
+            reject=reject_text,
+            advance=advance,
+            **shares,
+        )
+    corpora = files(p.released, "prepare.released")
+    if not index.utterances and not text_index.utterances and not corpora and not p.units:
+        raise SodaError(f"there is nothing to prepare: {rejects.count} inputs, all rejected, see {rejects.path}")
+    if p.speech and not p.units and not index.utterances:
+        raise SodaError(f"{p.speech}: not one usable utterance; {rejects.count} rejected, see {rejects.path}")
+    if index.cut_recordings:
+        console.print(
+            f"[yellow]{index.cut_recordings} recordings[/] become more than one document: they are very long, or their "
+            "utterances do not follow one another in the source"
+        )
+    return Inputs(index, text_index, repeats, corpora)
+
+
+def _source(recipe: Recipe, work: Path) -> Iterator[Utterance | Reject]:
+    p = recipe.prepare
+    if p.speech != "asterisk":
+        return sources.read(p.speech, p.layout, work / "scratch")
+    folder = Path(p.downloads) / "asterisk"
+    with console.status("fetching the Asterisk prompts"):
+        asterisk.fetch(folder, p.languages)
+    utterances, rejects = asterisk.read(folder, p.languages)
+    return iter([*sorted(utterances, key=lambda u: u.id), *rejects])
+
+
+def _text_patterns(recipe: Recipe) -> list[str]:
+    patterns = []
+    for name in recipe.prepare.text:
+        if name == "wordnet":
+            with console.status("fetching text"):
+                patterns += map(str, asterisk.fetch_text(Path(recipe.prepare.downloads) / "wordnet"))
+        else:
+            patterns.append(name)
+    return patterns
+
+
+def _as_item(text: str | Reject) -> Utterance | Reject:
+    if isinstance(text, Reject):
+        return text
+    id = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:24]
+    return Utterance(id, Sound(""), text)
+
+
+def items(index: Index) -> Iterator[Utterance]:
+    return (utterance for shard in index.shards for utterance, _ in read_index(shard))
+
+
+def files(patterns: list[str], setting: str) -> list[Path]:
+    found: list[Path] = []
+    for pattern in patterns:
+        some = [Path(path) for path in sorted(glob.glob(pattern, recursive=True)) if Path(path).is_file()]
+        if not some:
+            raise SodaError(f"{setting}: no file matches {pattern}")
+        found += some
+    return list(dict.fromkeys(found))

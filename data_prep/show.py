@@ -1,0 +1,60 @@
+"""What the user sees while data are prepared: progress, and what was left out."""
+
+import contextlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from .utterance import Reject
+
+console = Console(stderr=True)
+
+
+@dataclass
+class Rejects:
+    """What was left out, in a file and in numbers."""
+
+    path: Path
+    count: int = 0
+    reasons: Counter = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(self.path, "w", encoding="utf-8")  # noqa: SIM115  closed by close
+
+    def add(self, reject: Reject) -> None:
+        self.count += 1
+        self.reasons[reject.reason.split(":")[0][:80]] += 1
+        self._file.write(json.dumps(asdict(reject), ensure_ascii=False) + "\n")
+        if self.count <= 5:
+            console.print(f"[yellow]rejected[/] {reject.where}: {reject.reason}", highlight=False)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+@contextlib.contextmanager
+def progress(name: str, total: int | None = None, done: int = 0) -> Iterator[Callable[[int], None]]:
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn()
+    with Progress(*columns, console=console, disable=total == 0) as bar:
+        task = bar.add_task(name, total=total, completed=done)
+        yield lambda n: bar.advance(task, n)
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed or 0:,.1f}/s")

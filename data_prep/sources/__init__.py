@@ -1,0 +1,137 @@
+"""Where speech comes from: manifests, folders, tars and datasets as people have them, read as a stream.
+
+files.py: what a pattern names, and lines. rows.py: the checks that all share. The layouts: manifest.py, folders.py,
+tars.py, saved.py.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from megatron_soda.errors import SodaError
+
+from ..utterance import Reject, Utterance
+from . import files, folders, manifest, saved, tars
+from .rows import SOUND_SUFFIXES
+
+EXAMPLES = {
+    "manifest": "a file .jsonl, .csv, .tsv or .parquet (also .gz), or a folder with manifest.jsonl, manifest.csv, "
+    "manifest.tsv or manifest.parquet",
+    "pairs": "a folder of sound files with X.txt beside X.wav",
+    "librispeech": "84/121123/84-121123.trans.txt beside 84/121123/84-121123-0000.flac",
+    "ljspeech": "metadata.csv with lines `LJ001-0001|The text.|The text.` beside wavs/LJ001-0001.wav",
+    "commonvoice": "validated.tsv or train.tsv beside clips/",
+    "emilia": "EN_B00000_S00000_W000000.json beside EN_B00000_S00000_W000000.mp3, in folders or in tars",
+    "webdataset": "tars (also .tar.gz) with X.flac and X.txt or X.json, one after the other",
+    "hf": "a folder that datasets' save_to_disk made, or one of Parquet shards like data/train-00000-of-00002.parquet",
+}
+LAYOUTS = ("auto", *EXAMPLES)
+
+
+def read(pattern: str, layout: str, scratch: Path) -> Iterator[Utterance | Reject]:
+    """The utterances of what `pattern` names: a folder, a file or a glob (`**`: any number of folders).
+
+    The order is fixed: by file, and in a file by line. A line or file that is not usable is a Reject. Memory does not
+    grow with the number of utterances. Ids are not checked to be unique here. What must be unpacked goes to `scratch`.
+
+    Layout "auto" goes by names, from the top folder down. What save_to_disk writes is "hf", manifest.* a manifest,
+    metadata.csv beside wavs/ "ljspeech", validated.tsv or train.tsv beside clips/ "commonvoice", a .trans.txt
+    "librispeech". Tars are "emilia" where the first sound is called like RECORDING_W000000 and else "webdataset". A
+    .parquet or .arrow in a folder is "hf", a sound with X.json beside it "emilia", with X.txt "pairs". The first folder
+    with any of it decides for the folder named. A file that was named is told by its suffix and what is beside it.
+
+    Raises SodaError, some of it before the first utterance: the pattern names nothing, nothing there is of a known
+    layout, a table has the wrong columns.
+    """
+    if layout not in LAYOUTS:
+        raise SodaError(f"layout {layout!r}: there is no such layout. There are:\n{_listing()}")
+    root, places = files.expand(pattern)
+    known: dict[tuple[Path, str], str] = {}
+    layouts: dict[str, list[Path]] = {}
+    for place in places:
+        key = (place, "") if place.is_dir() else (place.parent, _suffix(place))
+        if key not in known:
+            known[key] = layout if layout != "auto" else _detect(place)
+        layouts.setdefault(known[key], []).append(place)
+    unknown = layouts.pop("", [])
+    if not layouts:
+        raise SodaError(f"{pattern}: nothing here is of a known layout. The layouts:\n{_listing()}\n{manifest.EXAMPLE}")
+    return _read(root, layouts, unknown, Path(scratch))
+
+
+def _read(
+    root: Path, layouts: dict[str, list[Path]], unknown: list[Path], scratch: Path
+) -> Iterator[Utterance | Reject]:
+    for layout, places in layouts.items():
+        yield from _reader(layout)(root, places, scratch)
+    yield from (Reject(files.relative(place, root), "of no known layout") for place in unknown)
+
+
+def _reader(layout: str) -> Callable[[Path, list[Path], Path], Iterator[Utterance | Reject]]:
+    def emilia(root: Path, places: list[Path], scratch: Path) -> Iterator[Utterance | Reject]:
+        packed = [place for place in places if place.is_dir() or tars.is_tar(place)]
+        loose = [place for place in places if place.is_dir() or not tars.is_tar(place)]
+        yield from tars.read(root, packed, scratch, emilia=True)
+        yield from folders.read("emilia", root, loose)
+
+    special = {"manifest": manifest.read, "webdataset": tars.read, "hf": saved.read, "emilia": emilia}
+    return special.get(layout) or (lambda root, places, scratch: folders.read(layout, root, places))
+
+
+def _suffix(place: Path) -> str:
+    return ".tar" if tars.is_tar(place) else files.kind(place)
+
+
+def _listing() -> str:
+    return "\n".join(f"  {layout}: {example}" for layout, example in EXAMPLES.items())
+
+
+def _detect(place: Path) -> str:
+    """The layout of a folder or a file; empty where none fits."""
+    if place.is_dir():
+        failed: list[Reject] = []
+        found = (_of_folder(folder, subfolders, names) for folder, subfolders, names in files.walk(place, failed))
+        return next(filter(None, found), "")
+    suffix = _suffix(place)
+    if suffix == ".tar":
+        return "emilia" if tars.looks_like_emilia(place) else "webdataset"
+    if suffix == ".csv" and place.name == "metadata.csv" and (place.parent / "wavs").is_dir():
+        return "ljspeech"
+    if suffix == ".tsv" and (place.parent / "clips").is_dir():
+        return "commonvoice"
+    if suffix in manifest.KINDS:
+        return "manifest"
+    if suffix == ".arrow":
+        return "hf"
+    if place.name.endswith(".trans.txt"):
+        return "librispeech"
+    if suffix in folders.BESIDE:  # the text of a sound that is named too
+        sounds = (place.with_suffix(sound).is_file() for sound in SOUND_SUFFIXES)
+        return folders.BESIDE[suffix] if any(sounds) else ""
+    if folders.is_sound(place.name):
+        return _of_sound(place.name, lambda name: (place.parent / name).is_file())
+    return ""
+
+
+def _of_folder(folder: Path, subfolders: list[str], names: list[str]) -> str:
+    present = set(names)
+    if saved.is_dataset(names):
+        return "hf"
+    if present & set(manifest.FILE_NAMES):
+        return "manifest"
+    if "metadata.csv" in present and "wavs" in subfolders:
+        return "ljspeech"
+    if "clips" in subfolders and present & set(folders.COMMON_VOICE):
+        return "commonvoice"
+    for name in names:
+        if name.endswith(".trans.txt"):
+            return "librispeech"
+        if tars.is_tar(name):
+            return "emilia" if tars.looks_like_emilia(folder / name) else "webdataset"
+        if files.kind(name) in (".parquet", ".arrow"):
+            return "hf"
+    sounds = (name for name in names if folders.is_sound(name))
+    return next((found for name in sounds if (found := _of_sound(name, present.__contains__))), "")
+
+
+def _of_sound(name: str, is_there: Callable[[str], bool]) -> str:
+    return next((layout for suffix, layout in folders.BESIDE.items() if is_there(files.stem(name) + suffix)), "")

@@ -1,0 +1,165 @@
+"""The files that a pattern names, and what is in them, compressed or not: always as a stream."""
+
+import glob
+import hashlib
+import itertools
+import os
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import zstandard
+
+from megatron_soda.errors import SodaError
+from megatron_soda.files import atomic_path
+
+from ..utterance import Reject
+
+PACKED = (".gz", ".zst")
+LONGEST_LINE = 16 * 2**20  # bytes
+# Bytes read at once. One byte of gzip unpacks to 1 kB at most, one of zstd to 32 kB, and all of a block is unpacked.
+BLOCK = {".gz": 2**14, ".tgz": 2**14, ".zst": 2**12}
+
+
+class BadLine(ValueError):  # noqa: N818  (becomes a Reject)
+    """Why one line, member or file is no utterance: up to its ':' one of a few fixed phrases, to count by."""
+
+
+def expand(pattern: str) -> tuple[Path, list[Path]]:
+    """-> the folder that names are relative to, and the files and folders that `pattern` names, sorted.
+
+    A file or folder of that very name comes before a glob. What is in a folder that matches too is not named again.
+    A glob's matches are held in memory; a folder's files are not. Raises SodaError where there is nothing.
+    """
+    given = Path(pattern).expanduser()
+    if given.exists():
+        return (given if given.is_dir() else given.parent), [given]
+    if not glob.has_magic(str(given)):
+        raise SodaError(f"{given}: no such folder or file. Give a folder, a file, or a glob like 'data/**/*.jsonl'.")
+    base = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), given.parts))
+    kept: list[Path] = []
+    for path in sorted(map(Path, glob.iglob(str(given), recursive=True))):
+        if not kept or kept[-1] not in path.parents:
+            kept.append(path)
+    if not kept:
+        raise SodaError(f"{given}: matches nothing. `**` stands for any number of folders, `*` for one name.")
+    return base, kept
+
+
+def walk(top: Path, failed: list[Reject]) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """Each folder with the sorted names of its folders and files, hidden ones left out, from the top down.
+
+    Who takes a folder out of the list keeps the walk from it. Links are followed, but not back up. A folder that
+    cannot be read is added to `failed`.
+    """
+
+    def unreadable(error: OSError) -> None:
+        failed.append(Reject(str(error.filename), f"cannot be read: {error.strerror}"))
+
+    for name, folders, files in os.walk(top, onerror=unreadable, followlinks=True):
+        here = os.path.realpath(name) + os.sep
+        folders[:] = sorted(
+            folder
+            for folder in folders
+            if not folder.startswith(".") and not here.startswith(os.path.realpath(os.path.join(name, folder)) + os.sep)
+        )
+        yield Path(name), folders, sorted(file for file in files if not file.startswith("."))
+
+
+def relative(path: Path, root: Path) -> str:
+    """The path from `root`, with '/'."""
+    return Path(os.path.relpath(path, root)).as_posix()
+
+
+def stem(name: str) -> str:
+    """a/b of a/b.wav and of a/b.jsonl.gz."""
+    return os.path.splitext(name.removesuffix(".gz").removesuffix(".zst"))[0]
+
+
+def kind(path: Path | str) -> str:
+    """The suffix that tells what is in a file, without that of the compression: .jsonl of a.JSONL.gz."""
+    name = Path(path)
+    return (Path(name.stem) if name.suffix.lower() in PACKED else name).suffix.lower()
+
+
+def blocks(path: Path) -> Iterator[bytes]:
+    """The content of a file in small pieces, unpacked if .gz, .tgz or .zst. Raises BadLine after the last good one."""
+    packing = path.suffix.lower()
+    decoder: Any = None
+    empty = True
+    try:
+        with open(path, "rb", buffering=0) as file:
+            while block := file.read(BLOCK.get(packing, 2**18)):
+                if packing not in BLOCK:
+                    yield block
+                    continue
+                if not empty and decoder is None:
+                    block = block.lstrip(b"\0")  # gzip files on tapes are padded
+                empty = False
+                while block:
+                    decoder = decoder or _decoder(packing)
+                    yield decoder.decompress(block)
+                    block = b""
+                    if decoder.eof:  # files may be joined
+                        block, decoder = decoder.unused_data.lstrip(b"\0"), None
+    except (zlib.error, zstandard.ZstdError) as error:
+        raise BadLine(f"damaged: {error}") from None
+    except OSError as error:
+        raise BadLine(f"cannot be read: {error.strerror or error}") from None
+    if packing in BLOCK and (decoder is not None or empty):
+        raise BadLine(f"cut short: the {packing} file ends too early")
+
+
+def _decoder(packing: str) -> Any:
+    if packing == ".zst":
+        return zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()  # as zstd --long=31 makes them
+    return zlib.decompressobj(wbits=31)
+
+
+def lines(path: Path) -> Iterator[tuple[int, str | BadLine]]:
+    """The lines of a UTF-8 file with their numbers, without their ends, and what is wrong instead of a bad one.
+
+    Of a file that is cut short, the lines before the cut are good, and one BadLine ends it.
+    """
+    number = 1
+    rest = bytearray()
+    try:
+        for block in blocks(path):
+            *whole, last = block.split(b"\n")
+            for piece in whole:
+                yield number, _decoded(rest + piece, number)
+                rest.clear()
+                number += 1
+            rest += last
+            del rest[LONGEST_LINE + 1 :]  # it is rejected: no need to keep more of it
+    except BadLine as error:
+        yield number, error
+        return
+    if rest:
+        yield number, _decoded(rest, number)
+
+
+def _decoded(raw: bytearray, number: int) -> str | BadLine:
+    if len(raw) > LONGEST_LINE:
+        return BadLine(f"line too long: over {LONGEST_LINE // 2**20} MB")
+    try:
+        return raw.removesuffix(b"\r").decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError:
+        return BadLine("not UTF-8")
+
+
+def unpacked(path: Path, scratch: Path) -> Path:
+    """`path` unpacked into `scratch`, once. Of a file that is cut short, what is there (its reader will tell)."""
+    state = path.stat()
+    key = hashlib.sha256(f"{path.resolve()}\0{state.st_size}\0{state.st_mtime_ns}".encode(errors="surrogateescape"))
+    output = scratch / f"{path.stem.removesuffix('.tar')}-{key.hexdigest()[:16]}{kind(path.stem + '.gz') or '.tar'}"
+    if not output.is_file():
+        with atomic_path(output) as temporary, open(temporary, "wb") as file:
+            try:
+                for block in blocks(path):
+                    file.write(block)
+            except BadLine:
+                if file.tell() == 0:
+                    raise
+    return output

@@ -1,0 +1,183 @@
+"""Hugging Face datasets on this disk: as `save_to_disk` leaves them (Arrow), or as Parquet shards like on the hub.
+
+Read with pyarrow alone. The sounds stay where they are: one in an Arrow file is a range of its bytes.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from megatron_soda.errors import SodaError
+from megatron_soda.files import read_json
+
+from ..utterance import Reject, Sound, Utterance
+from . import files, manifest, rows
+from .files import BadLine
+from .rows import Found, Row
+
+STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
+
+
+def read(root: Path, places: list[Path], scratch: Path) -> Found:
+    """Datasets, their .arrow files or Parquet shards, and all of those in folders.
+
+    An id is the id column's, after its split's or folder's name for an Arrow dataset; without such a column it is the
+    shard's name and the row. Raises SodaError for columns that do not fit and compressed Arrow files.
+    """
+    failed: list[Reject] = []
+    for place in places:
+        for file, folder in _shards(place, failed):
+            if isinstance(file, Reject):
+                yield Reject(files.relative(Path(file.where), root), file.reason)
+                continue
+            name = files.relative(file, root)
+            if files.kind(file) == ".parquet":
+                yield from manifest.parquet(file, name, scratch, several=True)
+            elif file.suffix.lower() == ".arrow":
+                yield from _arrow(file, name, "" if folder == root else f"{files.relative(folder, root)}/")
+            else:
+                yield Reject(name, "not a dataset: its name does not end in .arrow or .parquet")
+    yield from failed
+
+
+def is_dataset(names: list[str]) -> bool:
+    """Whether a folder with these files is what save_to_disk made."""
+    return "dataset_dict.json" in names or {"state.json", "dataset_info.json"} <= set(names)
+
+
+def _shards(place: Path, failed: list[Reject]) -> Iterator[tuple[Path | Reject, Path]]:
+    """Files, each with the folder that its dataset is in."""
+    if not place.is_dir():
+        yield place, place.parent
+        return
+    for here, folders, names in files.walk(place, failed):
+        if "dataset_dict.json" in names:
+            splits = _strings(here / "dataset_dict.json", lambda content: content["splits"])
+            # In the dataset's order; a split that is not there is told, not passed over.
+            yield from ((Reject(str(here / split), "no such split"), here) for split in splits if split not in folders)
+            folders[:] = [split for split in splits if split in folders]
+        elif "state.json" in names:
+            shards = _strings(here / "state.json", lambda content: [one["filename"] for one in content["_data_files"]])
+            for shard in shards:
+                yield (
+                    (here / shard if shard in names else Reject(str(here / shard), "no file: a shard is missing")),
+                    here,
+                )
+            folders.clear()
+        else:
+            yield from ((here / name, here) for name in names if files.kind(name) in (".arrow", ".parquet"))
+
+
+def _strings(path: Path, get: Callable[[Any], list[object]]) -> list[str]:
+    try:
+        found = [str(one) for one in get(read_json(path))]
+    except (KeyError, TypeError):
+        raise SodaError(f"{path}: not what datasets.save_to_disk writes. Save the dataset again.") from None
+    return list(dict.fromkeys(found))
+
+
+def _arrow(file: Path, name: str, prefix: str) -> Found:
+    number = 0
+    try:
+        with pa.memory_map(str(file)) as mapped:
+            whole = mapped.read_buffer()
+    except (pa.ArrowException, OSError) as error:
+        yield Reject(name, f"cannot be read: {error}")
+        return
+    try:
+        stream = pa.ipc.open_stream(whole)
+        names = stream.schema.names
+    except (pa.ArrowException, OSError, ValueError) as error:
+        yield Reject(name, f"not an Arrow stream: or it is cut short ({error})")
+        return
+    column = manifest.sound_column(file, stream.schema)
+    needs_text = rows.has_text(dict.fromkeys(names))
+
+    def make(row: Row) -> Utterance:
+        others = rows.numbers_as_names({key: found for key, found in row.items() if key != column})
+        sound = row[column]
+        if not isinstance(sound, Sound):
+            path = rows.string({"audio": sound}, "audio")
+            if not path:
+                raise BadLine("no 'audio'")
+            sound = Sound(str(_existing(file.parent, path)))
+        own = rows.string(others, "id")
+        id = f"{prefix}{own}" if own else f"{files.stem(name)}:{row[manifest.ROW]}"
+        return rows.utterance(others, sound, id, needs_text)
+
+    def found() -> Iterator[tuple[str, Row | BadLine]]:
+        nonlocal number
+        try:
+            for batch in stream:
+                for row in _rows(file, whole, batch, column):
+                    yield f"{name}:{number}", {**row, manifest.ROW: number}
+                    number += 1
+        except (pa.ArrowException, OSError, ValueError) as error:
+            yield f"{name}:{number}", BadLine(f"cut short: or damaged ({error})")
+            return
+        if whole.slice(max(0, whole.size - len(STREAM_END))).to_pybytes() != STREAM_END:
+            yield f"{name}:{number}", BadLine("cut short: the Arrow stream has no end")
+
+    yield from rows.collect(found(), make)
+
+
+def _rows(file: Path, whole: pa.Buffer, batch: pa.RecordBatch, column: str) -> list[dict[str, object]]:
+    """The small columns of a batch, and in `column` a Sound, or the path as it stands there."""
+    batch.validate()
+    names = [name for name in batch.schema.names if name in rows.ALL_NAMES and name != column]
+    values: dict[str, list[object]] = {}
+    for name in names:
+        if not pa.types.is_nested(batch.column(name).type):
+            batch.column(name).validate(full=True)
+            values[name] = batch.column(name).to_pylist()
+    held: Any = batch.column(column)
+    if pa.types.is_struct(held.type):
+        values[column] = _sounds(file, whole, held)
+    else:
+        held.validate(full=True)
+        values[column] = held.to_pylist()
+    return [{name: found[row] for name, found in values.items()} for row in range(batch.num_rows)]
+
+
+def _sounds(file: Path, whole: pa.Buffer, structs: Any) -> list[object]:
+    """Where the bytes of a column are in the file: Arrow hands out the mapped file itself, so addresses tell."""
+    content = structs.field("bytes")
+    width = np.int64 if pa.types.is_large_binary(content.type) else np.int32
+    if not (pa.types.is_binary(content.type) or pa.types.is_large_binary(content.type)):
+        raise SodaError(f"{file}: the sounds are of the type {content.type}; binary or large_binary is needed.")
+    paths: list[Any] = [None] * len(structs)
+    if structs.type.get_field_index("path") >= 0:
+        structs.field("path").validate(full=True)
+        paths = structs.field("path").to_pylist()
+    _, places, data = content.buffers()
+    size = 0 if data is None else data.size
+    # Arrow keeps nothing at all somewhere else.
+    base = 0 if data is None or not size else data.address - whole.address
+    if not 0 <= base <= base + size <= whole.size:
+        raise SodaError(
+            f"{file}: its buffers are compressed, so the sounds cannot be read where they are. Save the dataset again "
+            "with datasets' save_to_disk, or as Parquet."
+        )
+    # A column without rows may come without offsets.
+    offsets = np.frombuffer(places, width)[content.offset :].astype(np.int64) if len(content) else np.zeros(1, np.int64)
+    found: list[object] = []
+    valid = np.array(content.is_valid().to_pylist(), bool) & np.array(structs.is_valid().to_pylist(), bool)
+    for row, (path, there) in enumerate(zip(paths, valid, strict=True)):
+        begin, end = int(offsets[row]) if there else 0, int(offsets[row + 1]) if there else 0
+        if not 0 <= begin <= end <= size:
+            raise pa.ArrowInvalid(f"row {row} of a batch is outside its buffer")
+        name = Path(path).name if isinstance(path, str) else ""
+        found.append(Sound(str(file), offset=base + begin, size=end - begin, name=name) if there else path)
+    return found
+
+
+def _existing(folder: Path, name: str) -> Path:
+    """A path in a dataset is mostly an absolute one, to where the sounds were when it was made."""
+    if "\0" in name:
+        raise BadLine("not a path: there is a zero byte in it")
+    path = folder / name
+    rows.check_file(path, name)
+    return path

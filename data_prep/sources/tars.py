@@ -1,0 +1,198 @@
+"""WebDataset tars: X.mp3 and X.json or X.txt follow each other. The sound stays in the tar: it is a range of its bytes.
+
+A .tar.gz is unpacked once to a plain tar in the scratch folder; nothing is ever extracted from a tar.
+"""
+
+import os
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from ..utterance import Reject, Sound, Utterance
+from . import files, rows
+from .files import BadLine
+from .folders import emilia_order, emilia_recording, is_sound
+from .rows import Found, Row
+
+SUFFIXES = (".tar", ".tar.gz", ".tgz")
+
+
+def read(root: Path, places: list[Path], scratch: Path, emilia: bool = False) -> Found:
+    """The tars that are named, and those in folders. An id is TAR/MEMBER without suffixes.
+
+    Text and speaker are sought in X.txt and X.json, under the names of a manifest's columns. Where a tar had none up to
+    there, an utterance has no text. A start and end say where a member was cut from: they are not looked at.
+    With `emilia`, those of a tar are sorted so that a recording's follow each other, and one tar's are held in memory.
+    """
+    failed: list[Reject] = []
+    for place in places:
+        for tar in _of_folder(place, failed) if place.is_dir() else [place]:
+            found = _utterances(tar, files.relative(tar, root), scratch, emilia)
+            if not emilia:
+                yield from found
+                continue
+            held: list[Utterance] = []
+            for one in found:
+                if isinstance(one, Utterance):
+                    held.append(one)
+                else:
+                    yield one
+            yield from sorted(held, key=lambda one: emilia_order(f"{one.id}.mp3"))
+    yield from failed
+
+
+def is_tar(path: Path | str) -> bool:
+    return str(path).lower().endswith(SUFFIXES)
+
+
+def looks_like_emilia(tar: Path) -> bool:
+    """Whether the first sound in it is called like Emilia's."""
+    try:
+        with tarfile.open(tar, "r|*") as stream:
+            for _ in range(64):
+                member = stream.next()
+                if member is None:
+                    break
+                if is_sound(os.path.basename(member.name)):
+                    return bool(emilia_recording(_key(member.name)))
+    except Exception:  # a damaged tar: its reader will say so
+        pass
+    return False
+
+
+def _of_folder(folder: Path, failed: list[Reject]) -> Iterator[Path]:
+    for here, _, names in files.walk(folder, failed):
+        yield from (here / name for name in names if is_tar(name))
+
+
+def _utterances(tar: Path, name: str, scratch: Path, emilia: bool) -> Found:
+    try:
+        plain = tar if tar.suffix.lower() == ".tar" else files.unpacked(tar, scratch)
+        file = open(plain, "rb")  # noqa: SIM115
+    except BadLine as error:
+        yield Reject(name, str(error))
+        return
+    except OSError as error:
+        yield Reject(name, f"cannot be read: {error.strerror or error}")
+        return
+    stem = name[: -len(next(suffix for suffix in SUFFIXES if name.lower().endswith(suffix)))] if is_tar(name) else name
+    needs_text = False
+
+    def make(row: Row) -> Utterance:
+        nonlocal needs_text
+        needs_text = needs_text or rows.has_text(row)
+        sound = row[SOUND]
+        assert isinstance(sound, tarfile.TarInfo)
+        key = _key(sound.name)
+        if emilia:
+            row = {**row, "recording": emilia_recording(key)}
+        within = Sound(str(plain), offset=sound.offset_data, size=sound.size, name=os.path.basename(sound.name))
+        return rows.utterance(row, within, f"{stem}/{key}", needs_text)
+
+    with file:
+        yield from rows.collect(((f"{name}{where}", row) for where, row in _samples(file)), make)
+
+
+SOUND = "\0sound"  # beside a row's columns
+
+
+def _samples(file: BinaryIO) -> Iterator[tuple[str, Row | BadLine]]:
+    """Members that follow each other and have the same name up to the first dot of its last part, as one row."""
+    group: list[tarfile.TarInfo] = []
+    for member in _members(file):
+        if isinstance(member, CutShort):
+            # What follows may have belonged to the last group: without it, only one with a text is sure to be whole.
+            sides = {os.path.splitext(one.name)[1].lower() for one in group}
+            if sides & {".txt", ".json"} and not (group and member.name and _key(member.name) == _key(group[0].name)):
+                yield from _sample(file, group)
+            yield "", member
+            return
+        if member.isdir() or os.path.basename(member.name).startswith("."):
+            continue
+        unsafe = _unsafe(member)
+        if unsafe:
+            yield f":{member.name}", BadLine(f"unsafe member: {unsafe}")
+            continue
+        if group and _key(group[0].name) != _key(member.name):
+            yield from _sample(file, group)
+            group = []
+        group.append(member)
+    yield from _sample(file, group)
+
+
+def _sample(file: BinaryIO, group: list[tarfile.TarInfo]) -> Iterator[tuple[str, Row | BadLine]]:
+    if not group:
+        return
+    sounds = [member for member in group if is_sound(os.path.basename(member.name))]
+    for extra in sounds[1:]:
+        yield f":{extra.name}", BadLine(f"a second sound: beside {sounds[0].name}")
+    try:
+        if not sounds:
+            raise BadLine("no sound file: among the members of this name")
+        row: dict[str, object] = {}
+        for suffix in (".json", ".txt"):  # of two texts, that of the .txt
+            side = next((member for member in group if member.name.lower().endswith(suffix)), None)
+            if side is not None:
+                text = _text(file, side)
+                row |= rows.numbers_as_names(rows.parse_json(text)) if suffix == ".json" else {"text": text}
+        yield f":{sounds[0].name}", {**row, SOUND: sounds[0]}
+    except BadLine as error:
+        yield f":{(sounds or group)[0].name}", error
+
+
+def _text(file: BinaryIO, member: tarfile.TarInfo) -> str:
+    if member.size > files.LONGEST_LINE:
+        raise BadLine(f"text too long: {os.path.basename(member.name)}")
+    try:
+        return os.pread(file.fileno(), member.size, member.offset_data).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise BadLine(f"not UTF-8: {os.path.basename(member.name)}") from None
+
+
+class CutShort(BadLine):
+    """The end of a tar that is not whole; `name` is the member that was cut, where that is known."""
+
+    def __init__(self, reason: str, name: str = "") -> None:
+        super().__init__(reason)
+        self.name = name
+
+
+def _members(file: BinaryIO) -> Iterator[tarfile.TarInfo | CutShort]:
+    """The members that are whole, one by one, and at last what is wrong with the tar."""
+    size = os.fstat(file.fileno()).st_size
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            while member := tar.next():
+                tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  # or it keeps them all
+                if (
+                    member.isreg() or member.type not in tarfile.SUPPORTED_TYPES
+                ) and member.offset_data + member.size > size:
+                    yield CutShort("cut short: the tar ends in a member", member.name)
+                    return
+                yield member
+            end = os.pread(file.fileno(), 512, tar.offset)
+    except Exception as error:  # tarfile fails in many ways on damaged bytes
+        yield CutShort(f"cut short: or not a tar ({error})")
+        return
+    if any(end):
+        yield CutShort(
+            "damaged: this is no tar from here on" if len(end) == 512 else "cut short: the tar ends in a header"
+        )
+    elif len(end) < 512:
+        yield CutShort("cut short: the tar has no end")
+
+
+def _unsafe(member: tarfile.TarInfo) -> str:
+    if not member.isreg():
+        return "a link" if member.issym() or member.islnk() else "a device or the like"
+    if member.issparse():
+        return "a sparse file"
+    if member.name.startswith(("/", "\\")) or ".." in member.name.split("/"):
+        return "its path leads out of the tar"
+    return ""
+
+
+def _key(name: str) -> str:
+    folder, base = os.path.split(name.removeprefix("./"))
+    return os.path.join(folder, base.split(".", 1)[0])

@@ -1,0 +1,164 @@
+"""The last stage: parts to the stores train, valid and test, text among the speech; and the held-out utterances."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megatron_soda.config import Recipe
+from megatron_soda.data.store import write_parts
+from megatron_soda.errors import SodaError
+from megatron_soda.files import atomic_path
+from megatron_soda.tokenizer import TextTokenizer
+from megatron_soda.vocab import TokenSpace
+
+from . import documents
+from .documents import SIDES
+from .executor import Job
+from .index import side
+from .show import console, progress
+from .units import SCHEMA
+
+HELD_OUT_ROWS = 20_000  # utterances kept beside the valid and the test store, to speak and transcribe
+
+
+def write_stores(
+    recipe: Recipe,
+    jobs: dict[str, list[Job]],
+    units: list[Path],
+    bounds: tuple[str, str],
+    tokenizer: TextTokenizer,
+    space: TokenSpace,
+    codec: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """Writes the three stores and the held-out units, and returns what prepare.json says of them. `jobs`: those of the
+    parts, by `speech` and `text`. SodaError if a store would be empty."""
+    folder, p = recipe.data_folder, recipe.prepare
+    facts = {kind: [_facts(job) for job in some] for kind, some in jobs.items()}
+    provenance = {
+        "codec": codec["fingerprint"] if codec else None,
+        "tokenizer": tokenizer.fingerprint,
+        "slots": 1 if p.orders == ["semantic-only"] else space.codebooks,
+    }
+    tokens, written, classes = {}, {}, Counter()
+    with progress("stores", sum(f[f"{name}.tokens"] for f in facts["speech"] for name in SIDES)) as advance:
+        for name in SIDES:
+            blend = _blend(jobs, facts, name, p.text_share)
+            counted = _Counted(blend, advance, space if name == "train" else None)
+            tokens[name] = write_parts(folder / name, counted, space, **provenance)
+            written[name] = counted.documents
+            if not tokens[name]:
+                raise SodaError(
+                    f"no document is left for the {name} store: what is usable is too little to split. "
+                    f"Give more, or change prepare.valid_share and prepare.test_share."
+                )
+            classes.update(counted.classes)
+            if name != "train" and units:
+                _held_out(folder / f"{name}.parquet", units, name, bounds)
+    spoken, text = (sum(f["train.tokens"] for f in facts[kind]) for kind in ("speech", "text"))
+    wanted = spoken * p.text_share / (1 - p.text_share)
+    if p.text and spoken and text < wanted:
+        console.print(
+            f"[yellow]too little text[/]: {text / (spoken + text):.1%} of the tokens, not "
+            f"prepare.text_share={p.text_share:.1%}; {wanted - text:,.0f} tokens of text are missing"
+        )
+    languages: dict[str, dict[str, float]] = {}
+    for part in facts["speech"]:
+        for language, (count, seconds) in part["languages"].items():
+            entry = languages.setdefault(language, {"utterances": 0, "seconds": 0.0})
+            entry["utterances"] += count
+            entry["seconds"] += seconds
+    return {
+        "utterances": sum(entry["utterances"] for entry in languages.values()),
+        "hours": sum(entry["seconds"] for entry in languages.values()) / 3600,
+        "documents": written,
+        "tokens": tokens,
+        "bytes": {
+            "units": _bytes(units),
+            "stores": _bytes([folder / f"{n}.{x}" for n in SIDES for x in ("bin", "idx")]),
+        },
+        "classes": {n: int(classes[n]) for n in space.class_names},
+        "languages": dict(sorted(languages.items())),
+    }
+
+
+def _facts(job: Job) -> dict[str, Any]:
+    facts = documents.part_facts(Path(job["out"]))
+    if facts is None:
+        raise SodaError(f"{job['out']}: gone or damaged since it was written. Run the same command again.")
+    return facts
+
+
+def _blend(
+    jobs: dict[str, list[Job]], facts: dict[str, list[dict]], name: str, share: float
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Documents of a side: those of speech, and text evenly among them, taken evenly out of all texts."""
+    spoken, written = (sum(f[f"{name}.tokens"] for f in facts[kind]) for kind in ("speech", "text"))
+    wanted = written if not spoken else min(written, round(spoken * share / (1 - share)))
+    text = _thinned([Path(job["out"]) for job in jobs["text"]], name, wanted, written)
+    given = gone = 0
+    for job in jobs["speech"]:
+        ids, lengths = documents.read_part(Path(job["out"]), name)
+        yield ids, lengths
+        gone += len(ids)
+        while given * spoken < wanted * gone and (some := next(text, None)):
+            given += len(some[0])
+            yield some
+    yield from text
+
+
+def _thinned(parts: list[Path], name: str, wanted: int, total: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """About `wanted` of the `total` tokens of the parts, document by document, the same share of every part."""
+    seen = given = 0
+    for path in parts if wanted else []:
+        ids, lengths = documents.read_part(path, name)
+        seen += len(ids)
+        for document in np.split(ids, np.cumsum(lengths)[:-1]) if len(lengths) else ():
+            if given * total >= wanted * seen:
+                break
+            given += len(document)
+            yield document, np.array([len(document)])
+
+
+class _Counted:
+    """Passes parts on, and counts their documents and the classes of their tokens."""
+
+    def __init__(self, parts: Iterable, advance: Callable[[int], None], space: TokenSpace | None) -> None:
+        self._parts, self._advance, self._space = parts, advance, space
+        self.documents, self.classes = 0, Counter()
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        table = self._space.class_table() if self._space else None
+        for ids, lengths in self._parts:
+            self.documents += len(lengths)
+            if self._space and table is not None:
+                for number, count in enumerate(np.bincount(table[ids])):
+                    self.classes[self._space.class_names[number]] += int(count)
+            self._advance(len(ids))
+            yield ids, lengths
+
+
+def _held_out(path: Path, units: list[Path], name: str, bounds: tuple[str, str]) -> None:
+    left = HELD_OUT_ROWS
+    with atomic_path(path) as temporary:
+        schema = pq.read_schema(units[0])
+        with pq.ParquetWriter(temporary, SCHEMA.with_metadata(schema.metadata), compression="zstd") as writer:
+            for unit in units:
+                table = pq.read_table(unit)
+                names = ("recording", "prompt", "id")
+                keys = zip(*(table.column(n).to_pylist() for n in names), strict=True)
+                kept = pa.array([side(next(filter(None, k)), bounds) == name for k in keys], pa.bool_())
+                table = table.filter(kept).slice(0, left)
+                if len(table):
+                    writer.write_table(table.cast(SCHEMA.with_metadata(schema.metadata)))
+                left -= len(table)
+                if not left:
+                    break
+
+
+def _bytes(paths: list[Path]) -> int:
+    return sum(path.stat().st_size for path in paths)
