@@ -174,7 +174,7 @@ def _transcripts(root: Path, language: str) -> tuple[dict[str, str], list[Reject
         if not colon:
             rejects.append(Reject(f"{name}:{number}", "not 'id: text'"))
         elif prompt.strip() in texts:
-            rejects.append(Reject(f"{name}:{number}", f"a second {prompt.strip()}"))
+            rejects.append(Reject(f"{name}:{number}", f"a second line: {prompt.strip()}"))
         else:
             # "dash [-]": the sign is not spoken
             texts[prompt.strip()] = one_line(re.sub(r"(?<=\w|\.) \[.\]$", "", text.strip()))

@@ -151,9 +151,8 @@ def of_units(
     """The documents of utterances, whose codes are in `codes` (frames, codebooks); what is used of each language is
     added to `languages`, as number and seconds."""
     good = np.ones(len(codes), bool)
-    bad_frames = np.flatnonzero(((codes < 0) | (codes >= space.entries)).any(1))
-    good[bad_frames] = False
-    if len(bad_frames):
+    if codes.size and (codes.min() < 0 or codes.max() >= space.entries):
+        good = ((codes >= 0) & (codes < space.entries)).all(1)
         codes = np.where(good[:, None], codes, 0)
     audio = space.audio_ids(codes)
     semantic = audio.reshape(-1, space.codebooks)[:, 0]

@@ -75,6 +75,7 @@ def _in_processes(function: Callable[[Job], Result], jobs: Sequence[Job], worker
 
 def _start_worker(numbers: Any, gpus: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     import torch
 
     torch.set_num_threads(1)
@@ -110,6 +111,7 @@ def _on_ray(function: Callable[[Job], Result], jobs: Sequence[Job], workers: int
         import torch
 
         torch.set_num_threads(1)
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
         if gpu:
             _set_device("cuda:0")  # Ray shows a task no other
         try:

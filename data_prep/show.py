@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -41,7 +42,7 @@ class Rejects:
         self.reasons[reject.reason.split(":")[0][:80]] += 1
         self._file.write(json.dumps(asdict(reject), ensure_ascii=False) + "\n")
         if self.count <= 5:
-            console.print(f"[yellow]rejected[/] {reject.where}: {reject.reason}", highlight=False)
+            console.print(f"[yellow]rejected[/] {escape(f'{reject.where}: {reject.reason}')}", highlight=False)
 
     def close(self) -> None:
         self._file.close()

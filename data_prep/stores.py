@@ -45,7 +45,8 @@ def write_stores(
         "slots": 1 if p.orders == ["semantic-only"] else space.codebooks,
     }
     tokens, written, classes = {}, {}, Counter()
-    with progress("stores", sum(f[f"{name}.tokens"] for f in facts["speech"] for name in SIDES)) as advance:
+    total = sum(sum(_tokens(facts, name, p.text_share)) for name in SIDES)
+    with progress("stores", total) as advance:
         for name in SIDES:
             blend = _blend(jobs, facts, name, p.text_share)
             counted = _Counted(blend, advance, space if name == "train" else None)
@@ -93,12 +94,18 @@ def _facts(job: Job) -> dict[str, Any]:
     return facts
 
 
+def _tokens(facts: dict[str, list[dict]], name: str, share: float) -> tuple[int, int]:
+    """Tokens of speech and of text that the store of a side gets: text alone is used whole."""
+    spoken, written = (sum(f[f"{name}.tokens"] for f in facts[kind]) for kind in ("speech", "text"))
+    return spoken, min(written, round(spoken * share / (1 - share))) if spoken else written
+
+
 def _blend(
     jobs: dict[str, list[Job]], facts: dict[str, list[dict]], name: str, share: float
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Documents of a side: those of speech, and text evenly among them, taken evenly out of all texts."""
-    spoken, written = (sum(f[f"{name}.tokens"] for f in facts[kind]) for kind in ("speech", "text"))
-    wanted = written if not spoken else min(written, round(spoken * share / (1 - share)))
+    spoken, wanted = _tokens(facts, name, share)
+    written = sum(f[f"{name}.tokens"] for f in facts["text"])
     text = _thinned([Path(job["out"]) for job in jobs["text"]], name, wanted, written)
     given = gone = 0
     for job in jobs["speech"]:

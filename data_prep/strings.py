@@ -246,7 +246,7 @@ def _well_marked(
     starts: np.ndarray,
     lengths: np.ndarray,
 ) -> np.ndarray:
-    """bool (documents,): the markers are those of a legal document, and there is something between just those that need it."""
+    """bool (documents,): the markers are those of a legal document, with something or nothing between as it needs."""
     numbers = np.arange(len(starts))
     first, last = np.searchsorted(document, numbers), np.searchsorted(document, numbers, "right") - 1
     good = last > first

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from . import tokenizer_commands
 from .errors import SodaError, user_message
 
 app = typer.Typer(
@@ -22,6 +23,9 @@ app = typer.Typer(
 Target = Annotated[str, typer.Argument(metavar="RECIPE|RUN", help="A recipe (.yaml) or a run folder.")]
 ModelTarget = Annotated[str, typer.Argument(metavar="MODEL", help="A run folder, a model soda exported, or a recipe.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings of the recipe.")]
+
+
+app.add_typer(tokenizer_commands.app, name="tokenizer")
 
 
 def _examples(*lines: str) -> str:

@@ -19,7 +19,7 @@ from .vocab import BOS, EOS, FIRST_AUDIO_CHARACTER, MARKERS, TokenSpace
 
 NAMES = ("text_tokenizer.model", "text_tokenizer.json")  # in a data folder, an export or an extended tokenizer
 PREFIX = "▁"  # how sentencepiece writes a space
-NORMAL, USER_DEFINED, BYTE, UNUSED = 1, 4, 6, 5  # kinds of sentencepiece's pieces
+NORMAL, USER_DEFINED, UNUSED, BYTE = 1, 4, 5, 6  # kinds of sentencepiece's pieces
 
 
 class TextTokenizer:
@@ -200,7 +200,7 @@ def _sentencepiece_spec(path: Path) -> dict[str, Any]:
     if how.precompiled_charsmap:
         steps.append(normalizers.Precompiled(how.precompiled_charsmap))
     if how.remove_extra_whitespaces:
-        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+        steps += [normalizers.Replace(PREFIX, " "), normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
     if how.add_dummy_prefix:
         steps.append(normalizers.Prepend(PREFIX))
     tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", PREFIX)])

@@ -68,7 +68,10 @@ def test_compare_runs_refuses(tmp_path, first, words):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("name", ["bench_head.py", "bench_train.py", "compare_runs.py"])
+@pytest.mark.parametrize(
+    "name",
+    ["bench_head.py", "bench_train.py", "bench_data.py", "bench_codecs.py", "bench_decode.py", "compare_runs.py"],
+)
 def test_help(name):
     done = tool(name, "--help")
     assert done.returncode == 0, done.stderr

@@ -5,6 +5,7 @@ Audio codes are characters from U+E000 on, as in SODA's released corpora, so a d
 
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,8 @@ def extend_tokenizer(source: Path, folder: Path, codebooks: int, entries: int) -
     <|endoftext|>, if there is one; else BOS and EOS are added behind all other ids. Returns the token space.
     Raises SodaError for a source that cannot be read or is extended already, and for a folder that is in use.
     """
+    if codebooks * entries > sys.maxunicode + 1 - FIRST_AUDIO_CHARACTER:
+        raise SodaError(f"{codebooks} codebooks of {entries}: there are not that many characters for the codes")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise SodaError(f"{folder}: there is something already; choose another folder, or remove it")
     path = source / "tokenizer.json" if source.is_dir() else source
@@ -92,7 +95,10 @@ def extend_tokenizer(source: Path, folder: Path, codebooks: int, entries: int) -
     return space
 
 
-SAMPLES = ("a", " Two  spaces, a tab\tand\na line ", "naïve façade", "Добрый день", "你好，世界", "مرحبا", "🙂", "<unk>[1]")
+SAMPLES = (
+    *("a", " Two  spaces, a tab\tand\na line ", "naïve façade", "<unk>[1]"),
+    *("Добрый день", "你好，世界", "مرحبا", "🙂"),
+)
 
 
 def _compare(text: TextTokenizer, space: TokenSpace, tokenizer: Any, path: Path) -> None:

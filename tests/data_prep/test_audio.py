@@ -196,6 +196,14 @@ def test_reasons(tmp_path: Path) -> None:
     assert reason(write("slow.wav", tone(100), 100)) == "bad sample rate: 100 Hz"
 
 
+@given(st.lists(st.floats(width=32), max_size=5), st.sampled_from([1, -1]))
+def test_peak(values: list[float], sign: int) -> None:
+    samples = np.array(values, np.float32)
+    np.testing.assert_equal(audio._peak(samples), float(np.abs(samples).max(initial=0.0)))
+    finite = sign * np.abs(samples[np.isfinite(samples)])
+    np.testing.assert_equal(audio._peak(finite), float(np.abs(finite).max(initial=0.0)))
+
+
 def test_truncated_files(tmp_path: Path) -> None:
     for name, subtype in (("a.wav", "PCM_16"), ("a.flac", "PCM_16")):
         soundfile.write(tmp_path / name, tone(RATE, 2) + 0.1 * np.sin(np.arange(2 * RATE) ** 1.5), RATE, subtype)
@@ -396,7 +404,7 @@ def test_what_shows_at_the_end_is_raised_at_the_end(tmp_path: Path) -> None:
         list(read_pieces(tmp_path / "a.wav", RATE, FRAME, piece_seconds=2))
 
 
-def test_an_hour_needs_no_more_memory_than_a_minute(tmp_path: Path) -> None:
+def test_ten_minutes_need_no_more_memory_than_one(tmp_path: Path) -> None:
     """Peak resident memory of a process that reads it, beyond that of one that reads a minute."""
     code = (
         "import resource, sys\n"
@@ -406,7 +414,7 @@ def test_an_hour_needs_no_more_memory_than_a_minute(tmp_path: Path) -> None:
     )
     root = Path(__file__).parents[2]
     peaks = {}
-    for minutes in (1, 10, 60):
+    for minutes in (1, 10):
         path = tmp_path / f"{minutes}.wav"
         with soundfile.SoundFile(path, "w", 16000, 1) as file:
             for _ in range(minutes):
@@ -416,8 +424,7 @@ def test_an_hour_needs_no_more_memory_than_a_minute(tmp_path: Path) -> None:
         )
         count, peaks[minutes] = map(int, done.stdout.split())
         assert count == minutes * 60 * RATE
-    assert peaks[10] <= peaks[1] + 40  # MiB; ten minutes are 57, an hour 345
-    assert peaks[60] <= peaks[1] + 40
+    assert peaks[10] <= peaks[1] + 25  # MiB; the samples of ten minutes alone are 55
 
 
 # --- where sound is kept

@@ -353,7 +353,7 @@ def test_fetch_and_read(archive: Archive, tmp_path: Path) -> None:
     ]
     assert all(Path(u.audio.path).is_file() for u in found)
     assert reasons([reject for reject in rejects if reject.where.startswith(("en/", "core-sounds-en"))]) == {
-        "core-sounds-en.txt:5": "a second digits/1",
+        "core-sounds-en.txt:5": "a second line: digits/1",
         "core-sounds-en.txt:12": "not 'id: text'",
         "en/beep": "no speech: [a tone]",
         "en/empty": "no transcript",
