@@ -17,7 +17,7 @@ from pathlib import Path
 from megatron_soda.errors import SodaError
 from megatron_soda.files import atomic_path, write_json, write_text
 
-from .split import _groups
+from .split import group_prompts
 from .utterance import Reject, Sound, Utterance, one_line, prompt_key
 
 LANGUAGES = ("en", "es", "fr", "it", "ru")
@@ -84,7 +84,7 @@ def read(folder: Path, languages: list[str]) -> tuple[list[Utterance], list[Reje
                 speaker = audio.relative_to(_sound_folder(root)).parts[0].split("_")[-1]  # en_US_f_Allison
                 found.append(Utterance(f"{language}/{prompt}", Sound(str(audio)), text, speaker, language, prompt))
         rejects += [Reject(f"{language}/{prompt}", "no audio") for prompt in sorted(texts.keys() - sounds.keys())]
-    groups = _groups(sorted((u.prompt, prompt_key(u.text, otherwise=u.id)) for u in found))
+    groups = group_prompts(sorted((u.prompt, prompt_key(u.text, otherwise=u.id)) for u in found))
     smallest = {prompt: group[0] for group in groups for prompt in group}
     return [replace(u, prompt=smallest[u.prompt]) for u in found], rejects
 

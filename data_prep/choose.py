@@ -12,7 +12,8 @@ from rich.console import Console
 from megatron_soda.config import Recipe
 from megatron_soda.errors import SodaError
 from megatron_soda.files import atomic_path, read_json, write_json, write_text
-from megatron_soda.tokenizer import TextTokenizer, train_sentencepiece
+from megatron_soda.tokenizer import TextTokenizer, clean_text, train_sentencepiece
+from megatron_soda.vocab import TokenSpace
 
 from .audio import BadAudio, read_audio
 from .codecs import Codec, load_codec
@@ -113,10 +114,16 @@ def load_data_codec(folder: Path) -> Codec:
 
 
 def choose_tokenizer(
-    recipe: Recipe, transcripts: Iterator[tuple[str, str]], lines: Iterator[tuple[str, str]], key: str, folder: Path
+    recipe: Recipe,
+    transcripts: Iterator[tuple[str, str]],
+    lines: Iterator[tuple[str, str]],
+    key: str,
+    folder: Path,
+    sizes: tuple[int, int],
 ) -> TextTokenizer:
     """Copies or trains the text tokenizer into FOLDER. transcripts, lines: (id, text) of the training side; `key`
-    changes with them: what was trained with the same one is kept."""
+    changes with them: what was trained with the same one is kept. sizes: codebooks and entries, which say what letters
+    a text cannot have."""
     p, stamp = recipe.prepare, folder / "text_tokenizer.key"
     if p.tokenizer:
         source = TextTokenizer(p.tokenizer)
@@ -126,7 +133,7 @@ def choose_tokenizer(
             temporary.write_bytes(source.path.read_bytes())
         return TextTokenizer(path)
     path = folder / "text_tokenizer.model"
-    key = digest(key, p.text_pieces, recipe.seed)
+    key = digest(key, p.text_pieces, sizes)
     if not (path.is_file() and stamp.is_file() and stamp.read_text() == key):
         _forget(folder)
         spoken = _some(transcripts, TOKENIZER_SENTENCES)
@@ -134,7 +141,8 @@ def choose_tokenizer(
         if not spoken and not some:
             raise SodaError("no transcript and no text to train a tokenizer on: set prepare.tokenizer")
         with console.status("training the text tokenizer"):
-            train_sentencepiece(path, sorted(spoken) + some, p.text_pieces)
+            cleaned = [clean_text(text, TokenSpace(0, 0, 0, *sizes)) for text in sorted(spoken) + some]
+            train_sentencepiece(path, cleaned, p.text_pieces)
         write_text(stamp, key)
     return TextTokenizer(path)
 

@@ -152,7 +152,7 @@ def of_units(
     added to `languages`, as number and seconds."""
     good = np.ones(len(codes), bool)
     if codes.size and (codes.min() < 0 or codes.max() >= space.entries):
-        good = ((codes >= 0) & (codes < space.entries)).all(1)
+        good = np.all((codes >= 0) & (codes < space.entries), axis=1)
         codes = np.where(good[:, None], codes, 0)
     audio = space.audio_ids(codes)
     semantic = audio.reshape(-1, space.codebooks)[:, 0]

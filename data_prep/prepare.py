@@ -78,15 +78,16 @@ def _prepare(recipe: Recipe) -> dict[str, Any]:
     lap("encode")
 
     bounds = index.bounds if units else texts.bounds
-    space_sizes = (codec["codebooks"], codec["entries"]) if codec else (p.codebooks or 8, p.entries or 2048)
+    sizes = (codec["codebooks"], codec["entries"]) if codec else (p.codebooks or 8, p.entries or 2048)
     tokenizer = choose.choose_tokenizer(
         recipe,
         _transcripts(units, bounds),
         ((u.id, u.text) for u in items(texts) if side(u.id, bounds) == "train"),
         digest(unit_keys, [s.key for s in texts.shards], bounds),
         folder,
+        sizes,
     )
-    space = tokenizer.space(*space_sizes)
+    space = tokenizer.space(*sizes)
     lap("tokenizer")
 
     settings = {

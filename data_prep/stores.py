@@ -42,7 +42,7 @@ def write_stores(
     provenance = {
         "codec": codec["fingerprint"] if codec else None,
         "tokenizer": tokenizer.fingerprint,
-        "slots": 1 if p.orders == ["semantic-only"] else space.codebooks,
+        "slots": _slots(recipe, space, bool(units)),
     }
     tokens, written, classes = {}, {}, Counter()
     total = sum(sum(_tokens(facts, name, p.text_share)) for name in SIDES)
@@ -92,6 +92,19 @@ def _facts(job: Job) -> dict[str, Any]:
     if facts is None:
         raise SodaError(f"{job['out']}: gone or damaged since it was written. Run the same command again.")
     return facts
+
+
+def _slots(recipe: Recipe, space: TokenSpace, spoken: bool) -> int:
+    """Codes of a frame, of which a store has one number."""
+    p = recipe.prepare
+    of_units = 1 if p.orders == ["semantic-only"] else space.codebooks
+    of_strings = min(p.corpus_codebooks, space.codebooks)
+    if spoken and p.released and of_units != of_strings:
+        raise SodaError(
+            f"frames of {of_units} codes from speech and of {of_strings} from prepare.released cannot be in one store: "
+            "prepare them apart, and mix them in data.mix"
+        )
+    return of_strings if p.released and not spoken else of_units
 
 
 def _tokens(facts: dict[str, list[dict]], name: str, share: float) -> tuple[int, int]:

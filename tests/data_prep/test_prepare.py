@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from data_prep import encode
 from data_prep.choose import load_data_codec
 from data_prep.prepare import prepare
-from data_prep.split import split
+from data_prep.split import group_prompts
 from data_prep.units import read_units
 from megatron_soda.config import Recipe, load_recipe
 from megatron_soda.data.store import Store
@@ -190,20 +190,18 @@ def test_mimi_is_a_setting_away(speech, tmp_path, mimi_folder):  # noqa: F811
         prepare(recipe(tmp_path / "none", speech, "prepare.codec=mimi", f"prepare.codec_path={tmp_path}/nothing"))
 
 
-@given(
-    st.lists(st.tuples(st.integers(0, 30), st.integers(0, 40)), min_size=1, max_size=80),
-    st.floats(0, 0.4),
-    st.floats(0, 0.4),
-)
-def test_split_keeps_prompts_and_texts_whole(pairs, valid, test):
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 40)), min_size=1, max_size=80))
+def test_prompts_that_share_a_text_are_one_group(pairs):
     named = [(f"p{a}", f"t{b}") for a, b in pairs]
-    sides = split(named, valid, test)
-    assert set(sides) == {p for p, _ in named}
-    by_text: dict[str, set[str]] = {}
-    for prompt, text in named:
-        by_text.setdefault(text, set()).add(sides[prompt])
-    assert all(len(s) == 1 for s in by_text.values())
-    assert split(named[::-1], valid, test) == sides
+    groups = group_prompts(named)
+    assert sorted(p for group in groups for p in group) == sorted({p for p, _ in named})
+    networks = [{p} | {t for q, t in named if q == p} for p in {p for p, _ in named}]
+    while True:  # joins sets that meet, until none do
+        joined = [set().union(*(other for other in networks if other & one)) for one in networks]
+        if joined == networks:
+            break
+        networks = joined
+    assert {frozenset(g) for g in groups} == {frozenset(x for x in n if x[0] == "p") for n in networks}
 
 
 def write_text(path: Path, count: int = 400) -> Path:
