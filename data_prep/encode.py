@@ -2,6 +2,7 @@
 
 import functools
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from .codecs.base import Codec
 from .executor import Job, Result
 from .index import Shard, digest, read_index
 from .units import unit_key, write_units
-from .utterance import Utterance
+from .utterance import Sound
 
 SECONDS_AT_ONCE = 300.0  # of audio in memory, beyond one piece
 SETTINGS = ("decoder", "trim")  # of the recipe, which change the codes
@@ -46,16 +47,16 @@ def encode_shard(job: Job) -> Result:
     utterances = [utterance for utterance, _ in read_index(job["shard"])]
     encoder = _Encoder(codec)
     rejects, lengths = [], {}
-    for number, utterance in enumerate(utterances):
+    for number, pieces in _decoded([u.audio for u in utterances], codec, job):
         try:
             samples = 0
-            for piece in _pieces(utterance, codec, job):
+            for piece in pieces:
                 samples += len(piece)
                 encoder.add(number, piece)
             lengths[number] = samples / codec.sample_rate
         except BadAudio as error:
             encoder.drop(number)
-            rejects.append((str(utterance.audio), str(error)))
+            rejects.append((str(utterances[number].audio), str(error)))
     codes = encoder.finish()
     rows = [
         {
@@ -78,12 +79,24 @@ def encode_shard(job: Job) -> Result:
     return {"utterances": len(rows), "rejects": len(rejects), "seconds": sum(lengths.values())}
 
 
-def _pieces(utterance: Utterance, codec: Codec, job: Job):
-    if job["decoder"] == "dali":
-        from .dali import read_pieces as read
-    else:
-        read = read_pieces
-    return read(utterance.audio, codec.sample_rate, codec.samples_per_frame, trim=job["trim"])
+def _decoded(sounds: list[Sound], codec: Codec, job: Job) -> Iterator[tuple[int, Iterable[np.ndarray]]]:
+    """The pieces of every recording, by its number. To go through those of a bad one raises BadAudio."""
+    shape = codec.sample_rate, codec.samples_per_frame
+    if job["decoder"] == "soundfile":
+        for number, sound in enumerate(sounds):
+            yield number, read_pieces(sound, *shape, trim=job["trim"])
+        return
+    from . import dali
+
+    decoder = dali.DaliDecoder(*shape, trim=job["trim"])
+    for start in range(0, len(sounds), dali.BATCH):
+        for number, result in enumerate(decoder.decode(sounds[start : start + dali.BATCH]), start):
+            yield number, _raise(result) if isinstance(result, BadAudio) else result
+
+
+def _raise(error: BadAudio) -> Iterator[np.ndarray]:
+    raise error
+    yield  # a generator: raises when gone through
 
 
 class _Encoder:

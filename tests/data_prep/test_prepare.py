@@ -309,3 +309,32 @@ def test_long_audio_becomes_one_utterance(tmp_path):
     found = {r["id"]: r for r in read_units(sorted((tmp_path / "run/data/units").rglob("*.parquet")))}
     assert found["0"]["codes"].shape == (1625, 8)
     assert found["0"]["seconds"] == pytest.approx(130)
+
+
+def test_dali_decodes_if_asked(prepared, speech, tmp_path, monkeypatch):
+    from data_prep import dali
+    from data_prep.audio import BadAudio, read_pieces
+
+    with pytest.raises(SodaError, match=r"megatron-soda\[dali\]"):
+        prepare(recipe(tmp_path / "none", speech, "prepare.decoder=dali"))
+    seen = []
+
+    class Decoder:
+        def __init__(self, sample_rate, samples_per_frame, *, trim):
+            self.shape = sample_rate, samples_per_frame
+
+        def decode(self, sounds):
+            seen.extend(sounds)
+            bad = [BadAudio("no luck: third") if s.path.endswith("clip_002.wav") else None for s in sounds]
+            return [b or list(read_pieces(s, *self.shape)) for b, s in zip(bad, sounds, strict=True)]
+
+    monkeypatch.setattr(dali, "DaliDecoder", Decoder)
+    summary = prepare(recipe(tmp_path / "run", speech, "prepare.decoder=dali"))
+    assert len(seen) == 12
+    assert summary["reject_reasons"] == {"no luck": 1}
+    wanted = {r["id"]: r["codes"].tobytes() for r in read_units(sorted((prepared / "units").rglob("*.parquet")))}
+    found = {
+        r["id"]: r["codes"].tobytes() for r in read_units(sorted((tmp_path / "run/data/units").rglob("*.parquet")))
+    }
+    del wanted["clip_002"]
+    assert found == wanted
