@@ -54,7 +54,11 @@ def choose_codec(recipe: Recipe, index: Index, folder: Path) -> dict[str, Any]:
     if p.codec != "embedded":
         arguments["codebooks"] = p.codebooks or None
     chosen = describe(load_codec(**arguments), arguments)
-    if not (folder / "codec.json").is_file() or read_json(folder / "codec.json") != chosen:
+    try:
+        unchanged = read_json(folder / "codec.json") == chosen
+    except SodaError:  # not there, or damaged
+        unchanged = False
+    if not unchanged:
         write_json(folder / "codec.json", chosen)
     return chosen
 
@@ -127,10 +131,10 @@ def choose_tokenizer(
     p, stamp = recipe.prepare, folder / "text_tokenizer.key"
     if p.tokenizer:
         source = TextTokenizer(p.tokenizer)
-        path = folder / f"text_tokenizer{source.path.suffix}"
+        path, model = folder / f"text_tokenizer{source.path.suffix}", source.path.read_bytes()
         _forget(folder)
         with atomic_path(path) as temporary:
-            temporary.write_bytes(source.path.read_bytes())
+            temporary.write_bytes(model)
         return TextTokenizer(path)
     path = folder / "text_tokenizer.model"
     key = digest(key, p.text_pieces, sizes)

@@ -166,13 +166,24 @@ def of_units(
                 yield Reject(row.id, f"code out of range: the codebooks have {space.entries} entries")
             else:
                 usable.append(_cleaned(row, space))
+        used: set[str] = set()
+        with_text = [row for row in usable if row.text]
+        for order in orders:
+            some = usable if order in interleave.WITHOUT_TEXT else with_text
+            try:
+                plan = interleave.ORDERS[order](some) if some else []
+            except interleave.CannotPlan as error:
+                yield Reject(some[0].id, f"{error} (for {order})")
+                continue
+            if plan:
+                plans.append((split_key(some[0]), order, plan, some))
+                used |= {row.id for row in some}
+        for row in usable:
+            if row.id in used:
                 entry = languages.setdefault(row.language or "?", [0, 0.0])
                 entry[0], entry[1] = entry[0] + 1, entry[1] + row.seconds
-        for order in orders if usable else ():
-            try:
-                plans.append((split_key(usable[0]), order, interleave.ORDERS[order](usable), usable))
-            except interleave.CannotPlan as error:
-                yield Reject(usable[0].id, f"{error} (for {order})")
+            if not row.text and not interleave.WITHOUT_TEXT.issuperset(orders):
+                yield Reject(row.id, "no transcript")
     ids = _text_ids((text for _, _, plan, _ in plans for text in interleave.texts_of(plan)), tokenizer)
     for key, order, plan, usable in plans:
         if order == "semantic-only":
@@ -196,16 +207,14 @@ def _of_texts(shard: dict[str, Any], tokenizer: TextTokenizer, space: TokenSpace
     items = [item for item, _ in read_index(shard)]
     for item, ids in zip(items, tokenizer.encode_batch([clean_text(item.text, space) for item in items]), strict=True):
         if ids:
-            yield item.id, interleave.text_only(ids, space)
+            yield split_key(item), interleave.text_only(ids, space)
         else:
             yield Reject(item.id, "empty text: nothing is left of it after cleaning")
 
 
 def _of_strings(source: dict[str, Any], codebooks: int, tokenizer: TextTokenizer, space: TokenSpace) -> Made:
-    file, number = pq.ParquetFile(source["path"]), 0
-    names = [name for name in ("id", "text") if name in file.schema_arrow.names]
-    for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=[source["group"]], columns=names):
-        strings = [text or "" for text in batch.column("text").to_pylist()]
+    number = 0
+    for strings in _strings(Path(source["path"]), source["group"]):
         for ids in to_ids(strings, space, tokenizer, corpus_codebooks=codebooks):
             if isinstance(ids, str):
                 yield Reject(
@@ -214,6 +223,15 @@ def _of_strings(source: dict[str, Any], codebooks: int, tokenizer: TextTokenizer
             else:
                 yield _content_key(ids, space), ids
             number += 1
+
+
+def _strings(path: Path, group: int) -> Iterator[list[str]]:
+    try:
+        file = pq.ParquetFile(path)
+        for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=["text"]):
+            yield [text or "" for text in batch.column("text").to_pylist()]
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+        raise SodaError(f"{path}: row group {group} is damaged ({error}). Get the file again.") from None
 
 
 def _content_key(ids: np.ndarray, space: TokenSpace) -> str:

@@ -1,5 +1,6 @@
 """`soda prepare --dry-run`: what would be made, by the index and a few decoded utterances. The run is not touched."""
 
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -7,14 +8,17 @@ from typing import Any
 from rich.table import Table
 
 from megatron_soda.config import Recipe
+from megatron_soda.errors import SodaError
 
 from .audio import BadAudio, read_audio
 from .codecs import load_codec
 from .index import sample
 from .inputs import read_inputs
+from .interleave import WITHOUT_TEXT
 from .show import Rejects, console
 
 SAMPLE = 64  # utterances that are decoded
+TEXTS = 1000
 
 
 def estimate(recipe: Recipe) -> dict[str, Any]:
@@ -26,6 +30,9 @@ def estimate(recipe: Recipe) -> dict[str, Any]:
 def _estimate(recipe: Recipe, scratch: Path) -> dict[str, Any]:
     """What `prepare` would make, from the index and a few decoded utterances; nothing is written to the run folder."""
     p = recipe.prepare
+    if p.units or p.released:
+        raise SodaError("--dry-run is for speech and text: prepare.units and prepare.released are encoded already")
+    letters_a_token = math.log2(p.text_pieces) / 4 if not p.tokenizer else 4.0  # a rule of thumb
     rejects = Rejects(scratch / "rejects.jsonl")
     inputs = read_inputs(recipe, scratch, rejects)
     index = inputs.speech
@@ -41,12 +48,16 @@ def _estimate(recipe: Recipe, scratch: Path) -> dict[str, Any]:
     codec = load_codec(
         p.codec, p.codec_path or None, codebooks=(p.codebooks or None) if p.codec != "embedded" else None
     )
-    rate = codec.sample_rate / codec.samples_per_frame * codec.codebooks
-    audio = hours * 3600 * rate
-    spoken = audio * len(p.orders) + index.utterances * usable * len(p.orders) * (
-        6 + letters / max(1, len(seconds)) / 3
-    )
-    tokens = spoken / (1 - p.text_share if p.text else 1)
+    codebooks = p.codebooks or codec.codebooks
+    frames = hours * 3600 * codec.sample_rate / codec.samples_per_frame
+    of_frame = sum(1 if order == "semantic-only" else 0 if order == "text-only" else codebooks for order in p.orders)
+    of_text = letters / max(1, len(seconds)) / letters_a_token
+    with_text = sum(order not in WITHOUT_TEXT for order in p.orders)
+    spoken = frames * of_frame + index.utterances * usable * (4 * len(p.orders) + (2 + of_text) * with_text)
+    texts = [len(text.text) for text, _ in sample(inputs.texts.shards, TEXTS, lambda u: True)]
+    written = inputs.texts.utterances * (2 + sum(texts) / max(1, len(texts)) / letters_a_token)
+    tokens = spoken + min(written, spoken * p.text_share / (1 - p.text_share)) if spoken else written
+    audio = frames * codebooks
     found = {
         "utterances": index.utterances,
         "texts": inputs.texts.utterances,
@@ -59,7 +70,8 @@ def _estimate(recipe: Recipe, scratch: Path) -> dict[str, Any]:
     }
     bytes_of = {"units": round(1.5 * audio), "parts": round(4 * tokens), "stores": round(4 * tokens)}
     rejects.close()
-    table = Table("expected", "", title=f"{len(seconds) + bad} utterances were decoded; 3 letters a token are assumed")
+    title = f"{len(seconds) + bad} utterances decoded, {letters_a_token:.1f} letters a token"
+    table = Table("expected", "", title=title)
     sizes = {f"GB of {name}": size / 1e9 for name, size in bytes_of.items()}
     for name, value in {**found, **sizes}.items():
         table.add_row(name.replace("_", " "), f"{value:,.2f}" if isinstance(value, float) else f"{value:,}")

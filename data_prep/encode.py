@@ -68,7 +68,7 @@ def encode_shard(job: Job) -> Result:
             "prompt": u.prompt,
             "recording": u.recording,
             "seconds": lengths[number],
-            "audio": str(u.audio),
+            "audio": str(u.audio).encode("utf-8", "backslashreplace").decode(),
         }
         for number, u in enumerate(utterances)
         if number in lengths

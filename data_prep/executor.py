@@ -8,6 +8,8 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -76,11 +78,19 @@ def _in_processes(function: Callable[[Job], Result], jobs: Sequence[Job], worker
 def _start_worker(numbers: Any, gpus: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     import torch
 
     torch.set_num_threads(1)
     if gpus:
         _set_device(f"cuda:{numbers.get() % gpus}")
+
+
+def _end_with(parent: int) -> None:
+    """A worker must not go on writing when its parent was killed: the next run is at work on the same files."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 def _set_device(name: str) -> None:

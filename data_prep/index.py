@@ -90,7 +90,7 @@ def make_index(
                 current, size = [], 0
             recording = item.recording
             seen.new("prompts", _hash(split_key(item)))
-            current.append((json.dumps(asdict(item), ensure_ascii=False), stamps[item.audio.path]))
+            current.append((json.dumps(asdict(item)), stamps[item.audio.path]))
             size, count = size + 1, count + 1
             advance(1)
         writer.add(current)

@@ -13,7 +13,7 @@ from . import asterisk, sources
 from .index import Index, make_index, read_index
 from .show import Rejects, console, progress
 from .texts import read_texts
-from .utterance import Reject, Sound, Utterance
+from .utterance import Reject, Sound, Utterance, prompt_key
 
 TEXTS_A_SHARD = 4  # times the utterances of one: a text is a sentence or a page
 
@@ -21,6 +21,7 @@ TEXTS_A_SHARD = 4  # times the utterances of one: a text is a sentence or a page
 @dataclass
 class Inputs:
     speech: Index
+    speech_rejects: int
     texts: Index
     repeated_texts: int  # left out: they were there already
     released: list[Path]
@@ -36,7 +37,7 @@ def read_inputs(recipe: Recipe, work: Path, rejects: Rejects) -> Inputs:
         index = make_index(
             source, work / "index", shard_size=p.shard_size, reject=rejects.add, advance=advance, **shares
         )
-    repeats = 0
+    speech_rejects, repeats = rejects.count, 0
 
     def reject_text(reject: Reject) -> None:
         nonlocal repeats
@@ -64,7 +65,7 @@ def read_inputs(recipe: Recipe, work: Path, rejects: Rejects) -> Inputs:
             f"[yellow]{index.cut_recordings} recordings[/] become more than one document: they are very long, or their "
             "utterances do not follow one another in the source"
         )
-    return Inputs(index, text_index, repeats, corpora)
+    return Inputs(index, speech_rejects, text_index, repeats, corpora)
 
 
 def _source(recipe: Recipe, work: Path) -> Iterator[Utterance | Reject]:
@@ -93,7 +94,7 @@ def _as_item(text: str | Reject) -> Utterance | Reject:
     if isinstance(text, Reject):
         return text
     id = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:24]
-    return Utterance(id, Sound(""), text)
+    return Utterance(id, Sound(""), text, prompt=prompt_key(text, otherwise=id))
 
 
 def items(index: Index) -> Iterator[Utterance]:

@@ -98,6 +98,9 @@ ORDERS: dict[str, Callable[[Sequence[Spoken]], Plan]] = {
 }
 
 
+WITHOUT_TEXT = {"audio-only", "semantic-only"}
+
+
 def texts_of(plan: Plan) -> list[str]:
     return [part if isinstance(part, str) else part[0] for part in plan if not isinstance(part, int)]
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+from rich.markup import escape
 
 from megatron_soda.config import Recipe
 from megatron_soda.data.store import Store
@@ -26,11 +27,11 @@ from megatron_soda.run_folder import record_timing
 from . import choose, documents, encode
 from .documents import SIDES
 from .executor import Job, Result, run_jobs
-from .index import Index, digest, index_of_units, side
+from .index import Index, digest, index_of_units, side, split_key
 from .inputs import files, items, read_inputs
 from .show import Rejects, console, progress
 from .stores import write_stores
-from .units import unit_codec, unit_key
+from .units import check_schema, unit_codec, unit_key
 from .utterance import Reject
 
 SHOWN_REJECTS = 1000
@@ -68,11 +69,11 @@ def _prepare(recipe: Recipe) -> dict[str, Any]:
     if p.units:
         units, codec = _given_units(recipe, folder)
         index = index_of_units(units, work / "units-index", p.valid_share, p.test_share)
-        unit_keys = [unit_key(path) or "" for path in units]
+        unit_keys = [digest(unit_key(path), path.stat().st_size, path.stat().st_mtime_ns) for path in units]
     elif index.shards:
         codec = choose.choose_codec(recipe, index, folder)
         lap("codec")
-        units, unit_keys = _encode(recipe, index, codec, folder, rejects)
+        units, unit_keys = _encode(recipe, index, codec, folder, rejects, found.speech_rejects)
     else:
         units, unit_keys = [], []
     lap("encode")
@@ -82,7 +83,7 @@ def _prepare(recipe: Recipe) -> dict[str, Any]:
     tokenizer = choose.choose_tokenizer(
         recipe,
         _transcripts(units, bounds),
-        ((u.id, u.text) for u in items(texts) if side(u.id, bounds) == "train"),
+        ((u.id, u.text) for u in items(texts) if side(split_key(u), bounds) == "train"),
         digest(unit_keys, [s.key for s in texts.shards], bounds),
         folder,
         sizes,
@@ -106,12 +107,11 @@ def _prepare(recipe: Recipe) -> dict[str, Any]:
     }
     key = digest([job["key"] for some in jobs.values() for job in some], p.text_share, list(SIDES))
     done = folder / "prepare.json"
-    if done.is_file() and read_json(done).get("key") == key:
-        for name in SIDES:
-            Store(folder / name)  # raises if one was damaged since
+    if (summary := _whole(folder, key)) is not None:
         rejects.close()
         console.print(f"{folder}: prepared already, nothing to do")
-        return read_json(done)
+        return summary
+    done.unlink(missing_ok=True)  # it must not speak for stores that are half of this run
 
     for _ in _run("documents", documents.make_part, [*jobs["speech"], *jobs["text"]], documents.is_done, recipe):
         pass
@@ -152,6 +152,7 @@ def _given_units(recipe: Recipe, folder: Path) -> tuple[list[Path], dict[str, An
     units = files(recipe.prepare.units, "prepare.units")
     codec = unit_codec(units[0])
     for path in units:
+        check_schema(path)
         other = unit_codec(path)
         if other["fingerprint"] != codec["fingerprint"]:
             raise SodaError(
@@ -163,7 +164,7 @@ def _given_units(recipe: Recipe, folder: Path) -> tuple[list[Path], dict[str, An
 
 
 def _encode(
-    recipe: Recipe, index: Index, codec: dict[str, Any], folder: Path, rejects: Rejects
+    recipe: Recipe, index: Index, codec: dict[str, Any], folder: Path, rejects: Rejects, bad: int
 ) -> tuple[list[Path], list[str]]:
     p = recipe.prepare
     units = folder / "units"
@@ -173,7 +174,7 @@ def _encode(
     for old in units.glob("part-*"):
         if f"{old.name.split('.')[0]}.parquet" not in wanted:
             old.unlink()
-    total, bad = index.utterances + rejects.count, rejects.count
+    total, before = index.utterances + bad, rejects.count - bad
     most = p.max_rejects * total
     if bad <= most:
         gpu = p.codec != "embedded" and _has_gpu()
@@ -187,11 +188,12 @@ def _encode(
     listed = folder / "rejects.jsonl"
     if rejects.count > 5:
         console.print(f"[yellow]and {rejects.count - 5} more[/], see {listed}")
-    if rejects.count > most:
+    bad = rejects.count - before
+    if bad > most:
         rejects.close()
         os.replace(rejects.path, listed)
         raise SodaError(
-            f"stopped: {rejects.count} of {total} utterances cannot be used, and there may be more (limit: "
+            f"stopped: {bad} of {total} utterances cannot be used, and there may be more (limit: "
             f"prepare.max_rejects={p.max_rejects:g}); {listed} lists each with its reason."
         )
     return [Path(job["out"]) for job in jobs], [job["key"] for job in jobs]
@@ -230,6 +232,21 @@ def _transcripts(units: list[Path], bounds: tuple[str, str]) -> Iterator[tuple[s
 # ---- small things
 
 
+def _whole(folder: Path, key: str) -> dict[str, Any] | None:
+    """What prepare.json says, if it is of this key and the stores are whole."""
+    try:
+        summary = read_json(folder / "prepare.json")
+        if not isinstance(summary, dict) or summary.get("key") != key:
+            return None
+        for name in SIDES:
+            Store(folder / name)
+        return summary
+    except SodaError as error:
+        if (folder / "prepare.json").is_file():
+            console.print(f"[yellow]made again[/]: {escape(str(error))}")
+        return None
+
+
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Two processes at work on one folder would delete each other's shards."""
@@ -245,6 +262,8 @@ def _locked(folder: Path) -> Iterator[None]:
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {os.uname().nodename}\n")
         lock.flush()
+        for left in [*folder.glob(".*.tmp"), *folder.glob(".*.sizes"), *(folder / "units").glob(".*.tmp")]:
+            left.unlink()  # of a killed run
         yield
 
 

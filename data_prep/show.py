@@ -40,6 +40,7 @@ class Rejects:
     def add(self, reject: Reject) -> None:
         self.count += 1
         self.reasons[reject.reason.split(":")[0][:80]] += 1
+        reject = Reject(*(part.encode("utf-8", "backslashreplace").decode() for part in (reject.where, reject.reason)))
         self._file.write(json.dumps(asdict(reject), ensure_ascii=False) + "\n")
         if self.count <= 5:
             console.print(f"[yellow]rejected[/] {escape(f'{reject.where}: {reject.reason}')}", highlight=False)

@@ -168,7 +168,7 @@ def _held_out(path: Path, units: list[Path], name: str, bounds: tuple[str, str])
         schema = pq.read_schema(units[0])
         with pq.ParquetWriter(temporary, SCHEMA.with_metadata(schema.metadata), compression="zstd") as writer:
             for unit in units:
-                table = pq.read_table(unit)
+                table = pq.read_table(unit, columns=SCHEMA.names)
                 names = ("recording", "prompt", "id")
                 keys = zip(*(table.column(n).to_pylist() for n in names), strict=True)
                 kept = pa.array([side(next(filter(None, k)), bounds) == name for k in keys], pa.bool_())

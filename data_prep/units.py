@@ -68,25 +68,36 @@ def unit_codec(path: Path) -> dict[str, Any]:
         raise SodaError(f"{path}: no unit shard that `soda prepare` wrote ({type(error).__name__}: {error})") from None
 
 
+def check_schema(path: Path) -> None:
+    """SodaError unless the Parquet file has the columns of a unit shard, of their types."""
+    found = pq.read_schema(path)
+    for column in SCHEMA:
+        kind = found.field(column.name).type if column.name in found.names else None
+        if kind != column.type:
+            raise SodaError(
+                f"{path}: no unit shard: column {column.name} must be {column.type}, "
+                f"{f'it is {kind}' if kind else f'there are {found.names}'}"
+            )
+
+
 def read_shard(path: Path) -> tuple[list[Row], np.ndarray]:
     """The utterances of a shard, and all their codes: int16 (frames, codebooks). SodaError if it cannot be read."""
     codebooks = unit_codec(path)["codebooks"]
     try:
-        table = pq.read_table(path)
-        if missing := set(SCHEMA.names) - set(table.column_names):
-            raise SodaError(
-                f"{path}: lacks the columns {', '.join(sorted(missing))}; has {', '.join(table.column_names)}"
-            )
+        check_schema(path)
+        table = pq.read_table(path, columns=SCHEMA.names)
         codes = table.column("codes").combine_chunks()
         lengths = np.asarray(codes.value_lengths().fill_null(0), np.int64)
-        flat = np.asarray(codes.flatten()).astype(np.int16, copy=False)
-        if (lengths % codebooks).any():
+        values = codes.flatten()
+        flat = values.to_numpy(zero_copy_only=False)
+        if values.null_count or (lengths % codebooks).any():
             raise SodaError(f"{path}: its codes are not whole frames of {codebooks}")
     except (OSError, pa.ArrowException) as error:
         raise SodaError(f"{path}: cannot be read ({error}). Delete it and run the same command again.") from None
     ends = np.cumsum(lengths // codebooks).tolist()
     names = ("id", "text", "language", "speaker", "prompt", "recording", "seconds")
-    columns = [[v or "" for v in table.column(n).to_pylist()] for n in names]
+    empty = {"seconds": 0.0}
+    columns = [[v or empty.get(n, "") for v in table.column(n).to_pylist()] for n in names]
     rows = [Row(*fields) for fields in zip(*columns, [0, *ends][: len(ends)], ends, strict=True)]
     return rows, flat.reshape(-1, codebooks)
 

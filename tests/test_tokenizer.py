@@ -195,13 +195,18 @@ def test_transformers_agrees(kind, tmp_path):
 
 
 def test_the_ids_of_a_sentencepiece_model_are_sentencepieces(tmp_path):
-    """But for ties of score, which it breaks in single precision."""
+    """But for ties of score, which it breaks in single precision: those are few, and the scores are the same."""
     for kind in ("ours", "nmt_nfkc, extra spaces removed", "sentencepiece's bpe", "no byte fallback"):
         path = KINDS[kind](tmp_path / f"{kind[0]}.model", sentences()[::3])
         theirs = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        lines = [line for line in sentences() if "▁" not in line]
+        # A model's own normalisation composes kana that are written in two; the tokenizers library does not.
+        lines = [line for line in sentences() if not set("▁\u3099\u309a") & set(line)]
         pairs = list(zip(TextTokenizer(path).encode_batch(lines), theirs.encode(lines), strict=True))
-        assert sum(a != b for a, b in pairs) <= 0.005 * len(pairs), kind
+        differing = [(a, b) for a, b in pairs if a != b]
+        assert len(differing) <= 0.005 * len(pairs), kind
+        for a, b in differing:
+            one, other = (sum(theirs.get_score(i) for i in ids) for ids in (a, b))
+            assert one == pytest.approx(other, abs=1e-3), kind
 
 
 def test_a_prefix_of_the_first_word_alone_is_of_none(tmp_path):

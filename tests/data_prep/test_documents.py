@@ -113,7 +113,7 @@ def test_what_cannot_be_is_rejected_and_the_rest_stays(tokenizer, tmp_path):
         ("bad", "code out of range"),
         ("below", "code out of range"),
         ("empty", "no codes"),
-        ("mute", "no transcript (for text-first)"),
+        ("mute", "no transcript"),
     }
     assert all(space.check(np.array(d)) is None for d in made)
 

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import soundfile
 from hypothesis import given
@@ -21,7 +22,7 @@ from megatron_soda.data.validate import validate
 from megatron_soda.errors import SodaError
 from megatron_soda.tokenizer import data_tokenizer
 from tests.data_prep.test_codecs import mimi_folder  # noqa: F401  a fixture
-from tests.voices import RATE, voice, write_speech
+from tests.voices import RATE, WORDS, voice, write_speech
 
 
 @pytest.fixture(scope="module")
@@ -120,9 +121,53 @@ def test_a_second_run_does_nothing_and_a_change_does(speech, tmp_path, monkeypat
     assert "nothing to do" in capsys.readouterr().err
     soundfile.write(copy / "clip_000.wav", voice(99, 1.0), RATE)
     assert prepare(recipe(run, copy))["tokens"] != first["tokens"]
-    (run / "data" / "train.bin").write_bytes(b"")
-    with pytest.raises(SodaError, match=r"train\.bin"):
+    whole = stores(run / "data")
+    for name, content in (("train.bin", b""), ("prepare.json", b"[]"), ("prepare.json", b"{"), ("codec.json", b"{")):
+        (run / "data" / name).write_bytes(content)
         prepare(recipe(run, copy))
+        assert stores(run / "data") == whole
+    assert "train.bin" in capsys.readouterr().err.replace("\n", "")
+
+
+def test_another_run_that_was_killed_does_not_pass_for_this_one(speech, tmp_path, monkeypatch):
+    prepare(recipe(tmp_path, speech))
+    whole = stores(tmp_path / "data")
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("data_prep.stores._held_out", killed)  # after train and valid
+        with pytest.raises(KeyboardInterrupt):
+            prepare(recipe(tmp_path, speech, "seed=5"))
+    assert stores(tmp_path / "data") != whole
+    (tmp_path / "data" / ".train.bin.1.tmp").write_bytes(b"left by a kill")
+    prepare(recipe(tmp_path, speech))
+    assert stores(tmp_path / "data") == whole
+    assert not list((tmp_path / "data").glob(".*.tmp"))
+
+
+def test_a_tokenizer_of_the_run_itself(prepared, speech, tmp_path):
+    prepare(recipe(tmp_path, speech))
+    before = stores(tmp_path / "data")
+    prepare(recipe(tmp_path, speech, f"prepare.tokenizer={tmp_path}/data/text_tokenizer.model"))
+    assert stores(tmp_path / "data") == before
+
+
+def test_units_that_were_changed_are_read_again(prepared, speech, tmp_path):
+    units = Path(shutil.copytree(prepared / "units", tmp_path / "units"))
+    given = f"prepare.units=[{units}/*.parquet]"
+    prepare(recipe(tmp_path / "run", speech, given))
+    before = stores(tmp_path / "run" / "data")
+    path = sorted(units.glob("*.parquet"))[0]
+    table = pq.read_table(path)
+    i = table.column_names.index("text")
+    pq.write_table(table.set_column(i, "text", [["other words"] * len(table)]), path)
+    prepare(recipe(tmp_path / "run", speech, given))
+    assert stores(tmp_path / "run" / "data") != before
+    pq.write_table(table.drop_columns(["seconds"]), path)
+    with pytest.raises(SodaError, match="column seconds must be float"):
+        prepare(recipe(tmp_path / "run", speech, given))
 
 
 def test_bad_files_are_listed_and_the_rest_is_used(speech, tmp_path):
@@ -283,6 +328,17 @@ def test_dry_run_counts_and_leaves_no_trace(speech, tmp_path, capsys):
     assert expected["hours"] == pytest.approx(summary["hours"], rel=0.05)
     assert expected["tokens"] == pytest.approx(sum(summary["tokens"].values()), rel=0.2)
     assert expected["bytes"]["stores"] == pytest.approx(summary["bytes"]["stores"], rel=0.25)
+
+
+def test_dry_run_of_text_and_of_fewer_codes(speech, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{' '.join(WORDS[i % 7 :])} {WORDS[i % 11]} {WORDS[i % 13]}\n" for i in range(900)))
+    some = recipe(tmp_path / "run", speech, "prepare.speech=''", f"prepare.text=[{text}]")
+    assert prepare(some, dry_run=True)["tokens"] == pytest.approx(sum(prepare(some)["tokens"].values()), rel=0.4)
+    few = recipe(tmp_path / "few", speech, "prepare.orders=[semantic-only]")
+    assert prepare(few, dry_run=True)["tokens"] == pytest.approx(sum(prepare(few)["tokens"].values()), rel=0.1)
+    with pytest.raises(SodaError, match="encoded already"):
+        prepare(recipe(tmp_path / "units", speech, "prepare.units=[x]"), dry_run=True)
 
 
 def test_recordings_become_documents(tmp_path):
