@@ -38,9 +38,9 @@ class Rejects:
         self._file = open(self.path, "w", encoding="utf-8")  # noqa: SIM115  closed by close
 
     def add(self, reject: Reject) -> None:
+        reject = Reject(*(part.encode("utf-8", "backslashreplace").decode() for part in (reject.where, reject.reason)))
         self.count += 1
         self.reasons[reject.reason.split(":")[0][:80]] += 1
-        reject = Reject(*(part.encode("utf-8", "backslashreplace").decode() for part in (reject.where, reject.reason)))
         self._file.write(json.dumps(asdict(reject), ensure_ascii=False) + "\n")
         if self.count <= 5:
             console.print(f"[yellow]rejected[/] {escape(f'{reject.where}: {reject.reason}')}", highlight=False)

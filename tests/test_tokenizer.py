@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from data_prep import interleave
 from megatron_soda.errors import SodaError
-from megatron_soda.hf.tokenizer import build_tokenizer, document_string, save_tokenizer
-from megatron_soda.tokenizer import TextTokenizer, clean_text, train_sentencepiece
+from megatron_soda.hf.tokenizer import build_tokenizer, save_tokenizer
+from megatron_soda.tokenizer import TextTokenizer, clean_text, document_string, train_sentencepiece
 from megatron_soda.tokenizer_commands import app
 from megatron_soda.vocab import BOS, EOS, LLAMA3, MARKERS, TokenSpace
 

@@ -16,10 +16,10 @@ from ..errors import SodaError
 from ..files import read_json, write_json
 from ..parallel import ranks
 from ..run_folder import record_timing
-from ..tokenizer import TextTokenizer, data_tokenizer
+from ..tokenizer import TextTokenizer, data_tokenizer, document_string
 from ..vocab import TokenSpace
 from .load import quiet_transformers
-from .tokenizer import document_string, save_tokenizer
+from .tokenizer import save_tokenizer
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.25}  # of a logit; the second is bfloat16's own grain
 console = Console(stderr=True)

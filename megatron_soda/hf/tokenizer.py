@@ -14,10 +14,10 @@ from tokenizers import AddedToken, Tokenizer, processors
 
 from ..errors import SodaError
 from ..files import write_text
-from ..tokenizer import NAMES, TextTokenizer, clean_text, document_string, engine, read_spec
+from ..tokenizer import NAMES, TextTokenizer, clean_text, engine, read_spec
 from ..vocab import BOS, EOS, FIRST_AUDIO_CHARACTER, MARKERS, TokenSpace
 
-__all__ = ["build_tokenizer", "document_string", "extend_tokenizer", "save_tokenizer"]
+__all__ = ["build_tokenizer", "extend_tokenizer", "save_tokenizer"]
 
 
 def build_tokenizer(text: TextTokenizer, space: TokenSpace) -> Tokenizer:

@@ -533,7 +533,6 @@ def room(seconds: float, rate: int = RATE) -> np.ndarray:
 
 @pytest.mark.parametrize("rate", [RATE, 22050])
 def test_trim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rate: int) -> None:
-    pytest.importorskip("webrtcvad")
     speech = np.concatenate([voice(0, 2.0, rate), room(1.5, rate), voice(1, 2.0, rate)])
     whole = np.concatenate([room(3.0, rate), speech, room(4.0, rate)])
     soundfile.write(tmp_path / "a.wav", whole, rate, subtype="FLOAT")
@@ -549,7 +548,6 @@ def test_trim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rate: int) -> Non
 
 
 def test_trim_keeps_what_is_all_speech_and_long_pauses(tmp_path: Path) -> None:
-    pytest.importorskip("webrtcvad")
     soundfile.write(tmp_path / "a.wav", voice(3, 1.0), RATE, subtype="FLOAT")
     assert len(np.concatenate(list(read_pieces(tmp_path / "a.wav", RATE, FRAME, trim=True)))) == RATE
     whole = np.concatenate([voice(0, 2.0), room(130), voice(1, 2.0), room(2)])
@@ -560,7 +558,6 @@ def test_trim_keeps_what_is_all_speech_and_long_pauses(tmp_path: Path) -> None:
 
 
 def test_no_speech(tmp_path: Path) -> None:
-    pytest.importorskip("webrtcvad")
     clicks = room(20)
     clicks[RATE :: 2 * RATE] = 0.5
     soundfile.write(tmp_path / "a.wav", clicks, RATE)
