@@ -106,8 +106,8 @@ def _gpus() -> int:
 
 def _on_ray(function: Callable[[Job], Result], jobs: Sequence[Job], workers: int, gpu: bool) -> Iterator[Result]:
     try:
-        import ray
-        import ray.data
+        import ray  # pyright: ignore[reportMissingImports]
+        import ray.data  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise SodaError("prepare.executor=ray: Ray is not installed. pip install 'megatron-soda[ray]'") from None
     if not jobs:
