@@ -3,16 +3,14 @@
 Whatever its length, a recording is decoded, resampled and cut in blocks: ten hours need no more memory than a minute.
 """
 
-import io
 import math
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from functools import lru_cache
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 import av
 import numpy as np
@@ -21,7 +19,8 @@ import soxr
 
 from megatron_soda.errors import SodaError
 
-from .utterance import Sound
+from .sound_bytes import open_sound
+from .utterance import BadAudio, Sound
 
 SAMPLE_RATE = 24000
 FRAME_SECONDS = 0.08  # one codec frame (12.5 Hz): shorter audio gives no token
@@ -36,11 +35,6 @@ SEGMENT_SLACK = 0.1  # seconds that a segment may go on after the end: transcrip
 PREROLL = 1.0  # seconds decoded before a segment's start, for what lossy formats carry from packet to packet
 
 Blocks = Iterator[np.ndarray]
-
-
-class BadAudio(ValueError):  # noqa: N818  (a verdict on the file, not a failure of the program)
-    """This file is no usable audio. The message is the reason, without the path; up to its ':' it is one of a few
-    fixed phrases, to count by."""
 
 
 def read_pieces(
@@ -286,95 +280,6 @@ def _av_blocks(container: Any, rate: int, start: float, end: float) -> Blocks:
             raise BadAudio(f"bad segment: {start:g} s to {end:g} s of {max(at, 0) / rate:.2f} s")
     if parts:
         yield np.concatenate(parts)
-
-
-# --- bytes
-
-
-class _Range(io.RawIOBase):
-    """`size` bytes of a file from `offset`, as a file. Seeking never fails: libsndfile asks through a callback, where
-    an exception would only be printed."""
-
-    def __init__(self, file: BinaryIO, offset: int, size: int) -> None:
-        self.file, self.offset, self.size, self.at = file, offset, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = (0, self.at, self.size)[whence]
-        self.at = max(0, base + offset)
-        return self.at
-
-    def readinto(self, buffer: Any) -> int:
-        count = min(len(buffer), self.size - self.at)
-        if count <= 0:
-            return 0
-        self.file.seek(self.offset + self.at)
-        with memoryview(buffer) as view:
-            count = cast(io.BufferedIOBase, self.file).readinto(view[:count])
-        self.at += count
-        return count
-
-
-def open_sound(sound: Sound, stack: ExitStack) -> tuple[BinaryIO, str]:
-    """-> the recording's encoded bytes as a file, and its name. Raises BadAudio if they are not there."""
-    if not Path(sound.path).is_file():
-        raise BadAudio("no such file")
-    name = sound.name or sound.path
-    if sound.row >= 0:
-        data, inner = _parquet_value(sound)
-        file, size = io.BytesIO(data), len(data)
-        name = sound.name or inner
-    else:
-        file = stack.enter_context(open(sound.path, "rb"))  # noqa: SIM115  (the stack closes it)
-        size = os.fstat(file.fileno()).st_size
-    if sound.offset >= 0:
-        if sound.size < 0 or sound.offset + sound.size > size:
-            raise BadAudio(f"cut off: bytes {sound.offset} + {sound.size} of a file of {size}")
-        size = sound.size
-    if size == 0:
-        raise BadAudio("empty file")
-    if sound.offset >= 0 or sound.row >= 0:
-        file = io.BufferedReader(_Range(cast(BinaryIO, file), max(0, sound.offset), size), 1 << 16)
-    return cast(BinaryIO, file), name
-
-
-def _parquet_value(sound: Sound) -> tuple[bytes, str]:
-    stat = os.stat(sound.path)
-    stamp = stat.st_mtime_ns, stat.st_size
-    starts = _group_starts(sound.path, stamp)
-    if not sound.row < starts[-1]:
-        raise BadAudio(f"no such row: {sound.row} of {starts[-1]}")
-    group = int(np.searchsorted(starts, sound.row, side="right")) - 1
-    value = _row_group(sound.path, stamp, sound.column, group)[sound.row - starts[group]].as_py()
-    data, name = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, "")
-    if not isinstance(data, bytes):
-        raise BadAudio("no audio in this row")
-    return data, name or ""
-
-
-@lru_cache(maxsize=8)
-def _group_starts(path: str, stamp: tuple[int, int]) -> tuple[int, ...]:
-    """The first row of each row group, and the number of rows."""
-    import pyarrow.parquet
-
-    with pyarrow.parquet.ParquetFile(path) as file:
-        rows = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
-    return (0, *(int(end) for end in np.cumsum(rows)))
-
-
-@lru_cache(maxsize=1)  # utterances come in the order of the file
-def _row_group(path: str, stamp: tuple[int, int], column: str, group: int) -> Any:
-    import pyarrow.parquet
-
-    with pyarrow.parquet.ParquetFile(path) as file:
-        if column not in file.schema_arrow.names:
-            raise BadAudio(f"no such column: {column}")
-        return file.read_row_group(group, columns=[column]).column(0)
 
 
 def _wav_is_cut(file: BinaryIO) -> bool:

@@ -15,10 +15,10 @@ from megatron_soda.files import atomic_path, read_json, write_json, write_text
 from megatron_soda.tokenizer import TextTokenizer, clean_text, train_sentencepiece
 from megatron_soda.vocab import TokenSpace
 
-from .audio import BadAudio, read_audio
+from .audio import read_audio
 from .codecs import Codec, load_codec
 from .index import Index, digest, sample, side, split_key
-from .utterance import Utterance
+from .utterance import BadAudio, Utterance
 
 FIT_AT_LEAST = 600.0  # seconds of speech; with less, the quantiser that ships with the embedded codec is better
 FIT_AT_MOST = 5400.0
@@ -106,9 +106,11 @@ def load_data_codec(folder: Path) -> Codec:
     """The codec that made the tokens of a data folder (or of an exported model, which carries its own)."""
     chosen = read_json(folder / "codec.json")
     arguments = dict(chosen["arguments"])
-    if (folder / "codec.safetensors").is_file() and arguments.get("path", "") and chosen["name"] == "embedded":
-        arguments["path"] = str(folder / "codec.safetensors")
-    codec = load_codec(**arguments)
+    codec, fitted = None, folder / "codec.safetensors"
+    if fitted.is_file() and arguments.get("path", "") and chosen["name"] == "embedded":
+        codec = load_codec(**{**arguments, "path": str(fitted)})
+    if codec is None or codec.fingerprint != chosen["fingerprint"]:  # what was fitted is left from another run
+        codec = load_codec(**arguments)
     if codec.fingerprint != chosen["fingerprint"]:
         raise SodaError(
             f"{folder}: its tokens were made by codec {chosen['fingerprint']}, the one installed now is "

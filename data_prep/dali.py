@@ -9,7 +9,7 @@ at the header finds fault with, which read_pieces has the words for.
 """
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -17,8 +17,9 @@ import numpy as np
 
 from megatron_soda.errors import SodaError
 
-from .audio import BadAudio, cut, finish, open_decoder, open_sound, read_pieces, reasons
-from .utterance import Sound
+from .audio import cut, finish, open_decoder, read_pieces, reasons
+from .sound_bytes import open_sound
+from .utterance import BadAudio, Sound
 
 BATCH = 16  # files decoded at once
 LONGEST = 60.0  # seconds: a batch is in memory whole
@@ -35,10 +36,10 @@ class DaliDecoder:
         self.pipeline: Any = None
         _dali()  # fails now rather than at the first file
 
-    def decode(self, sounds: Sequence[Sound]) -> list[list[np.ndarray] | BadAudio]:
-        """For each recording its pieces, float32 [samples] mono at `sample_rate` Hz as read_pieces yields them, or why
-        it cannot be used. Raises nothing for a bad file."""
-        results: list[list[np.ndarray] | BadAudio] = []
+    def decode(self, sounds: Sequence[Sound]) -> list[Iterator[np.ndarray]]:
+        """For each recording its pieces as read_pieces yields them, float32 [samples] mono at `sample_rate` Hz. To go
+        through those of a bad one raises BadAudio."""
+        results: list[Iterator[np.ndarray]] = []
         for start in range(0, len(sounds), BATCH):
             batch = sounds[start : start + BATCH]
             loaded = [_load(sound) for sound in batch]
@@ -46,24 +47,23 @@ class DaliDecoder:
             for sound, encoded in zip(batch, loaded, strict=True):
                 samples = next(decoded) if encoded else None
                 if encoded is None or samples is None or len(samples) < encoded[2]:
-                    results.append(self._pieces(sound))
+                    shape = self.sample_rate, self.samples_per_frame
+                    results.append(read_pieces(sound, *shape, piece_seconds=self.piece_seconds, trim=self.trim))
                 else:
-                    results.append(self._pieces(sound, samples, encoded[1]))
+                    results.append(self._pieces(samples, encoded[1]))
         return results
 
-    def _pieces(self, sound: Sound, samples: np.ndarray | None = None, rate: int = 0) -> list[np.ndarray] | BadAudio:
-        shape = self.sample_rate, self.samples_per_frame
-        try:
-            if samples is None:
-                return list(read_pieces(sound, *shape, piece_seconds=self.piece_seconds, trim=self.trim))
-            with reasons():
-                shortest = self.samples_per_frame / self.sample_rate
-                blocks = finish(
-                    iter([samples[:, None]]), rate, shape[0], shortest=shortest, longest=LONGEST, trim=self.trim
-                )
-                return list(cut(blocks, *shape, self.piece_seconds))
-        except BadAudio as error:
-            return error
+    def _pieces(self, samples: np.ndarray, rate: int) -> Iterator[np.ndarray]:
+        with reasons():
+            blocks = finish(
+                iter([samples[:, None]]),
+                rate,
+                self.sample_rate,
+                shortest=self.samples_per_frame / self.sample_rate,
+                longest=LONGEST,
+                trim=self.trim,
+            )
+            yield from cut(blocks, self.sample_rate, self.samples_per_frame, self.piece_seconds)
 
     def _run(self, encoded: list[np.ndarray]) -> list[np.ndarray | None]:
         """float32 [samples] at each file's own rate; None for a file that DALI cannot decode."""

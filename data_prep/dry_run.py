@@ -10,12 +10,13 @@ from rich.table import Table
 from megatron_soda.config import Recipe
 from megatron_soda.errors import SodaError
 
-from .audio import BadAudio, read_audio
+from .audio import read_audio
 from .codecs import load_codec
 from .index import sample
 from .inputs import read_inputs
 from .interleave import WITHOUT_TEXT
 from .show import Rejects, console
+from .utterance import BadAudio
 
 SAMPLE = 64  # utterances that are decoded
 TEXTS = 1000

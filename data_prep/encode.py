@@ -11,13 +11,13 @@ import numpy as np
 from megatron_soda.files import write_json
 
 from . import executor
-from .audio import BadAudio, read_pieces
+from .audio import read_pieces
 from .codecs import load_codec
 from .codecs.base import Codec
 from .executor import Job, Result
-from .index import Shard, digest, read_index
+from .index import Shard, digest, read_index, split_key
 from .units import unit_key, write_units
-from .utterance import Sound
+from .utterance import BadAudio, Sound
 
 SECONDS_AT_ONCE = 300.0  # of audio in memory, beyond one piece
 SETTINGS = ("decoder", "trim")  # of the recipe, which change the codes
@@ -46,7 +46,7 @@ def encode_shard(job: Job) -> Result:
     codec = _codec(json.dumps(job["codec"]["arguments"], sort_keys=True), executor.device)
     utterances = [utterance for utterance, _ in read_index(job["shard"])]
     encoder = _Encoder(codec)
-    rejects, lengths = [], {}
+    rejects, lengths, left_out = [], {}, []
     for number, pieces in _decoded([u.audio for u in utterances], codec, job):
         try:
             samples = 0
@@ -57,6 +57,7 @@ def encode_shard(job: Job) -> Result:
         except BadAudio as error:
             encoder.drop(number)
             rejects.append((str(utterances[number].audio), str(error)))
+            left_out.append(split_key(utterances[number]))
     codes = encoder.finish()
     rows = [
         {
@@ -75,7 +76,7 @@ def encode_shard(job: Job) -> Result:
     ]
     path = Path(job["out"])
     write_json(rejects_path(path), rejects)
-    write_units(path, rows, codec=job["codec"], key=job["key"])
+    write_units(path, rows, codec=job["codec"], key=job["key"], left_out=left_out)
     return {"utterances": len(rows), "rejects": len(rejects), "seconds": sum(lengths.values())}
 
 
@@ -90,13 +91,7 @@ def _decoded(sounds: list[Sound], codec: Codec, job: Job) -> Iterator[tuple[int,
 
     decoder = dali.DaliDecoder(*shape, trim=job["trim"])
     for start in range(0, len(sounds), dali.BATCH):
-        for number, result in enumerate(decoder.decode(sounds[start : start + dali.BATCH]), start):
-            yield number, _raise(result) if isinstance(result, BadAudio) else result
-
-
-def _raise(error: BadAudio) -> Iterator[np.ndarray]:
-    raise error
-    yield  # a generator: raises when gone through
+        yield from enumerate(decoder.decode(sounds[start : start + dali.BATCH]), start)
 
 
 class _Encoder:

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from megatron_soda.errors import SodaError
 
+from .units import left_out, read_columns
 from .utterance import Reject, Sound, Utterance
 
 ITEMS = pa.schema([("utterance", pa.string()), ("stamp", pa.string())])
@@ -134,9 +135,16 @@ def index_of_units(units: list[Path], folder: Path, valid_share: float, test_sha
     folder.mkdir(parents=True)
     seen, count = _Seen(folder / "index.sqlite"), 0
     for path in units:
-        for row in pq.read_table(path, columns=["recording", "prompt", "id"]).to_pylist():
+        for row in read_columns(path, ["recording", "prompt", "id"]):
+            if not seen.new("ids", row["id"]):
+                raise SodaError(
+                    f"{path}: utterance {row['id']!r} stands in another shard too, or twice in this one. If "
+                    "prepare.units names one shard twice (a copy, or a link), leave one out."
+                )
             seen.new("prompts", _hash(row["recording"] or row["prompt"] or row["id"]))
             count += 1
+        for key in left_out(path):
+            seen.new("prompts", _hash(key))
     bounds = seen.bounds(valid_share, test_share)
     seen.close()
     shutil.rmtree(folder)

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 from rich.markup import escape
 
 from megatron_soda.config import Recipe
@@ -31,7 +30,7 @@ from .index import Index, digest, index_of_units, side, split_key
 from .inputs import files, items, read_inputs
 from .show import Rejects, console, progress
 from .stores import write_stores
-from .units import check_schema, unit_codec, unit_key
+from .units import check_schema, read_columns, unit_codec, unit_key
 from .utterance import Reject
 
 SHOWN_REJECTS = 1000
@@ -118,10 +117,10 @@ def _prepare(recipe: Recipe) -> dict[str, Any]:
     for job in [*jobs["speech"], *jobs["text"]]:
         _collect(Path(job["out"]), rejects)
     lap("documents")
-    summary = write_stores(recipe, jobs, units, bounds, tokenizer, space, codec)
-    lap("stores")
     rejects.close()
     os.replace(rejects.path, folder / "rejects.jsonl")
+    summary = write_stores(recipe, jobs, units, bounds, tokenizer, space, codec)
+    lap("stores")
     timings["seconds"] = time.time() - began
     summary.update(
         key=key,
@@ -224,7 +223,7 @@ def _collect(part: Path, rejects: Rejects) -> None:
 
 def _transcripts(units: list[Path], bounds: tuple[str, str]) -> Iterator[tuple[str, str]]:
     for path in units:
-        for row in pq.read_table(path, columns=["id", "text", "prompt", "recording"]).to_pylist():
+        for row in read_columns(path, ["id", "text", "prompt", "recording"]):
             if side(row["recording"] or row["prompt"] or row["id"], bounds) == "train":
                 yield row["id"], row["text"]
 

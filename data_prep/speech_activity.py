@@ -8,7 +8,7 @@ import soxr
 
 from megatron_soda.errors import SodaError
 
-from .audio import BadAudio
+from .utterance import BadAudio
 
 RATE = 16000  # of the samples that the detector sees
 WINDOW = 480  # of them, 30 ms, make one decision

@@ -54,8 +54,9 @@ def write_stores(
             written[name] = counted.documents
             if not tokens[name]:
                 raise SodaError(
-                    f"no document is left for the {name} store: what is usable is too little to split. "
-                    f"Give more, or change prepare.valid_share and prepare.test_share."
+                    f"no document is left for the {name} store: what is usable is too little to split. Give more, or "
+                    f"change prepare.valid_share and prepare.test_share. {folder / 'rejects.jsonl'} lists what could "
+                    "not be used, and why."
                 )
             classes.update(counted.classes)
             if name != "train" and units:

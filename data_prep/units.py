@@ -1,7 +1,7 @@
 """Unit shards: utterances as codes and text, in Parquet. Encoding is the dear step, so its product is kept."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ SCHEMA = pa.schema(
         ("audio", pa.string()),  # where the sound was
     ]
 )
-FACTS = ("codec", "key")  # metadata of a shard, as JSON
+FACTS = ("codec", "key", "left_out")  # metadata of a shard
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,13 @@ class Row:
     end: int
 
 
-def write_units(path: Path, rows: list[dict], *, codec: dict[str, Any], key: str = "") -> None:
-    """rows: dicts of SCHEMA's fields, with codes (frames, codebooks). codec: what `codec.json` holds."""
+def write_units(
+    path: Path, rows: list[dict], *, codec: dict[str, Any], key: str = "", left_out: Sequence[str] = ()
+) -> None:
+    """rows: dicts of SCHEMA's fields, with codes (frames, codebooks). codec: what `codec.json` holds. left_out: split
+    keys of utterances that could not be encoded: a split must count them, or it would be another one without them."""
     columns = [{**row, "codes": np.asarray(row["codes"], np.int16).reshape(-1)} for row in rows]
-    facts = {"codec": json.dumps(codec, sort_keys=True), "key": key}
+    facts = {"codec": json.dumps(codec, sort_keys=True), "key": key, "left_out": json.dumps(sorted(set(left_out)))}
     with atomic_path(path) as temporary:
         pq.write_table(pa.Table.from_pylist(columns, SCHEMA.with_metadata(facts)), temporary, compression="zstd")
 
@@ -80,6 +83,23 @@ def check_schema(path: Path) -> None:
             )
 
 
+def read_columns(path: Path, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of some columns. SodaError if the shard cannot be read."""
+    try:
+        return pq.read_table(path, columns=list(names)).to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise damaged(path, error) from None
+
+
+def left_out(path: Path) -> list[str]:
+    """What write_units was given as that."""
+    return json.loads((pq.read_schema(path).metadata or {}).get(b"left_out", b"[]"))
+
+
+def damaged(path: Path, error: Exception) -> SodaError:
+    return SodaError(f"{path}: cannot be read ({error}). Delete it and run the same command again.")
+
+
 def read_shard(path: Path) -> tuple[list[Row], np.ndarray]:
     """The utterances of a shard, and all their codes: int16 (frames, codebooks). SodaError if it cannot be read."""
     codebooks = unit_codec(path)["codebooks"]
@@ -93,7 +113,7 @@ def read_shard(path: Path) -> tuple[list[Row], np.ndarray]:
         if values.null_count or (lengths % codebooks).any():
             raise SodaError(f"{path}: its codes are not whole frames of {codebooks}")
     except (OSError, pa.ArrowException) as error:
-        raise SodaError(f"{path}: cannot be read ({error}). Delete it and run the same command again.") from None
+        raise damaged(path, error) from None
     ends = np.cumsum(lengths // codebooks).tolist()
     names = ("id", "text", "language", "speaker", "prompt", "recording", "seconds")
     empty = {"seconds": 0.0}

@@ -60,3 +60,8 @@ def prompt_key(text: str, otherwise: str) -> str:
     folded = unicodedata.normalize("NFKC", text).casefold()
     kept = (" " if unicodedata.category(letter)[0] in "PS" else letter for letter in folded)
     return one_line("".join(kept)) or otherwise
+
+
+class BadAudio(ValueError):  # noqa: N818  (a verdict on the file, not a failure of the program)
+    """This file is no usable audio. The message is the reason, without the path; up to its ':' it is one of a few
+    fixed phrases, to count by."""

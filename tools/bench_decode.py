@@ -84,7 +84,7 @@ def installed() -> Sides:
     except SodaError as error:
         console.print(f"without DALI: {error}", style="dim", markup=False)
     else:
-        found["dali"] = lambda paths: decoder.decode([Sound(str(path)) for path in paths])
+        found["dali"] = lambda paths: [list(pieces) for pieces in decoder.decode([Sound(str(path)) for path in paths])]
     return found
 
 

@@ -162,4 +162,5 @@ def unpacked(path: Path, scratch: Path) -> Path:
             except BadLine:
                 if file.tell() == 0:
                     raise
+            os.utime(temporary, ns=(state.st_atime_ns, state.st_mtime_ns))  # unpacked again it is the same file
     return output

@@ -138,7 +138,8 @@ def held_out_rows(folder: Path, split: str, model: Model) -> list[dict]:
 
 
 def _original(row: dict, codec: Any) -> np.ndarray:
-    from data_prep.audio import BadAudio, read_audio
+    from data_prep.audio import read_audio
+    from data_prep.utterance import BadAudio
 
     try:
         return read_audio(Path(row["audio"]), codec.sample_rate)

@@ -21,9 +21,9 @@ import soxr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_prep import audio
-from data_prep.audio import BadAudio, cut, read_audio, read_pieces
-from data_prep.utterance import Sound
+from data_prep import audio, sound_bytes
+from data_prep.audio import cut, read_audio, read_pieces
+from data_prep.utterance import BadAudio, Sound
 from megatron_soda.errors import SodaError
 from tests.voices import voice
 
@@ -463,11 +463,11 @@ def test_a_row_of_parquet(tmp_path: Path) -> None:
     structs[4] = {"bytes": None, "path": "elsewhere.flac"}
     table = pa.table({"audio": structs, "raw": pa.array(data, pa.large_binary()), "text": ["x"] * 10})
     pa.parquet.write_table(table, path, row_group_size=3)
-    audio._row_group.cache_clear()
+    sound_bytes._row_group.cache_clear()
     for row in range(10):
         raw = read_audio(Sound(str(path), row=row, column="raw"))
         np.testing.assert_allclose(raw, tone(RATE, 0.2, hertz=300 + 50 * row), atol=1e-4)
-    assert audio._row_group.cache_info().misses == 4
+    assert sound_bytes._row_group.cache_info().misses == 4
     for row in (9, 0):
         np.testing.assert_array_equal(
             read_audio(Sound(str(path), row=row, column="audio")), read_audio(Sound(str(path), row=row, column="raw"))

@@ -1,6 +1,8 @@
 """DaliDecoder: the same samples and the same reasons as read_pieces. Skipped, but for one test, without DALI."""
 
+import re
 import sys
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_prep import dali
-from data_prep.audio import BadAudio, read_pieces
+from data_prep.audio import read_pieces
 from data_prep.dali import DaliDecoder
-from data_prep.utterance import Sound
+from data_prep.utterance import BadAudio, Sound
 from megatron_soda.errors import SodaError
 
 from .test_audio import encode, encoded, talk, tone
@@ -35,11 +37,11 @@ def same(sounds: list[Sound], tolerance: float = 0.0, **options: float) -> list[
         try:
             expected = list(read_pieces(sound, RATE, FRAME, **options))
         except BadAudio as error:
-            assert isinstance(result, BadAudio)
-            assert str(result) == str(error)  # noqa: PT017
+            with pytest.raises(BadAudio, match=f"^{re.escape(str(error))}$"):
+                list(result)
             seen.append(str(error))
         else:
-            assert isinstance(result, list)
+            result = list(result)
             assert [len(piece) for piece in result] == [len(piece) for piece in expected]
             for a, b in zip(result, expected, strict=True):
                 assert a.dtype == np.float32
@@ -150,5 +152,6 @@ def test_damaged_bytes_give_pieces_or_a_reason(tmp_path: Path, data: st.DataObje
     (tmp_path / "bad").write_bytes(content)
     (tmp_path / "good").write_bytes(good)
     bad, fine = DaliDecoder(RATE, 480).decode([Sound(str(tmp_path / "bad")), Sound(str(tmp_path / "good"))])
-    assert isinstance(fine, list)
-    assert isinstance(bad, BadAudio) or np.isfinite(np.concatenate(bad)).all()
+    assert len(np.concatenate(list(fine))) == RATE * 0.3
+    with suppress(BadAudio):
+        assert np.isfinite(np.concatenate(list(bad))).all()

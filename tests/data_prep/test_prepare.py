@@ -1,10 +1,12 @@
 """From a folder of sound to stores: the same bytes every time, everything bad counted, nothing done twice."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import soundfile
@@ -13,6 +15,8 @@ from hypothesis import strategies as st
 
 from data_prep import encode
 from data_prep.choose import load_data_codec
+from data_prep.codecs import load_codec
+from data_prep.codecs.embedded import EmbeddedCodec
 from data_prep.prepare import prepare
 from data_prep.split import group_prompts
 from data_prep.units import read_units
@@ -201,6 +205,21 @@ def test_bad_files_are_listed_and_the_rest_is_used(speech, tmp_path):
         assert name in wheres
     assert len(listed) == 10
     assert all(r["reason"] for r in listed)
+    # What could not be encoded counts in the split, also when only the units are left of the run.
+    prepare(recipe(tmp_path / "again", folder, f"prepare.units=[{tmp_path}/run/data/units/*.parquet]"))
+    assert stores(tmp_path / "again" / "data") == stores(tmp_path / "run" / "data")
+
+
+def test_a_name_that_is_no_utf8(speech, tmp_path):
+    folder = Path(shutil.copytree(speech, tmp_path / "speech"))
+    (folder / "manifest.jsonl").unlink()
+    for i, wav in enumerate(sorted(folder.glob("*.wav"))):
+        wav.with_suffix(".txt").write_text(f"{WORDS[i % 7]} {i}")
+    for suffix in (b".wav", b".txt"):
+        os.rename(os.fsencode(folder) + b"/clip_000" + suffix, os.fsencode(folder) + b"/caf\xe9" + suffix)
+    summary = prepare(recipe(tmp_path / "run", folder, "prepare.max_rejects=0.5"))
+    assert summary["utterances"] == 11
+    assert summary["rejects"] == [{"where": "caf\\udce9.wav", "reason": "not valid Unicode: audio"}]
 
 
 def test_nothing_to_use(tmp_path):
@@ -209,6 +228,16 @@ def test_nothing_to_use(tmp_path):
     one = write_speech(tmp_path / "one", 1)
     with pytest.raises(SodaError, match="too little to split"):
         prepare(recipe(tmp_path / "run", one))
+    malformed = [f"<|begin_of_text|>{i}" for i in range(20)]
+    pq.write_table(pa.table({"text": malformed}), tmp_path / "c.parquet")
+    released = ["prepare.speech=''", f"prepare.released=[{tmp_path}/c.parquet]"]
+    prepare(recipe(tmp_path / "run2", write_speech(tmp_path / "speech", 12)))
+    released.append(f"prepare.tokenizer={tmp_path}/run2/data/text_tokenizer.model")
+    with pytest.raises(SodaError, match=r"rejects\.jsonl lists what could not be used"):
+        prepare(recipe(tmp_path / "run", Path(), *released))
+    listed = (tmp_path / "run" / "data" / "rejects.jsonl").read_text().splitlines()
+    assert len(listed) == 20
+    assert all("malformed document" in line for line in listed)
 
 
 def test_fitted_codec_with_other_sizes(speech, tmp_path):
@@ -220,6 +249,12 @@ def test_fitted_codec_with_other_sizes(speech, tmp_path):
     moved = tmp_path / "moved"
     (tmp_path / "data").rename(moved)
     assert load_data_codec(moved).fingerprint == codec.fingerprint
+    given = EmbeddedCodec(load_codec("embedded").quantiser)
+    given.save(tmp_path / "given.safetensors")
+    chosen = json.loads((moved / "codec.json").read_text()) | {"fingerprint": given.fingerprint}
+    chosen["arguments"]["path"] = str(tmp_path / "given.safetensors")
+    (moved / "codec.json").write_text(json.dumps(chosen))
+    assert load_data_codec(moved).fingerprint == given.fingerprint  # what was fitted is left from another run
 
 
 def test_mimi_is_a_setting_away(speech, tmp_path, mimi_folder):  # noqa: F811
@@ -290,6 +325,12 @@ def test_units_are_used_again_without_encoding(prepared, speech, tmp_path, monke
     summary = prepare(again)
     assert stores(tmp_path / "again" / "data") == stores(prepared)
     assert summary["utterances"] == 12
+    first = sorted((prepared / "units").glob("*.parquet"))[0]
+    (tmp_path / "link.parquet").symlink_to(first)
+    with pytest.raises(SodaError, match="stands in another shard too"):
+        prepare(
+            recipe(tmp_path / "twice", speech, f"prepare.units=[{prepared}/units/*.parquet,{tmp_path}/link.parquet]")
+        )
     assert load_data_codec(tmp_path / "again" / "data").fingerprint == load_data_codec(prepared).fingerprint
     other = prepare(recipe(tmp_path / "other", speech, f"prepare.units=[{prepared}/units/*.parquet]",
                            "prepare.orders=[semantic-only]"))  # fmt: skip
@@ -369,7 +410,8 @@ def test_long_audio_becomes_one_utterance(tmp_path):
 
 def test_dali_decodes_if_asked(prepared, speech, tmp_path, monkeypatch):
     from data_prep import dali
-    from data_prep.audio import BadAudio, read_pieces
+    from data_prep.audio import read_pieces
+    from data_prep.utterance import BadAudio
 
     with pytest.raises(SodaError, match=r"megatron-soda\[dali\]"):
         prepare(recipe(tmp_path / "none", speech, "prepare.decoder=dali"))
@@ -381,8 +423,11 @@ def test_dali_decodes_if_asked(prepared, speech, tmp_path, monkeypatch):
 
         def decode(self, sounds):
             seen.extend(sounds)
-            bad = [BadAudio("no luck: third") if s.path.endswith("clip_002.wav") else None for s in sounds]
-            return [b or list(read_pieces(s, *self.shape)) for b, s in zip(bad, sounds, strict=True)]
+            return [bad() if s.path.endswith("clip_002.wav") else read_pieces(s, *self.shape) for s in sounds]
+
+    def bad():
+        yield np.zeros(RATE, np.float32)
+        raise BadAudio("no luck: third")
 
     monkeypatch.setattr(dali, "DaliDecoder", Decoder)
     summary = prepare(recipe(tmp_path / "run", speech, "prepare.decoder=dali"))

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import shutil
 import tarfile
 import threading
 import tracemalloc
@@ -428,6 +429,10 @@ def test_webdataset(tmp_path: Path, suffix: str) -> None:
     assert all(u.audio.start == u.audio.end == 0 for u in found)
     assert both(tmp_path / f"data/**/*{suffix}", "webdataset", scratch)[2].id == "x/t-0/e"
     if suffix != ".tar":
+        before = {file: file.stat().st_mtime_ns for file in scratch.iterdir()}
+        shutil.rmtree(scratch)
+        both(tmp_path / "data", "webdataset", scratch)
+        assert {file: file.stat().st_mtime_ns for file in scratch.iterdir()} == before  # so nothing is encoded again
         assert sorted(file.suffix for file in scratch.iterdir()) == [".tar", ".tar"]
         assert {u.audio.path for u in found} == {str(file) for file in scratch.iterdir()}
 
