@@ -104,7 +104,7 @@ def _prepare(recipe: Recipe) -> dict[str, Any]:
         + documents.string_jobs(found.released, parts, settings),
         "text": documents.text_jobs(texts.shards, parts, settings),
     }
-    key = digest([job["key"] for some in jobs.values() for job in some], p.text_share, list(SIDES))
+    key = digest([job["key"] for some in jobs.values() for job in some], p.text_share, list(SIDES), p.store)
     done = folder / "prepare.json"
     if (summary := _whole(folder, key)) is not None:
         rejects.close()
@@ -261,7 +261,7 @@ def _locked(folder: Path) -> Iterator[None]:
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {os.uname().nodename}\n")
         lock.flush()
-        for left in [*folder.glob(".*.tmp"), *folder.glob(".*.sizes"), *(folder / "units").glob(".*.tmp")]:
+        for left in [*folder.glob(".*.tmp"), *(folder / "units").glob(".*.tmp")]:
             left.unlink()  # of a killed run
         yield
 

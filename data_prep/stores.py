@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_soda.config import Recipe
-from megatron_soda.data.store import write_parts
+from megatron_soda.data.store import Store, write_parts
 from megatron_soda.errors import SodaError
 from megatron_soda.files import atomic_path
 from megatron_soda.tokenizer import TextTokenizer
@@ -50,7 +50,7 @@ def write_stores(
         for name in SIDES:
             blend = _blend(jobs, facts, name, p.text_share)
             counted = _Counted(blend, advance, space if name == "train" else None)
-            tokens[name] = write_parts(folder / name, counted, space, **provenance)
+            tokens[name] = write_parts(folder / name, counted, space, p.store, **provenance)
             written[name] = counted.documents
             if not tokens[name]:
                 raise SodaError(
@@ -81,7 +81,7 @@ def write_stores(
         "tokens": tokens,
         "bytes": {
             "units": _bytes(units),
-            "stores": _bytes([folder / f"{n}.{x}" for n in SIDES for x in ("bin", "idx")]),
+            "stores": _bytes([path for n in SIDES for path in Store(folder / n).files.values()]),
         },
         "classes": {n: int(classes[n]) for n in space.class_names},
         "languages": dict(sorted(languages.items())),

@@ -52,13 +52,73 @@ def prepare(
     run(resolve(recipe, overrides or []), dry_run)
 
 
-@app.command(epilog=_examples("soda validate runs/quickstart", "soda validate recipe.yaml data.path=/data/stores"))
-def validate(recipe: Target, overrides: Overrides = None) -> None:
-    """Check the stores of a run: files whole, ids in range, every document legal. Exit status 1 if not."""
+@app.command(
+    epilog=_examples(
+        "soda validate runs/quickstart",
+        "soda validate recipe.yaml data.path=/data/stores",
+        "soda validate /data/stores/yodas2-en/train",
+    )
+)
+def validate(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE|RUN|STORE", help="A recipe, a run folder, or one store.")],
+    overrides: Overrides = None,
+) -> None:
+    """Check token stores: files whole, ids in range, every document legal and there once. Exit status 1 if not."""
+    from .data.validate import SIDES
     from .data.validate import validate as run
+
+    folder, names = _stores(recipe, overrides)
+    raise typer.Exit(0 if run(folder, names or SIDES) else 1)
+
+
+@app.command(
+    epilog=_examples(
+        "soda inspect runs/quickstart/data/train",
+        "soda inspect runs/quickstart/data/test --document 17 --audio heard/",
+    )
+)
+def inspect(
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="A store, without suffix.")],
+    document: Annotated[int, typer.Option(min=0, help="The first document to show.")] = 0,
+    count: Annotated[int, typer.Option(min=1, help="How many.")] = 3,
+    audio: Annotated[Path | None, typer.Option(metavar="DIR", help="Write what is spoken there, as wav files.")] = None,
+) -> None:
+    """Show documents of a token store: markers, text, codes; and let them be heard."""
+    from .data.inspect import inspect as run
+
+    run(store, document, count, audio)
+
+
+@app.command(
+    "convert-store",
+    epilog=_examples(
+        "soda convert-store runs/quickstart/data/train compact",
+        "soda convert-store runs/quickstart compact",
+        "soda convert-store data/train megatron --out /scratch/train",
+    ),
+)
+def convert_store(
+    target: Annotated[str, typer.Argument(metavar="STORE|RUN", help="A store, without suffix, or all three of a run.")],
+    format: Annotated[str, typer.Argument(metavar="compact|megatron", help="The format that is wanted.")],
+    out: Annotated[Path | None, typer.Option(metavar="STORE", help="Keep the store, and write another one.")] = None,
+) -> None:
+    """Change the format of token stores: compact (a third of the size) or megatron (.bin/.idx). Nothing is lost."""
+    from .data.convert import convert_stores
+
+    folder, names = _stores(target, None)
+    convert_stores(folder, names, format, out)
+
+
+def _stores(target: str, overrides: list[str] | None) -> tuple[Path, list[str]]:
+    """The folder and the name of a store; of a recipe or a run its data folder, and no name."""
     from .hf.load import resolve
 
-    raise typer.Exit(0 if run(resolve(recipe, overrides or []).data_folder) else 1)
+    path = Path(target)
+    if path.with_name(f"{path.name}.json").is_file() and not path.is_dir():
+        return path.parent, [path.name]
+    if (path / "train.json").is_file():
+        return path, []
+    return resolve(target, overrides or []).data_folder, []
 
 
 @app.command(

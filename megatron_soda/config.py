@@ -42,6 +42,7 @@ class Prepare:
     valid_share: float = 0.05  # of the prompts
     test_share: float = 0.05
     shard_size: int = 256  # utterances that are encoded, kept and made again together
+    store: str = "megatron"  # megatron (.bin/.idx) | compact (a third of the size)
     executor: str = "local"  # local | ray
     workers: int = 0  # processes; 0: one a core, or one a GPU for a codec that runs there
     max_rejects: float = 0.1  # stop if more than this share of the utterances cannot be used
@@ -365,6 +366,7 @@ def _check(recipe: Recipe) -> None:
     choice("prepare.codec", p.codec, ("embedded", "mimi", "encodec", "dac"))
     choice("prepare.layout", p.layout, LAYOUTS)
     choice("prepare.decoder", p.decoder, ("soundfile", "dali"))
+    choice("prepare.store", p.store, ("megatron", "compact"))
     choice("prepare.executor", p.executor, ("local", "ray"))
     for name in p.orders:
         choice("prepare.orders", name, ORDERS)

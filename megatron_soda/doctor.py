@@ -27,12 +27,14 @@ def checks() -> list[tuple[str, bool, str, str]]:
     """(what, there?, how it is now, what to do for more)"""
     import torch
 
+    from .ops import library
+
     cuda = torch.cuda.is_available()
     device = torch.cuda.get_device_name() if cuda else f"CPU, {os.cpu_count()} cores"
     te, dali = _version("transformer-engine"), _version("nvidia-dali-cuda130") or _version("nvidia-dali-cuda120")
     # PyPI's `apex` is another project; NVIDIA's has this module.
     apex = importlib.util.find_spec("amp_C") is not None and _imports("apex.optimizers")
-    csrc = importlib.util.find_spec("megatron_soda._csrc") is not None
+    kernels = "CPU and CUDA" if library.has_cuda() else "CPU; torch code on CUDA devices" if cuda else "CPU"
     nccl = torch.distributed.is_nccl_available() and cuda
     return [
         ("device", cuda, device, "an NVIDIA GPU and a CUDA build of torch"),
@@ -51,9 +53,9 @@ def checks() -> list[tuple[str, bool, str, str]]:
         ),
         (
             "csrc kernels",
-            csrc,
-            "built" if csrc else "absent: torch code builds the batches",
-            "not part of this version yet",
+            library.why_absent is None,
+            f"{library.why_absent}: torch code does their work" if library.why_absent else kernels,
+            library.REBUILD,
         ),
         (
             "DALI",

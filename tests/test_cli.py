@@ -40,7 +40,7 @@ def test_help_has_examples(monkeypatch, capsys, command):
         (["prepare", "R", "training.stepz=1"], "Did you mean training.steps?"),
         (["train", "R", "parallel.tensor=3"], "parallel.tensor=3 does not divide"),
         (["train", "R", "parallel.tensor=2"], "1 processes cannot be laid out"),
-        (["train", "R"], "train.bin: no such file. Run `soda prepare`"),
+        (["train", "R"], "train.json: no such file. Run `soda prepare`"),
         (["train", "R", "training.backend=transformer_engine", "data.path=D"], "needs a CUDA device"),
         (["export", "R"], "no checkpoint in it"),
         (["generate", "R"], "no checkpoint in it"),

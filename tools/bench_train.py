@@ -99,13 +99,13 @@ class Data:
     def __init__(self, recipe: Recipe, documents: int, device: torch.device) -> None:
         t = recipe.training
         self.windows = RandomWindows(recipe.data.sequence_length, documents)
-        self.size, self.global_size, self.device = t.micro_batch_size, t.global_batch_size, device
-        self.batcher = Batcher(LLAMA3)
+        self.size, self.global_size = t.micro_batch_size, t.global_batch_size
+        self.batcher = Batcher(LLAMA3, device=device)
 
     def step(self, number: int) -> list[Batch]:
         first = number * self.global_size
         starts = range(first, first + self.global_size, self.size)
-        return [self.batcher([self.windows[s + i] for i in range(self.size)]).to(self.device) for s in starts]
+        return [self.batcher([self.windows[s + i] for i in range(self.size)]) for s in starts]
 
 
 def ours(recipe: Recipe, documents: int, _same_malloc: bool) -> Callable[[int], Result]:

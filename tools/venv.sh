@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 stamp=.venv/soda-installed   # a checksum of what was installed from, then the extras
-checksum=$(cat pyproject.toml setup.py tools/venv.sh | cksum | tr ' ' '-')
+checksum=$(cat pyproject.toml setup.py tools/venv.sh $(find csrc -name '*.c*' -o -name '*.h' | sort) | cksum | tr ' ' '-')
 installed=$(cat "$stamp" 2>/dev/null || true)
 missing=0
 [ "${installed%% *}" = "$checksum" ] || missing=1

@@ -1,96 +1,181 @@
-"""`soda validate`: whether every document of the stores is legal."""
+"""`soda validate`: whether stores are whole, and every document of theirs is legal and stands there once."""
 
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
-from rich.progress import track
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from .. import ops
 from ..errors import SodaError
-from ..vocab import AUDIO_END, AUDIO_START, BOS_KIND, EOS_KIND, FIRST_CODE, TEXT, TEXT_END, TEXT_START, TokenSpace
+from ..files import read_json
+from ..vocab import FIRST_CODE, Grammar
+from .files import checksum, store_file
 from .store import Store
 
+SIDES = ("train", "valid", "test")
+SHOWN = 10  # problems of a kind that are told one by one
+_BUCKETS = 64
+_PROVENANCE = ("codec", "tokenizer")
+
 console = Console(stderr=True)
-_DOCUMENTS_AT_ONCE = 4096
 
 
-def validate(folder: Path) -> bool:
-    """Checks the stores train, valid and test of a data folder and prints what is wrong. True if nothing is.
+def validate(folder: Path, names: Sequence[str] = SIDES) -> bool:
+    """Checks the stores `names` of a data folder and prints what is wrong, where. True if nothing is.
 
-    The stores must share one token space, and no document may stand in two of them.
+    Of each: files of the size and the checksum that were written, pointers that rise, ids of the token space, and the
+    grammar of vocab.py (BOS and EOS, markers in pairs, whole audio frames with codebook k at slot k). Of all: one token
+    space, one codec and one tokenizer (which must be the folder's), and no document twice, in one store or in two.
+    Memory does not grow with the stores.
     """
-    good = True
-    seen: dict[bytes, str] = {}
-    spaces: dict[TokenSpace, str] = {}
-    for side in ("train", "valid", "test"):
+    wrong = 0
+
+    def problem(text: str) -> None:
+        nonlocal wrong
+        wrong += 1
+        print(text)
+
+    stores: dict[str, Store] = {}
+    for name in names:
         try:
-            store = Store(folder / side)
+            store = Store(folder / name)
             store.check_index()
+            stores[name] = store
         except SodaError as error:
-            print(f"{side}: {error}")
-            good = False
-            continue
-        spaces.setdefault(store.space, side)
-        problems = list(find_problems(store))
-        for problem in problems[:10]:
-            print(f"{store.path}: {problem}")
-        if len(problems) > 10:
-            print(f"{store.path}: and {len(problems) - 10} documents more")
-        leaked = 0
-        for index in range(len(store)):
-            owner = seen.setdefault(store.document(index).tobytes(), side)
-            leaked += owner != side
-        if leaked:
-            print(f"{store.path}: {leaked} documents stand in another store too")
-        good &= not problems and not leaked
-        print(f"{side}: {store.size:,} tokens, {len(store):,} documents, {len(problems)} bad")
-    if len(spaces) > 1:
-        print(f"the stores are of different vocabularies: {spaces}")
-        good = False
-    return good
+            problem(f"{name}: {error}")
+    _same_provenance(folder, stores, problem)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console) as bar, _Hashes() as hashes:
+        for name, store in stores.items():
+            _check_sums(store, problem)
+            task = bar.add_task(f"validate {name}", total=store.size)
+            bad = 0
+            for first, ids, offsets in store.parts():
+                for number, token in _illegal(store, ids, offsets):
+                    bad += 1
+                    if bad <= SHOWN:
+                        problem(f"{store.path}: document {first + number}, {_why(store, first + number, token)}")
+                hashes.add(name, first, ids, offsets)
+                bar.advance(task, len(ids))
+            if bad > SHOWN:
+                problem(f"{store.path}: {bad - SHOWN} more documents that are not legal")
+            print(f"{name}: {store.size:,} tokens, {len(store):,} documents, {bad} bad")
+        _check_twice(stores, hashes, problem)
+    return not wrong
 
 
-def find_problems(store: Store):
+def find_problems(store: Store) -> Iterator[str]:
     """Yields "document i, token j: what is wrong" for every document that is not legal."""
-    for first in track(range(0, len(store), _DOCUMENTS_AT_ONCE), f"validate {store.path.name}", console=console):
-        last = min(first + _DOCUMENTS_AT_ONCE, len(store))
-        offsets = store.offsets(first, last)
-        start = int(offsets[0])
-        ids = store.read(start, int(offsets[-1]) - start)
-        offsets -= start
-        if ids.min() >= 0 and ids.max() < store.space.size and _all_legal(ids, offsets, store.space, store.slots):
-            continue
-        for i in range(first, last):  # the slow way, which can tell where
-            problem = store.space.check(store.document(i), store.slots)
-            if problem:
-                yield f"document {i}, {problem}"
+    for first, ids, offsets in store.parts():
+        for number, token in _illegal(store, ids, offsets):
+            yield f"document {first + number}, {_why(store, first + number, token)}"
 
 
-def _all_legal(ids: np.ndarray, offsets: np.ndarray, space: TokenSpace, slots: int) -> bool:
-    """Whether every document ids[offsets[i]:offsets[i + 1]] is legal: the grammar of vocab.py without a loop."""
-    kinds = space.kind_table()[ids].astype(np.int64)
-    if (kinds[offsets[:-1]] != BOS_KIND).any() or (kinds[offsets[1:] - 1] != EOS_KIND).any():
-        return False
-    number = FIRST_CODE + space.codebooks
-    pairs = np.zeros((number, number), bool)
-    last_code = FIRST_CODE + slots - 1
-    for before, after in (
-        (BOS_KIND, (TEXT, TEXT_START, AUDIO_START)),
-        (TEXT_START, (TEXT,)),
-        (TEXT, (TEXT, TEXT_END, EOS_KIND)),
-        (TEXT_END, (TEXT_START, AUDIO_START, EOS_KIND)),
-        (AUDIO_START, (FIRST_CODE,)),
-        (last_code, (FIRST_CODE, AUDIO_END)),
-        (AUDIO_END, (TEXT_START, AUDIO_START, EOS_KIND)),
-        (EOS_KIND, (BOS_KIND,)),
-    ):
-        pairs[before, list(after)] = True
-    for slot in range(slots - 1):
-        pairs[FIRST_CODE + slot, FIRST_CODE + slot + 1] = True
-    if not pairs[kinds[:-1], kinds[1:]].all() or np.count_nonzero(kinds == EOS_KIND) != len(offsets) - 1:
-        return False
-    # Text is bare (between BOS and EOS) or a span (between its markers), never a mix of both.
-    is_text = kinds == TEXT
-    opened = kinds[:-1][~is_text[:-1] & is_text[1:]]
-    closed = kinds[1:][is_text[:-1] & ~is_text[1:]]
-    return bool(((opened == BOS_KIND) == (closed == EOS_KIND)).all())
+def _illegal(store: Store, ids: np.ndarray, offsets: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Which documents are not legal, and from which token on."""
+    grammar = Grammar(store.space, store.slots)
+    step = np.full((grammar.states, FIRST_CODE + store.space.codebooks), -1, np.int8)
+    for (state, kind), following in grammar.step.items():
+        step[state, kind] = following
+    kinds = torch.from_numpy(store.space.kind_table())
+    found = ops.first_illegal(
+        torch.from_numpy(ids), torch.from_numpy(offsets), kinds, torch.from_numpy(step), Grammar.START, Grammar.END
+    ).numpy()
+    for number in np.flatnonzero(found >= 0).tolist():
+        yield number, int(found[number])
+
+
+def _why(store: Store, document: int, token: int) -> str:
+    return store.space.check(store.document(document), store.slots) or f"token {token}: not legal"
+
+
+def _check_sums(store: Store, problem: Callable[[str], None]) -> None:
+    sums = store.meta.get("files")
+    if not isinstance(sums, dict) or set(sums) != set(store.files):
+        problem(f"{store_file(store.path, 'json')}: no checksums in it: it was not written by this version")
+        return
+    for suffix, path in store.files.items():
+        found, wanted = checksum(path), sums[suffix].get("crc32") if isinstance(sums[suffix], dict) else None
+        if found != wanted:
+            problem(f"{path}: its checksum is {found}, {wanted} was written: bytes of it have changed")
+
+
+def _same_provenance(folder: Path, stores: dict[str, Store], problem: Callable[[str], None]) -> None:
+    spaces = {name: (store.space, store.slots) for name, store in stores.items()}
+    if len(set(spaces.values())) > 1:
+        problem(f"{folder}: the stores are of different vocabularies: {spaces}")
+    for kind in _PROVENANCE:
+        made_by: dict[str, Any] = {name: store.meta.get(kind) for name, store in stores.items()}
+        path = folder / f"{kind}.json"  # codec.json; a tokenizer's fingerprint is in prepare.json
+        if kind == "codec" and path.is_file():
+            made_by[path.name] = read_json(path).get("fingerprint")
+        known = {value for value in made_by.values() if value}
+        if len(known) > 1:
+            problem(f"{folder}: made by more than one {kind}: {made_by}")
+
+
+# ---- documents that are there twice
+
+
+class _Hashes:
+    """The hashes of all documents, in files by their first bits, so that those of one file fit in memory."""
+
+    _ROW = np.dtype([("hash", "<i8"), ("document", "<i8"), ("store", "<i4")])
+
+    def __enter__(self) -> "_Hashes":
+        self._stack = ExitStack()
+        self._files = [self._stack.enter_context(tempfile.TemporaryFile()) for _ in range(_BUCKETS)]  # noqa: SIM115
+        self._names: list[str] = []
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def add(self, name: str, first: int, ids: np.ndarray, offsets: np.ndarray) -> None:
+        if name not in self._names:
+            self._names.append(name)
+        rows = np.zeros(len(offsets) - 1, self._ROW)
+        rows["hash"] = ops.hash_documents(torch.from_numpy(ids), torch.from_numpy(offsets)).numpy()
+        rows["document"] = np.arange(first, first + len(rows))
+        rows["store"] = self._names.index(name)
+        bucket = rows["hash"].view(np.uint64) % np.uint64(_BUCKETS)
+        order = np.argsort(bucket, kind="stable")
+        ends = np.cumsum(np.bincount(bucket.astype(np.int64), minlength=_BUCKETS))[:-1]
+        for file, some in zip(self._files, np.split(rows[order], ends), strict=True):
+            file.write(some.tobytes())
+
+    def twice(self) -> Iterator[tuple[tuple[str, int], tuple[str, int]]]:
+        """Pairs of documents (store, number) with one hash: each with the first that has it."""
+        for file in self._files:
+            file.seek(0)
+            rows = np.frombuffer(file.read(), self._ROW)
+            order = np.argsort(rows["hash"], kind="stable")
+            hashes = rows["hash"][order]
+            same = np.flatnonzero(hashes[1:] == hashes[:-1]) + 1
+            firsts = np.searchsorted(hashes, hashes[same])
+            for one, other in zip(rows[order[firsts]], rows[order[same]], strict=True):
+                yield (
+                    (self._names[one["store"]], int(one["document"])),
+                    (self._names[other["store"]], int(other["document"])),
+                )
+
+
+def _check_twice(stores: dict[str, Store], hashes: _Hashes, problem: Callable[[str], None]) -> None:
+    counts: dict[tuple[str, str], int] = {}
+    for (name, number), (other, again) in hashes.twice():
+        if not np.array_equal(stores[name].document(number), stores[other].document(again)):
+            continue  # two hashes that are the same by chance
+        pair = (name, other)
+        counts[pair] = counts.get(pair, 0) + 1
+        if counts[pair] <= SHOWN:
+            where = "stands there twice" if name == other else f"stands in another store too, a leak of {name}"
+            problem(f"{stores[other].path}: document {again} {where}: it is document {number} of {name}")
+    for (name, other), count in counts.items():
+        if count > SHOWN:
+            problem(f"{stores[other].path}: {count - SHOWN} more documents that stand in {name}")

@@ -189,7 +189,7 @@ def compare_logits(ours: Any, folder: Path, store: Store, recipe: Recipe, docume
     worst = 0.0
     for index in range(min(documents, len(store))):
         ids = store.document(index)[: recipe.data.sequence_length + 1]
-        batch = Batcher(store.space)([Window(ids, len(ids) - 1)]).to(device)
+        batch = Batcher(store.space, device=device)([Window(ids, len(ids) - 1)])
         expected = forward(ours, batch, recipe, logits=True)[..., : store.space.size].float()
         found = theirs(batch.tokens).logits.float()
         worst = max(worst, float(torch.nan_to_num((expected - found).abs(), nan=torch.inf).max()))

@@ -106,7 +106,7 @@ class Engine:
         for model in self.models:
             model.config.grad_scale_func = self.optimizer.inner.scale_loss
             model.config.finalize_model_grads_func = self._finalize
-        self.batcher = Batcher(space, class_weights(recipe, space), recipe.data.reset_positions)
+        self.batcher = Batcher(space, class_weights(recipe, space), recipe.data.reset_positions, device)
         self.schedule: Any = get_forward_backward_func()
         self._weight_sum = torch.zeros((), dtype=torch.float64, device=device)
         data_parallel = parallel_state.get_data_parallel_world_size()
@@ -123,7 +123,7 @@ class Engine:
             size = self.recipe.training.micro_batch_size
             rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
             start = first_sample + (index * ranks + rank) * size
-            return self.batcher([windows[start + i] for i in range(size)]).to(self.device)
+            return self.batcher([windows[start + i] for i in range(size)])
 
     def _loss(self, model: Any, batch: Batch, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The head on the last stage's hidden states: loss, a count that nobody uses, the sums by class."""

@@ -112,7 +112,7 @@ def _logits(backend: str, ids: np.ndarray) -> np.ndarray:
     )
     device = ranks.init(recipe)
     model = build_model(recipe, SPACE, device).eval()
-    batch = Batcher(SPACE)([Window(row, ids.shape[1] - 1) for row in ids]).to(device)
+    batch = Batcher(SPACE, device=device)([Window(row, ids.shape[1] - 1) for row in ids])
     with torch.no_grad():
         return forward(model, batch, recipe, logits=True)[..., : SPACE.size].float().cpu().numpy()
 

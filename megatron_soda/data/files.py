@@ -1,0 +1,61 @@
+"""The files of a token store: written together or not at all, with a checksum each, and mapped for reading."""
+
+import contextlib
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from ..errors import SodaError
+from ..files import atomic_path
+
+Parts = Iterable[tuple[np.ndarray, np.ndarray]]  # the ids of some documents one after the other, and their lengths
+
+
+def store_file(path: Path, suffix: str) -> Path:
+    """The file of the store `path` (which has no suffix of its own: a dot in its name is part of the name)."""
+    return path.with_name(f"{path.name}.{suffix}")
+
+
+class Output:
+    """A file that is written from front to back; counts its bytes and their CRC-32."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.bytes, self.crc = file, 0, 0
+
+    def write(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        self.bytes += memoryview(data).nbytes
+        self.crc = zlib.crc32(data, self.crc)
+
+
+@contextlib.contextmanager
+def outputs(path: Path, suffixes: Sequence[str]) -> Iterator[dict[str, Output]]:
+    """The files of the store by suffix, to be written; they appear at the end of the `with` block, if nothing fails."""
+    with ExitStack() as stack:
+        files = {}
+        for suffix in suffixes:
+            temporary = stack.enter_context(atomic_path(store_file(path, suffix)))
+            files[suffix] = Output(stack.enter_context(open(temporary, "wb")))
+        yield files
+
+
+def checksum(path: Path) -> str:
+    """The CRC-32 of a file."""
+    crc = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            crc = zlib.crc32(block, crc)
+    return f"{crc:08x}"
+
+
+def map_file(path: Path, dtype: str) -> np.ndarray:
+    """The file as a read-only array, of which what is touched comes into memory. SodaError if it is not there."""
+    if not path.is_file():
+        raise SodaError(f"{path}: no such file. Run `soda prepare` to make the store.")
+    size = np.dtype(dtype).itemsize
+    count = path.stat().st_size // size
+    return np.memmap(path, dtype, "r", shape=(count,)) if count else np.zeros(0, dtype)

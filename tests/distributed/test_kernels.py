@@ -1,0 +1,41 @@
+"""csrc's kernels and the compact store in training: the same losses, bit for bit, as torch code on .bin/.idx."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_soda.data.convert import convert_stores
+from tests.helpers import small_recipe, write_data
+
+
+def train(run: str, data: str, csrc: bool, overrides: list[str]) -> bool:
+    """On a rank of the pool. -> whether a kernel was there."""
+    from unittest import mock
+
+    from megatron_soda.ops import library
+    from megatron_soda.training import loop
+
+    with mock.patch.object(library, "find", library.find if csrc else lambda name, device: None):
+        loop.train(small_recipe(Path(run), Path(data), *overrides))
+        return library.find("build_batch", "cpu") is not None
+
+
+def metrics(run: Path) -> list[tuple[float, float]]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(row["loss"], row["grad_norm"]) for row in rows if "loss" in row]
+
+
+@pytest.mark.parametrize("overrides", [[], ["data.align_windows=true", "data.reset_positions=true"]])
+def test_fifty_steps(pool, tmp_path, overrides):
+    write_data(tmp_path / "data")
+    write_data(tmp_path / "small")
+    convert_stores(tmp_path / "small", [], "compact", None)
+    found = {}
+    for name, data, csrc in (("torch", "data", False), ("csrc", "data", True), ("compact", "small", True)):
+        runs = [str(tmp_path / name), str(tmp_path / data), csrc, ["training.steps=50", *overrides]]
+        assert pool.run(1, train, *runs) == [csrc]
+        found[name] = metrics(tmp_path / name)
+    assert len(found["torch"]) == 50
+    assert found["csrc"] == found["torch"]
+    assert found["compact"] == found["torch"]

@@ -1,0 +1,222 @@
+"""Measures how data come to training, against megatron-core's GPTDataset on the same store. Run by hand.
+
+first batch   after imports, from opening the store to the first batch of 8 windows of 4,096: seconds, and the growth
+              of the process's own memory. Documents of 100 tokens in files that are holes but for their index;
+              GPTDataset with a cold cache. Each in a process of its own.
+loading       batches of 8 such windows by one core, tokens a second; GPTDataset with a warm cache: its samples alone,
+              without putting them together to a batch. Documents of about 100 tokens, text and frames.
+
+  python tools/bench_loading.py
+  python tools/bench_loading.py --documents 1000000 --only loading
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import numpy as np
+import psutil
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron_soda.data import compact, indexed
+from megatron_soda.data.batch import Batcher
+from megatron_soda.data.store import Store, write_parts
+from megatron_soda.data.windows import Windows
+from megatron_soda.vocab import LLAMA3
+
+LENGTH, SEQUENCES, DOCUMENT = 4096, 8, 100
+SIDES = ("compact", "megatron", "gptdataset")
+
+console = Console()
+
+
+# ---- stores
+
+
+def sparse_stores(folder: Path, documents: int) -> None:
+    """`megatron` and `compact`: an index as it would be, and no tokens but holes. Half of a document is frames."""
+    tokens, frames = documents * DOCUMENT, DOCUMENT // 16
+    text = DOCUMENT - 8 * frames
+    write_parts(folder / "x", [(np.zeros(1, np.int32), np.ones(1, np.int64))], LLAMA3)
+    meta = json.loads((folder / "x.json").read_text())
+    steps = np.arange(documents + 1, dtype=np.int64)
+    with open(folder / "megatron.idx", "wb") as file:
+        file.write(indexed.HEADER.pack(indexed.MAGIC, 1, indexed.INT32, documents, documents + 1))
+        file.write(np.full(documents, DOCUMENT, np.int32).data)
+        file.write((4 * DOCUMENT * steps[:-1]).data)
+        file.write(steps.data)
+    width, bits = compact.text_bits(LLAMA3), compact.frame_bits(LLAMA3)
+    with open(folder / "compact.spans", "wb") as file:
+        sizes = tokens, documents, documents, frames * documents
+        file.write(compact.HEADER.pack(compact.MAGIC, 1, 8, bits, width, *sizes))
+        starts = DOCUMENT * steps + text
+        starts[-1] = tokens
+        for table in (starts, frames * steps, DOCUMENT * steps):
+            file.write(table.data)
+    holes = {"megatron.bin": 4 * tokens, "compact.frames": bits * frames * documents}
+    holes["compact.text"] = compact.text_bytes(LLAMA3, text * documents)
+    for name, size in holes.items():
+        with open(folder / name, "wb") as file:
+            file.truncate(size)
+    for name in ("megatron", "compact"):
+        (folder / f"{name}.json").write_text(json.dumps({**meta, "format": name}))
+
+
+def real_stores(folder: Path, documents: int) -> None:
+    """The same documents in both formats: text, then frames, as SODA's."""
+    rng = np.random.default_rng(0)
+
+    def parts() -> Any:
+        for _ in range(0, documents, 10_000):
+            made = []
+            for _ in range(10_000):
+                codes = rng.integers(0, LLAMA3.entries, (int(rng.integers(2, 10)), 8))
+                words = rng.integers(0, 128_000, int(rng.integers(10, 80)))
+                head = [LLAMA3.bos, LLAMA3.text_start, *words, LLAMA3.text_end, LLAMA3.audio_start]
+                made.append(np.concatenate([head, LLAMA3.audio_ids(codes), [LLAMA3.audio_end, LLAMA3.eos]]))
+            yield np.concatenate(made).astype(np.int32), np.array([len(d) for d in made])
+
+    for name in ("megatron", "compact"):
+        rng = np.random.default_rng(0)
+        write_parts(folder / name, parts(), LLAMA3, name)
+
+
+# ---- sides
+
+
+def gpt_dataset(store: Path, cache: Path) -> Any:
+    """As stock pretrain_gpt.py makes it."""
+    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+    from megatron.core.tokenizers import MegatronTokenizer
+
+    tokenizers: Any = MegatronTokenizer
+    config = GPTDatasetConfig(
+        random_seed=1234,
+        sequence_length=LENGTH,
+        blend_per_split=[([str(store)], None), None, None],
+        path_to_cache=str(cache),
+        tokenizer=tokenizers.from_pretrained(metadata_path={"library": "null"}, vocab_size=LLAMA3.size),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
+    sizes: Any = [None, 0, 0]
+    return BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()[0]
+
+
+def first_batch(side: str, folder: Path) -> dict[str, float]:
+    """In a process of its own."""
+    import megatron.core.datasets.blended_megatron_dataset_builder
+    import megatron.core.datasets.gpt_dataset
+    import megatron.core.tokenizers  # noqa: F401
+
+    torch.set_num_threads(1)
+    process = psutil.Process()
+    before, began = _own_memory(process), time.perf_counter()
+    if side == "gptdataset":
+        with tempfile.TemporaryDirectory(dir=folder) as cache:
+            dataset = gpt_dataset(folder / "megatron", Path(cache))
+            kept: Any = torch.utils.data.default_collate([dataset[i] for i in range(SEQUENCES)])
+            taken = time.perf_counter() - began
+    else:
+        windows, batcher = Windows(Store(folder / side), LENGTH, 0), Batcher(LLAMA3)
+        kept = batcher([windows[i] for i in range(SEQUENCES)])
+        taken = time.perf_counter() - began
+    grown = _own_memory(process) - before
+    assert kept
+    return {"seconds": taken, "megabytes": grown / 1e6}
+
+
+def _own_memory(process: psutil.Process) -> int:
+    """Resident memory that is not a page of a file."""
+    memory: Any = process.memory_info()
+    return memory.rss - memory.shared
+
+
+def loading(folder: Path, batches: int, repeats: int) -> dict[str, float]:
+    """Tokens a second of each side: the best of some repeats, in turns."""
+    torch.set_num_threads(1)
+    cache = folder / "cache"
+    gpt_dataset(folder / "megatron", cache)
+    dataset = gpt_dataset(folder / "megatron", cache)
+    batcher = Batcher(LLAMA3)
+    ours = {name: Windows(Store(folder / name), LENGTH, 0) for name in ("megatron", "compact")}
+
+    def take(side: str, first: int) -> None:
+        samples = range(first * SEQUENCES, (first + 1) * SEQUENCES)
+        if side == "gptdataset":
+            for i in samples:
+                dataset[i % len(dataset)]
+        else:
+            batcher([ours[side][i] for i in samples])
+
+    best: dict[str, float] = dict.fromkeys(SIDES, 0.0)
+    for repeat in range(repeats + 1):
+        for side in SIDES:
+            began = time.perf_counter()
+            for number in range(batches):
+                take(side, number)
+            if repeat:  # the first reads the files into memory
+                best[side] = max(best[side], batches * SEQUENCES * LENGTH / (time.perf_counter() - began))
+    return best
+
+
+def main(
+    documents: Annotated[int, typer.Option(min=1000, help="of 100 tokens, in the sparse stores")] = 10_000_000,
+    repeats: Annotated[int, typer.Option(min=1)] = 5,
+    only: Annotated[str, typer.Option(help="first-batch | loading")] = "",
+    child: Annotated[str, typer.Option(hidden=True)] = "",
+) -> None:
+    """Prints tables and one JSON line."""
+    if child:
+        side, folder = child.split(":", 1)
+        print(json.dumps(first_batch(side, Path(folder))))
+        return
+    result: dict[str, Any] = {}
+    if only in ("", "first-batch"):
+        result["first_batch"] = {}
+        table = Table("first batch: documents", "side", "s", "x faster", "MB of memory")
+        for count in sorted({documents, documents // 10, documents // 100}):
+            with tempfile.TemporaryDirectory() as made:
+                sparse_stores(Path(made), count)
+                taken: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
+                for _ in range(min(repeats, 3)):
+                    for side in SIDES:
+                        command = [sys.executable, __file__, "--child", f"{side}:{made}"]
+                        out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+                        taken[side].append(json.loads(out.splitlines()[-1]))
+            best = {side: min(some, key=lambda s: s["seconds"]) for side, some in taken.items()}
+            for side, one in best.items():
+                one["times_faster"] = best["gptdataset"]["seconds"] / one["seconds"]
+                cells = f"{one['seconds']:.4f}", f"{one['times_faster']:.0f}", f"{one['megabytes']:.1f}"
+                table.add_row(f"{count:,}", side, *cells)
+            result["first_batch"][count] = best
+        console.print(table)
+    if only in ("", "loading"):
+        with tempfile.TemporaryDirectory() as made:
+            real_stores(Path(made), 200_000)
+            rates = loading(Path(made), 40, repeats)
+        table = Table("loading", "M tokens/s", "x GPTDataset")
+        for side, rate in rates.items():
+            table.add_row(side, f"{rate / 1e6:.2f}", f"{rate / rates['gptdataset']:.1f}")
+        console.print(table)
+        result["loading"] = rates
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    typer.run(main)
