@@ -69,7 +69,8 @@ def _estimate(recipe: Recipe, scratch: Path) -> dict[str, Any]:
         "hours": hours,
         "tokens": round(tokens),
     }
-    bytes_of = {"units": round(1.5 * audio), "parts": round(4 * tokens), "stores": round(4 * tokens)}
+    of_token = {"megatron": 4.0, "compact": 1.5}[p.store]
+    bytes_of = {"units": round(1.5 * audio), "parts": round(4 * tokens), "stores": round(of_token * tokens)}
     rejects.close()
     title = f"{len(seconds) + bad} utterances decoded, {letters_a_token:.1f} letters a token"
     table = Table("expected", "", title=title)

@@ -8,7 +8,18 @@ import pytest
 from megatron_soda import cli, train
 from tests.helpers import write_data
 
-COMMANDS = ["prepare", "validate", "train", "export", "evaluate", "generate", "report", "doctor"]
+COMMANDS = "prepare validate inspect convert-store train export evaluate generate report doctor".split()
+    "prepare",
+    "validate",
+    "inspect",
+    "convert-store",
+    "train",
+    "export",
+    "evaluate",
+    "generate",
+    "report",
+    "doctor",
+]
 
 
 def soda(monkeypatch, *arguments: str) -> int:
@@ -73,6 +84,28 @@ def test_validate_exit_status(monkeypatch, capsys, tmp_path):
         file.truncate(10)
     assert soda(monkeypatch, "validate", str(recipe)) == 1
     assert "valid.bin: 10 bytes, but the index tells of" in capsys.readouterr().out
+
+
+def test_stores_on_the_command_line(monkeypatch, capsys, tmp_path):
+    store = str(write_data(tmp_path / "data") / "valid")
+    assert soda(monkeypatch, "validate", store) == 0
+    assert "train" not in capsys.readouterr().out
+    assert soda(monkeypatch, "convert-store", store, "compact") == 0
+    assert (tmp_path / "data" / "valid.frames").is_file()
+    assert (tmp_path / "data" / "train.bin").is_file()
+    assert soda(monkeypatch, "convert-store", str(tmp_path / "data"), "compact") == 0
+    assert not list((tmp_path / "data").glob("*.bin"))
+    assert soda(monkeypatch, "validate", str(tmp_path / "data")) == 0
+    assert soda(monkeypatch, "inspect", store, "--document", "3", "--count", "1") == 0
+    assert "document 3" in capsys.readouterr().out
+    for arguments, message in (
+        (("inspect", store, "--document", "40"), "there is no document 40"),
+        (("inspect", str(tmp_path / "no")), "no.json: no such file"),
+        (("convert-store", store, "zip"), "compact"),
+        (("validate", str(tmp_path / "nothing")), "not a folder"),
+    ):
+        assert soda(monkeypatch, *arguments) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_train_refuses_a_damaged_store_and_one_with_foreign_ids(monkeypatch, capsys, tmp_path):

@@ -1,7 +1,9 @@
 """megatron_soda.ops: csrc with and without vector instructions, and the reference, against independent numpy."""
 
 import shutil
+from collections.abc import Callable
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,14 +28,19 @@ class Side:
         self.name = name
 
     def __getattr__(self, function: str):
+        if function == "Stream":
+            return lambda *tables, **how: SimpleNamespace(windows=self._here(ops.Stream(*tables, **how).windows))
+        return self._here(getattr(ops, function))
+
+    def _here(self, function: Callable):
         def call(*arguments, **more):
             if self.name == "torch":
                 with pytest.MonkeyPatch.context() as patch:
                     patch.setattr(library, "find", lambda *_: None)
-                    return getattr(ops, function)(*arguments, **more)
+                    return function(*arguments, **more)
             library.set_simd(self.name == "simd")
             try:
-                return getattr(ops, function)(*arguments, **more)
+                return function(*arguments, **more)
             finally:
                 library.set_simd(True)
 
@@ -156,13 +163,13 @@ def test_windows(side, seed, shape):
         if length <= len(ids):
             begins = np.concatenate([[0, len(ids) - length], rng.integers(0, len(ids) - length + 1, 5)])
             wanted = np.stack([ids[begin : begin + length] for begin in begins])
-            same(side.expand_windows(*tables, torch.from_numpy(begins), length, **how), wanted)
-    none = side.expand_windows(*tables, torch.zeros(0, dtype=torch.int64), 3, **how)
+            same(side.Stream(*tables, **how).windows(torch.from_numpy(begins), length), wanted)
+    none = side.Stream(*tables, **how).windows(torch.zeros(0, dtype=torch.int64), 3)
     assert none.shape == (0, 3)
     for begin in (-1, len(ids), -(2**63), 2**63 - 1):
         begins = torch.tensor([0, begin][len(ids) == 0 :])  # of an empty stream not even token 0 is there
         with pytest.raises(ValueError, match=rf"^window {len(begins) - 1}: 1 tokens from token {begin} on are not"):
-            side.expand_windows(*tables, begins, 1, **how)
+            side.Stream(*tables, **how).windows(begins, 1)
 
 
 @given(seeds, shapes, st.data())
@@ -180,7 +187,7 @@ def test_damaged_tables_never_lead_outside(side, seed, shape, data):
     for begin in range(0, len(ids), 3):
         length = min(7, len(ids) - begin)
         try:
-            found = side.expand_windows(*tables, torch.tensor([begin]), length, **how)
+            found = side.Stream(*tables, **how).windows(torch.tensor([begin]), length)
         except ValueError as error:
             assert str(error).startswith("window 0: ")  # noqa: PT017
         else:
@@ -207,17 +214,17 @@ def test_damage_is_found(side, which, index, value):
     how = {"slots": 2, "bits": 4, "text_bits": 8, "audio_base": 10, "entries": 16}
     wanted = [0, 1, 2, 10, 26, 10, 26, 3, 4, 10, 26, 5, 6, 7]
     begins = torch.tensor([0, 0])
-    assert side.expand_windows(*damaged(2, 0, 3), begins, 14, **how).tolist() == [wanted, wanted]
+    assert side.Stream(*damaged(2, 0, 3), **how).windows(begins, 14).tolist() == [wanted, wanted]
     with pytest.raises(ValueError, match="window 0: its runs lead outside"):
-        side.expand_windows(*damaged(which, index, value), begins, 14, **how)
+        side.Stream(*damaged(which, index, value), **how).windows(begins, 14)
 
 
 def test_only_the_tables_that_a_window_needs_are_believed(side):
     how = {"slots": 2, "bits": 4, "text_bits": 8, "audio_base": 10, "entries": 16}
     tables = damaged(3, 2, 99)  # how many frames the last run has
-    assert side.expand_windows(*tables, torch.tensor([1]), 7, **how).tolist() == [[1, 2, 10, 26, 10, 26, 3]]
+    assert side.Stream(*tables, **how).windows(torch.tensor([1]), 7).tolist() == [[1, 2, 10, 26, 10, 26, 3]]
     with pytest.raises(ValueError, match=r"^window 1: its runs"):
-        side.expand_windows(*tables, torch.tensor([0, 3]), 7, **how)
+        side.Stream(*tables, **how).windows(torch.tensor([0, 3]), 7)
 
 
 def test_a_read_only_memory_map_is_read(side, tmp_path):
@@ -226,7 +233,7 @@ def test_a_read_only_memory_map_is_read(side, tmp_path):
     for i, table in enumerate(tables):
         np.save(tmp_path / f"{i}.npy", table.numpy())
         mapped.append(torch.from_numpy(np.load(tmp_path / f"{i}.npy", mmap_mode="r")))
-    same(side.expand_windows(*mapped, torch.tensor([0]), len(ids), **how)[0], ids)
+    same(side.Stream(*mapped, **how).windows(torch.tensor([0]), len(ids))[0], ids)
 
 
 # ---- batches
@@ -471,32 +478,32 @@ WRONG = {
     "text bytes": (
         ValueError,
         r"text must be \(frames, 16\) for 8 slots of 16 bits, not \(1, 15\)",
-        lambda o: o.expand_windows(U8(1, 15), U8(1, 11), I64(1), I64(1), I64(1), 1, **EXPAND),
+        lambda o: o.Stream(U8(1, 15), U8(1, 11), I64(1), I64(1), **EXPAND).windows(I64(1), 1),
     ),
     "tables": (
         ValueError,
         "starts and firsts must be equally long.* 2 and 1",
-        lambda o: o.expand_windows(U8(1, 16), U8(1, 11), I64(2), I64(1), I64(1), 1, **EXPAND),
+        lambda o: o.Stream(U8(1, 16), U8(1, 11), I64(2), I64(1), **EXPAND).windows(I64(1), 1),
     ),
     "no tables": (
         ValueError,
         "starts and firsts must be equally long, 1 at least",
-        lambda o: o.expand_windows(U8(1, 16), U8(1, 11), I64(0), I64(0), I64(1), 1, **EXPAND),
+        lambda o: o.Stream(U8(1, 16), U8(1, 11), I64(0), I64(0), **EXPAND).windows(I64(1), 1),
     ),
     "two devices": (
         ValueError,
         "starts must be on cpu, not on meta",
-        lambda o: o.expand_windows(U8(1, 16), U8(1, 11), I64(1).to("meta"), I64(1), I64(1), 1, **EXPAND),
+        lambda o: o.Stream(U8(1, 16), U8(1, 11), I64(1).to("meta"), I64(1), **EXPAND).windows(I64(1), 1),
     ),
     "length": (
         ValueError,
         "length must be 1 to",
-        lambda o: o.expand_windows(U8(1, 16), U8(1, 11), I64(1), I64(1), I64(1), 0, **EXPAND),
+        lambda o: o.Stream(U8(1, 16), U8(1, 11), I64(1), I64(1), **EXPAND).windows(I64(1), 0),
     ),
     "ids over int32": (
         ValueError,
         "make ids over int32",
-        lambda o: o.expand_windows(U8(1, 16), U8(1, 11), I64(1), I64(1), I64(1), 1, **{**EXPAND, "entries": 2**30}),
+        lambda o: o.Stream(U8(1, 16), U8(1, 11), I64(1), I64(1), **{**EXPAND, "entries": 2**30}).windows(I64(1), 1),
     ),
     "a short batch": (
         ValueError,

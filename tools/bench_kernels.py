@@ -10,7 +10,7 @@ sides in turns. Where there is a CUDA device with the kernels built for it, they
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -144,23 +144,19 @@ def random_stream(runs: int) -> tuple[Tensor, ...]:
     return text, frames, starts, firsts
 
 
-def windows(expand_windows: Callable[..., Tensor], tables: Sequence[Tensor], begins: Tensor) -> Tensor:
-    return expand_windows(*tables, begins, 4097, **STREAM)
-
-
 def expand(settings: Settings) -> list[Row]:
     """Windows of 4,097 tokens of a compact stream, 8 at once."""
     tables = random_stream(settings.size(20_000))
     begins = torch.randint(int(tables[2][-1]) - 4097, (8,))
-    own_windows = partial(windows, ops.expand_windows, tables, begins)
-    torch_windows = partial(windows, reference.expand_windows, tables, begins)
+    own_windows = partial(ops.Stream(*tables, **STREAM).windows, begins, 4097)
+    torch_windows = partial(reference.expand_windows, *tables, begins, 4097, **STREAM)
     assert torch.equal(own_windows(), torch_windows())
     own, torch_code = seconds(settings, own_windows, torch_windows)
     rate = 8 * 4097 / 1e6
     rows = [Row("expand", "CPU", rate / own, "M tokens/s", "torch code", torch_code / own)]
     if library.has_cuda():
         many = torch.randint(int(tables[2][-1]) - 4097, (settings.size(20_000),)).cuda()
-        run = partial(windows, ops.expand_windows, [table.cuda() for table in tables], many)
+        run = partial(ops.Stream(*(table.cuda() for table in tables), **STREAM).windows, many, 4097)
         rows += against_copy(settings, "expand", run, (run(),))
     return rows
 

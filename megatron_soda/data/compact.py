@@ -8,7 +8,6 @@ NAME.spans   header, then int64: where every audio span begins (token), which fr
 A window is found by a search in the spans, so it costs the same anywhere in the store (csrc's expand_windows).
 """
 
-import functools
 import shutil
 import struct
 import tempfile
@@ -147,8 +146,7 @@ class CompactTokens:
         self._begins = np.frombuffer(data, "<i8", documents + 1, HEADER.size + 16 * (spans + 1))
         if (self._starts[-1], self._firsts[-1], self._begins[-1]) != (tokens, frames, tokens):
             raise SodaError(f"{header}: its tables do not end where its header says. Run `soda prepare` again.")
-        self._expand = functools.partial(
-            ops.expand_windows,
+        self._stream = ops.Stream(
             _tensor(self._text.reshape(-1, shape[2])),
             _tensor(self._frames.reshape(frames, frame)),
             _tensor(self._starts),
@@ -164,7 +162,7 @@ class CompactTokens:
         if not count:
             return np.zeros(0, np.int32)
         try:
-            return self._expand(torch.tensor([start]), count)[0].numpy()
+            return self._stream.windows(torch.from_numpy(np.array([start])), count)[0].numpy()
         except ValueError as error:
             raise SodaError(
                 f"{store_file(self.path, 'spans')}: damaged near token {start} ({error}). `soda validate` tells more; "

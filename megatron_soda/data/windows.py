@@ -8,7 +8,7 @@ frame begins at the frame's first token instead. A window counts its labels up t
 """
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -30,14 +30,19 @@ def _mix(value: int) -> int:
 def permute(index: int, count: int, key: int) -> int:
     """The place of `index` in a pseudo-random permutation of range(count): O(1), no table."""
     half = max(1, ((count - 1).bit_length() + 1) // 2)
-    mask = (1 << half) - 1
+    mask, keys = (1 << half) - 1, _round_keys(key)
     while True:  # cycle walking: the network permutes 4**half values; step until we are back below count
         left, right = index >> half, index & mask
-        for turn in range(_ROUNDS):
-            left, right = right, left ^ (_mix(right ^ _mix(key + turn)) & mask)
+        for round_key in keys:
+            left, right = right, left ^ (_mix(right ^ round_key) & mask)
         index = left << half | right
         if index < count:
             return index
+
+
+@lru_cache(maxsize=256)
+def _round_keys(key: int) -> list[int]:
+    return [_mix(key + turn) for turn in range(_ROUNDS)]
 
 
 @dataclass(frozen=True, eq=False)

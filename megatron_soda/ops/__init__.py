@@ -13,9 +13,9 @@ from torch import Tensor
 from . import library, reference
 
 __all__ = [
+    "Stream",
     "best_fit",
     "build_batch",
-    "expand_windows",
     "first_illegal",
     "hash_documents",
     "pack_frames",
@@ -47,53 +47,58 @@ def unpack_frames(packed: Tensor, slots: int, bits: int) -> Tensor:
     return _run("unpack_frames", packed, slots, bits)
 
 
-def expand_windows(
-    text: Tensor,
-    frames: Tensor,
-    starts: Tensor,
-    firsts: Tensor,
-    begins: Tensor,
-    length: int,
-    *,
-    slots: int,
-    bits: int,
-    text_bits: int,
-    audio_base: int,
-    entries: int,
-) -> Tensor:
-    """Windows of a compact token stream -> int32 ids (windows, length). Window w is tokens begins[w], begins[w] + 1, ..
-
-    The stream is text tokens (all that is no audio code) with runs of whole audio frames between them:
+class Stream:
+    """A compact token stream: text tokens (all that is no audio code) with runs of whole audio frames between them.
 
     text     uint8 (groups, text_bits)  ids of `text_bits` bits, packed as by `pack_frames` in frames of 8
     frames   uint8 (frames, ceil(slots * bits / 8))  packed as by `pack_frames`
     starts   int64 (runs + 1,)  the token at which each run begins; the last is the number of tokens
     firsts   int64 (runs + 1,)  the first frame of each run; the last is the number of frames
-    begins   int64 (windows,)
 
     Run i has frames firsts[i] .. firsts[i + 1] - 1, so slots times as many tokens. Code c of slot k is the id
-    audio_base + entries * k + c. Only the part of the tables that the windows need is read. ValueError names the
-    window if it leaves the stream or if the tables lead outside `text` or `frames`: they may come from damaged files.
+    audio_base + entries * k + c. What the tables hold is not looked at before it is needed: they may be huge, and of
+    damaged files.
     """
-    _tensor("text", text, (torch.uint8,), 2)
-    _tensor("frames", frames, (torch.uint8,), 2, text.device)
-    _tensor("starts", starts, (torch.int64,), 1, text.device)
-    _tensor("firsts", firsts, (torch.int64,), 1, text.device)
-    _tensor("begins", begins, (torch.int64,), 1, text.device)
-    _between("length", length, 1, 2**31 - 1)
-    _width("frames", frames, slots, bits)
-    _width("text", text, 8, text_bits)
-    if len(starts) != len(firsts) or not len(starts):
-        raise ValueError(
-            f"starts and firsts must be equally long, 1 at least; they have {len(starts)} and {len(firsts)} entries"
-        )
-    _between("audio_base", audio_base, 0, _ID_LIMIT)
-    _between("entries", entries, 0, _ID_LIMIT)
-    if audio_base + entries * (slots - 1) + 2**bits > _ID_LIMIT:
-        raise ValueError(f"audio_base={audio_base} and entries={entries} make ids over int32")
-    return _run(
-        "expand_windows", text, frames, starts, firsts, begins, length, slots, bits, text_bits, audio_base, entries
-    )
+
+    def __init__(
+        self,
+        text: Tensor,
+        frames: Tensor,
+        starts: Tensor,
+        firsts: Tensor,
+        *,
+        slots: int,
+        bits: int,
+        text_bits: int,
+        audio_base: int,
+        entries: int,
+    ) -> None:
+        _tensor("text", text, (torch.uint8,), 2)
+        _tensor("frames", frames, (torch.uint8,), 2, text.device)
+        _tensor("starts", starts, (torch.int64,), 1, text.device)
+        _tensor("firsts", firsts, (torch.int64,), 1, text.device)
+        _width("frames", frames, slots, bits)
+        _width("text", text, 8, text_bits)
+        if len(starts) != len(firsts) or not len(starts):
+            raise ValueError(
+                f"starts and firsts must be equally long, 1 at least; they have {len(starts)} and {len(firsts)} entries"
+            )
+        _between("audio_base", audio_base, 0, _ID_LIMIT)
+        _between("entries", entries, 0, _ID_LIMIT)
+        if audio_base + entries * (slots - 1) + 2**bits > _ID_LIMIT:
+            raise ValueError(f"audio_base={audio_base} and entries={entries} make ids over int32")
+        self._tables = text, frames, starts, firsts
+        self._sizes = slots, bits, text_bits, audio_base, entries
+
+    def windows(self, begins: Tensor, length: int) -> Tensor:
+        """int32 ids (windows, length): window w is tokens begins[w], begins[w] + 1, .. begins: int64 (windows,).
+
+        Only the part of the tables that the windows need is read. ValueError names the window if it leaves the stream
+        or if the tables lead outside `text` or `frames`.
+        """
+        _tensor("begins", begins, (torch.int64,), 1, self._tables[0].device)
+        _between("length", length, 1, 2**31 - 1)
+        return _run("expand_windows", *self._tables, begins, length, *self._sizes)
 
 
 def build_batch(

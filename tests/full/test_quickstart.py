@@ -5,8 +5,10 @@ import os
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from megatron_soda.data.store import Store, convert
 from tests.voices import write_speech
 
 pytestmark = pytest.mark.full
@@ -57,6 +59,16 @@ def test_a_second_run_skips_what_is_done(run):
     result = quickstart(f"run={run}", "evaluate.suite=[nll]", "evaluate.documents=10", "generate.samples=1")
     assert result.returncode == 0, result.stderr[-3000:]
     assert times() == before
+
+
+def test_the_compact_stores_are_small(run, tmp_path):
+    """At most 1.5 bytes a token, and the same tokens."""
+    for name in ("train", "valid", "test"):
+        store = Store(run / "data" / name)
+        convert(store, tmp_path / name, "compact")
+        small = Store(tmp_path / name)
+        assert sum(path.stat().st_size for path in small.files.values()) <= 1.5 * small.size
+        assert np.array_equal(small.read(0, small.size), store.read(0, store.size))
 
 
 @pytest.mark.parametrize("layout", ["dp2", "tp2", "pp2"])

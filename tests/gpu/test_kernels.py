@@ -59,9 +59,9 @@ def test_windows(slots, bits, text_bits):
             if length <= len(ids):
                 begins = torch.from_numpy(rng.integers(0, len(ids) - length + 1, 7))
                 wanted = torch.from_numpy(np.stack([ids[begin : begin + length] for begin in begins.tolist()]))
-                equal(ops.expand_windows(*on_gpu, begins.cuda(), length, **how), wanted)
+                equal(ops.Stream(*on_gpu, **how).windows(begins.cuda(), length), wanted)
         with pytest.raises(ValueError, match=rf"^window 1: 1 tokens from token {len(ids)} on are not"):
-            ops.expand_windows(*on_gpu, torch.tensor([0, len(ids)]).cuda(), 1, **how)
+            ops.Stream(*on_gpu, **how).windows(torch.tensor([0, len(ids)]).cuda(), 1)
 
 
 @pytest.mark.parametrize("length", [2047, 2048, 2049, 6001])
@@ -79,7 +79,8 @@ def test_windows_of_a_long_stream(length):
     tables = text, frames, starts, firsts, begins
     wanted = reference.expand_windows(*tables, length, slots, bits, 17, 130_000, 2048)
     how = {"slots": slots, "bits": bits, "text_bits": 17, "audio_base": 130_000, "entries": 2048}
-    equal(ops.expand_windows(*(table.cuda() for table in tables), length, **how), wanted)
+    on_gpu = [table.cuda() for table in tables]
+    equal(ops.Stream(*on_gpu[:4], **how).windows(on_gpu[4], length), wanted)
 
 
 @pytest.mark.parametrize(
@@ -91,10 +92,10 @@ def test_damage_is_found(which, index, value):
     begins = torch.tensor([0, 0]).cuda()
     tables = [table.cuda() for table in damaged(which, index, value)]
     with pytest.raises(ValueError, match="window 0: its runs lead outside"):
-        ops.expand_windows(*tables, begins, 14, **how)
+        ops.Stream(*tables, **how).windows(begins, 14)
     tables = [table.cuda() for table in damaged(2, 0, 3)]  # the device is still well
     assert (
-        ops.expand_windows(*tables, begins, 14, **how).tolist()
+        ops.Stream(*tables, **how).windows(begins, 14).tolist()
         == [[0, 1, 2, 10, 26, 10, 26, 3, 4, 10, 26, 5, 6, 7]] * 2
     )
 

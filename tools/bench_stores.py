@@ -1,15 +1,20 @@
-"""Measures how data come to training, against megatron-core's GPTDataset on the same store. Run by hand.
+"""Measures token stores: how they come to training, against megatron-core's GPTDataset, and how fast they are checked.
+Run by hand.
 
-first batch   after imports, from opening the store to the first batch of 8 windows of 4,096: seconds, and the growth
-              of the process's own memory. Documents of 100 tokens in files that are holes but for their index;
-              GPTDataset with a cold cache. Each in a process of its own.
-loading       batches of 8 such windows by one core, tokens a second; GPTDataset with a warm cache: its samples alone,
-              without putting them together to a batch. Documents of about 100 tokens, text and frames.
+  first-batch   after imports, from opening the store to the first batch of 8 windows of 4,096: seconds, and the growth
+                of the process's own memory. Documents of 100 tokens in files that are holes but for their index;
+                GPTDataset with a cold cache. Each in a process of its own.
+  loading       batches of 8 such windows by one core, tokens a second; GPTDataset with a warm cache and torch's
+                default_collate. Documents of about 100 tokens, text and frames. Our batches keep documents apart;
+                `gptdataset` does not, `gptdataset apart` does (reset_position_ids, reset_attention_mask).
+  validate      soda validate of such stores, tokens a second, one core.
 
-  python tools/bench_loading.py
-  python tools/bench_loading.py --documents 1000000 --only loading
+    python tools/bench_stores.py
+    python tools/bench_stores.py --documents 1000000 --only loading
 """
 
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -33,10 +38,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from megatron_soda.data import compact, indexed
 from megatron_soda.data.batch import Batcher
 from megatron_soda.data.store import Store, write_parts
+from megatron_soda.data.validate import validate
 from megatron_soda.data.windows import Windows
 from megatron_soda.vocab import LLAMA3
 
 LENGTH, SEQUENCES, DOCUMENT = 4096, 8, 100
+APART: dict[str, Any] = dict.fromkeys(("reset_position_ids", "reset_attention_mask", "create_attention_mask"), True)
+STOCK: dict[str, Any] = dict.fromkeys([*APART, "eod_mask_loss"], False)
 SIDES = ("compact", "megatron", "gptdataset")
 
 console = Console()
@@ -96,7 +104,7 @@ def real_stores(folder: Path, documents: int) -> None:
 # ---- sides
 
 
-def gpt_dataset(store: Path, cache: Path) -> Any:
+def gpt_dataset(store: Path, cache: Path, **options: Any) -> Any:
     """As stock pretrain_gpt.py makes it."""
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
@@ -109,10 +117,7 @@ def gpt_dataset(store: Path, cache: Path) -> Any:
         blend_per_split=[([str(store)], None), None, None],
         path_to_cache=str(cache),
         tokenizer=tokenizers.from_pretrained(metadata_path={"library": "null"}, vocab_size=LLAMA3.size),
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
-        create_attention_mask=False,
+        **{**STOCK, **options},
     )
     sizes: Any = [None, 0, 0]
     return BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()[0]
@@ -152,33 +157,49 @@ def loading(folder: Path, batches: int, repeats: int) -> dict[str, float]:
     torch.set_num_threads(1)
     cache = folder / "cache"
     gpt_dataset(folder / "megatron", cache)
-    dataset = gpt_dataset(folder / "megatron", cache)
+    stock = {"gptdataset": gpt_dataset(folder / "megatron", cache)}
+    stock["gptdataset apart"] = gpt_dataset(folder / "megatron", cache, **APART)
     batcher = Batcher(LLAMA3)
     ours = {name: Windows(Store(folder / name), LENGTH, 0) for name in ("megatron", "compact")}
 
     def take(side: str, first: int) -> None:
         samples = range(first * SEQUENCES, (first + 1) * SEQUENCES)
-        if side == "gptdataset":
-            for i in samples:
-                dataset[i % len(dataset)]
+        if side in stock:
+            torch.utils.data.default_collate([stock[side][i % len(stock[side])] for i in samples])
         else:
             batcher([ours[side][i] for i in samples])
 
-    best: dict[str, float] = dict.fromkeys(SIDES, 0.0)
+    best: dict[str, float] = dict.fromkeys((*SIDES, "gptdataset apart"), 0.0)
     for repeat in range(repeats + 1):
-        for side in SIDES:
+        for side in best:
+            count = 2 if side == "gptdataset apart" else batches  # it makes masks of 4,096 x 4,096
             began = time.perf_counter()
-            for number in range(batches):
+            for number in range(count):
                 take(side, number)
             if repeat:  # the first reads the files into memory
-                best[side] = max(best[side], batches * SEQUENCES * LENGTH / (time.perf_counter() - began))
+                best[side] = max(best[side], count * SEQUENCES * LENGTH / (time.perf_counter() - began))
     return best
+
+
+def checking(folder: Path, repeats: int) -> dict[str, float]:
+    """Tokens a second of `soda validate`."""
+    torch.set_num_threads(1)
+    found = {}
+    for name in ("megatron", "compact"):
+        best = float("inf")
+        for _ in range(repeats):
+            began = time.perf_counter()
+            with contextlib.redirect_stdout(io.StringIO()) as said:
+                assert validate(folder, [name]), said.getvalue()
+            best = min(best, time.perf_counter() - began)
+        found[name] = Store(folder / name).size / best
+    return found
 
 
 def main(
     documents: Annotated[int, typer.Option(min=1000, help="of 100 tokens, in the sparse stores")] = 10_000_000,
     repeats: Annotated[int, typer.Option(min=1)] = 5,
-    only: Annotated[str, typer.Option(help="first-batch | loading")] = "",
+    only: Annotated[str, typer.Option(help="first-batch | loading | validate")] = "",
     child: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
     """Prints tables and one JSON line."""
@@ -215,6 +236,12 @@ def main(
             table.add_row(side, f"{rate / 1e6:.2f}", f"{rate / rates['gptdataset']:.1f}")
         console.print(table)
         result["loading"] = rates
+    if only in ("", "validate"):
+        with tempfile.TemporaryDirectory() as made:
+            real_stores(Path(made), 200_000)
+            result["validate"] = checking(Path(made), repeats)
+        for name, rate in result["validate"].items():
+            console.print(f"soda validate, {name}: {rate / 1e6:.1f} M tokens/s")
     print(json.dumps(result))
 
 
