@@ -9,17 +9,6 @@ from megatron_soda import cli, train
 from tests.helpers import write_data
 
 COMMANDS = "prepare validate inspect convert-store train export evaluate generate report doctor".split()
-    "prepare",
-    "validate",
-    "inspect",
-    "convert-store",
-    "train",
-    "export",
-    "evaluate",
-    "generate",
-    "report",
-    "doctor",
-]
 
 
 def soda(monkeypatch, *arguments: str) -> int:
