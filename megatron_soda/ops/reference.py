@@ -37,7 +37,7 @@ def _codes(plane: Tensor, frame: Tensor, bit: Tensor, bits: int) -> Tensor:
     """int32 codes at bit `bit` of the frames that begin at byte `frame` of the plane; the two are broadcast."""
     byte, last = frame + (bit >> 3), max(len(plane) - 1, 0)
     code = plane[byte].long()
-    for i in (1, 2, 3):  # bits of what lies behind the last byte are masked, whatever is read for them
+    for i in range(1, (bits + 14) // 8):  # bits of what lies behind the last byte are masked, whatever is read for them
         code = code | plane[(byte + i).clamp(max=last)].long() << 8 * i
     return (code >> (bit & 7) & (2**bits - 1)).int()
 
