@@ -61,7 +61,7 @@ def checks() -> list[tuple[str, bool, str, str]]:
             "DALI",
             bool(dali),
             dali or "absent: soundfile, PyAV and soxr decode",
-            "not used by this version yet; soundfile is as fast on CPU",
+            "pip install megatron-soda[dali], prepare.decoder=dali; on a CPU soundfile is as fast",
         ),
         (
             "apt-get, dpkg-deb",
