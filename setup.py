@@ -11,6 +11,7 @@ from pathlib import Path
 from setuptools import setup
 
 ADVICE = "The package works without it, slower. To build it: pip install --no-build-isolation -e . (see csrc/README.md)"
+LIBRARY = Path("megatron_soda/_csrc.abi3.so")  # of an editable install
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]  # torch 2.11; newer ones load it, too
 
 
@@ -24,6 +25,7 @@ def extension(mode: str) -> dict:
     if mode not in ("auto", "cpu", "cuda", "none"):
         sys.exit(f"error: SODA_CSRC={mode} is not one of auto, cpu, cuda, none")
     if mode == "none":
+        LIBRARY.unlink(missing_ok=True)  # an old one must not be used in its place
         return {}
     try:
         import torch
@@ -46,6 +48,7 @@ def extension(mode: str) -> dict:
                 if mode != "auto":
                     raise
                 self.extensions = []
+                LIBRARY.unlink(missing_ok=True)
                 hint = " (SODA_CSRC=cpu builds it without the CUDA kernels)" if cuda else ""
                 warn((str(error).strip() or type(error).__name__).splitlines()[-1] + hint)
 

@@ -60,7 +60,7 @@ inline void check_batch(const Tensor& ids, const Tensor& counts, const Tensor& c
   check_tensor("counts", counts, 1, ids);
   check_tensor("classes", classes, 1, ids);
   check_tensor("weights", weights, 1, ids);
-  check(ids.size(0) >= 1 && ids.size(1) >= 2 && ids.numel() < int64_t{1} << 31, "ids has a wrong shape");
+  check(ids.size(0) >= 1 && ids.size(1) >= 2 && ids.numel() < int64_t{1} << 30, "ids has a wrong shape");
   check(counts.numel() == ids.size(0), "counts must have one entry for every sequence");
 }
 

@@ -5,8 +5,6 @@
 RUN/data/work holds the index and the parts; RUN/data/units the codes, which are dear and kept.
 """
 
-import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -20,7 +18,7 @@ from rich.markup import escape
 from megatron_soda.config import Recipe
 from megatron_soda.data.store import Store
 from megatron_soda.errors import SodaError
-from megatron_soda.files import read_json, write_json
+from megatron_soda.files import locked, read_json, write_json
 from megatron_soda.run_folder import record_timing
 
 from . import choose, documents, encode
@@ -44,7 +42,9 @@ def prepare(recipe: Recipe, dry_run: bool = False) -> dict[str, Any]:
 
         return estimate(recipe)
     recipe.data_folder.mkdir(parents=True, exist_ok=True)
-    with _locked(recipe.data_folder):
+    with locked(recipe.data_folder):
+        for left in [*recipe.data_folder.glob(".*.tmp"), *(recipe.data_folder / "units").glob(".*.tmp")]:
+            left.unlink()  # of a killed run
         return _prepare(recipe)
 
 
@@ -244,26 +244,6 @@ def _whole(folder: Path, key: str) -> dict[str, Any] | None:
         if (folder / "prepare.json").is_file():
             console.print(f"[yellow]made again[/]: {escape(str(error))}")
         return None
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Two processes at work on one folder would delete each other's shards."""
-    with open(folder / ".lock", "a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.seek(0)
-            raise SodaError(
-                f"{folder}: another `soda prepare` is at work on it ({lock.read().strip() or 'process unknown'}). "
-                "Wait for it, or give this one another run folder."
-            ) from None
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {os.uname().nodename}\n")
-        lock.flush()
-        for left in [*folder.glob(".*.tmp"), *(folder / "units").glob(".*.tmp")]:
-            left.unlink()  # of a killed run
-        yield
 
 
 def _attribution(recipe: Recipe) -> str:

@@ -67,8 +67,16 @@ def validate(
     from .data.validate import SIDES
     from .data.validate import validate as run
 
-    folder, names = _stores(recipe, overrides)
-    raise typer.Exit(0 if run(folder, names or SIDES) else 1)
+    found = _stores(recipe)
+    if found and overrides:
+        raise SodaError(f"{' '.join(overrides)}: settings go with a recipe or a run, not with stores")
+    if found:
+        raise typer.Exit(0 if run(found[0], found[1] or SIDES) else 1)
+    from .hf.load import resolve
+
+    whole = resolve(recipe, overrides or [])
+    names = ["valid"] if whole.data.corpora else SIDES
+    raise typer.Exit(0 if run(whole.data_folder, names, whole.data.corpora) else 1)
 
 
 @app.command(
@@ -104,21 +112,18 @@ def convert_store(
 ) -> None:
     """Change the format of token stores: compact (a third of the size) or megatron (.bin/.idx). Nothing is lost."""
     from .data.convert import convert_stores
+    from .hf.load import resolve
 
-    folder, names = _stores(target, None)
+    folder, names = _stores(target) or (resolve(target, []).data_folder, [])
     convert_stores(folder, names, format, out)
 
 
-def _stores(target: str, overrides: list[str] | None) -> tuple[Path, list[str]]:
-    """The folder and the name of a store; of a recipe or a run its data folder, and no name."""
-    from .hf.load import resolve
-
+def _stores(target: str) -> tuple[Path, list[str]] | None:
+    """The folder and the name of a store; of a data folder no name. None for a recipe or a run."""
     path = Path(target)
-    if path.with_name(f"{path.name}.json").is_file() and not path.is_dir():
+    if path.name and not path.is_dir() and path.with_name(f"{path.name}.json").is_file():
         return path.parent, [path.name]
-    if (path / "train.json").is_file():
-        return path, []
-    return resolve(target, overrides or []).data_folder, []
+    return (path, []) if (path / "train.json").is_file() else None
 
 
 @app.command(

@@ -74,6 +74,7 @@ def checks() -> list[tuple[str, bool, str, str]]:
 
 def print_report() -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console()
@@ -93,5 +94,5 @@ def print_report() -> None:
     console.print(versions)
     table = Table("part", "", "now", "for more", box=None)
     for what, there, now, more in checks():
-        table.add_row(what, "[green]yes[/]" if there else "[yellow]no[/]", now, "" if there else more)
+        table.add_row(what, "[green]yes[/]" if there else "[yellow]no[/]", escape(now), "" if there else escape(more))
     console.print(table)

@@ -1,14 +1,17 @@
 """Small stores and recipes for tests."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 
 from data_prep import interleave
 from megatron_soda.config import Recipe, load_recipe
-from megatron_soda.data.store import write_store
+from megatron_soda.data.store import Store, write_store
+from megatron_soda.data.validate import illegal, why
 from megatron_soda.vocab import TokenSpace
 
+COMPILER = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
 SPACE = TokenSpace(text_size=64, bos=1, eos=2, codebooks=4, entries=16)
 
 
@@ -28,6 +31,15 @@ def documents(count: int, seed: int = 0, space: TokenSpace = SPACE) -> list[np.n
         else:
             made.append(interleave.text_only(text, space))
     return made
+
+
+def find_problems(store: Store) -> list[str]:
+    """ "document i, token j: what is wrong" of every document that is not legal."""
+    return [
+        f"document {first + number}, {why(store, first + number, token)}"
+        for first, ids, offsets in store.parts()
+        for number, token in illegal(store, ids, offsets)
+    ]
 
 
 def write_data(folder: Path, count: int = 200, space: TokenSpace = SPACE) -> Path:

@@ -92,6 +92,10 @@ def test_stores_on_the_command_line(monkeypatch, capsys, tmp_path):
         (("inspect", str(tmp_path / "no")), "no.json: no such file"),
         (("convert-store", store, "zip"), "compact"),
         (("validate", str(tmp_path / "nothing")), "not a folder"),
+        (("validate", "."), "no recipe.yaml in it"),
+        (("convert-store", "/", "compact"), "no recipe.yaml in it"),
+        (("inspect", "."), "not the name of a store"),
+        (("validate", store, "seed=1"), "settings go with a recipe"),
     ):
         assert soda(monkeypatch, *arguments) == 2
         assert message in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """The compact store: the tokens of .bin/.idx from a third of the bytes, in any token space; damage is named."""
 
+import re
 import shutil
 import struct
 import tempfile
@@ -12,8 +13,10 @@ from hypothesis import strategies as st
 
 from megatron_soda.data import compact, indexed
 from megatron_soda.data.convert import convert_stores
+from megatron_soda.data.files import Output
 from megatron_soda.data.store import Store, convert, write_parts, write_store
 from megatron_soda.errors import SodaError
+from megatron_soda.files import locked
 from megatron_soda.vocab import TokenSpace
 from tests.helpers import SPACE, documents, write_data
 
@@ -68,6 +71,10 @@ def test_any_window_of_any_corpus_is_the_same(corpus, data):
         for start, count in ((0, len(stream) + 1), (-1, 2), (len(stream) + 1, 0)):
             with pytest.raises(IndexError):
                 store.read(start, count)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file() and p.name != ".lock"}
 
 
 def test_sizes():
@@ -140,7 +147,7 @@ def test_damaged_bytes_are_named_or_are_other_tokens(format, data):
                 assert store.document(i).dtype == np.int32
             store.check_index()
         except SodaError as error:
-            assert "s" in str(error)  # noqa: PT017
+            assert re.search(r"/s(\.(bin|idx|spans|text|frames))?: ", str(error))  # noqa: PT017
 
 
 def test_another_space_or_magic(tmp_path):
@@ -180,9 +187,9 @@ def test_what_is_no_frame_is_refused(tmp_path, tokens, where):
 
 def test_conversion_both_ways(tmp_path, capsys):
     write_data(tmp_path)
-    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    before = contents(tmp_path)
     convert_stores(tmp_path, [], "compact", None)
-    assert {p.suffix[1:] for p in tmp_path.iterdir()} == set(COMPACT)
+    assert {name.split(".")[1] for name in contents(tmp_path)} == set(COMPACT)
     assert Store(tmp_path / "train").meta["codec"] == "none"
     assert "read back and compared" in capsys.readouterr().err
     convert_stores(tmp_path, [], "compact", None)
@@ -192,23 +199,61 @@ def test_conversion_both_ways(tmp_path, capsys):
     assert Store(tmp_path / "test").format == "compact"
     convert_stores(tmp_path, [], "megatron", None)
     shutil.rmtree(tmp_path / "other")
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    assert contents(tmp_path) == before
     with pytest.raises(SodaError, match="takes one store"):
         convert_stores(tmp_path, [], "compact", tmp_path / "x")
     with pytest.raises(SodaError, match="no format"):
         convert_stores(tmp_path, [], "zip", None)
 
 
+def test_conversions_take_care(tmp_path, capsys):
+    folder = tmp_path / "x[bold]y"
+    write_data(folder)
+    before = contents(folder)
+    with pytest.raises(SodaError, match="there is a store already"):
+        convert_stores(folder, ["train"], "compact", folder / "valid")
+    with pytest.raises(SodaError, match=r"is a folder; name the store in it, such as .*/x\[bold\]y/train"):
+        convert_stores(folder, ["train"], "compact", folder)
+    with pytest.raises(SodaError, match="not the name of a store"):
+        convert_stores(Path(), ["."], "compact", None)
+    with locked(folder), pytest.raises(SodaError, match="another soda is at work"):
+        convert_stores(folder, [], "compact", None)
+    assert contents(folder) == before
+    convert_stores(folder, [], "compact", None)
+    assert "x[bold]y/train: " in capsys.readouterr().err
+    # Killed at the last moment, or amid writing: what is left is removed by the next one.
+    (folder / "train.bin").write_bytes(b"old")
+    convert_stores(folder, [], "compact", None)
+    (folder / "..train.new.bin.123.tmp").write_bytes(b"half")
+    (folder / ".train.new.idx").write_bytes(b"whole")
+    convert_stores(folder, [], "megatron", None)
+    assert contents(folder) == before
+
+
+def test_a_full_disk_leaves_the_old_store(tmp_path, monkeypatch):
+    write_store(tmp_path / "s", documents(20), SPACE)
+    before = contents(tmp_path)
+
+    def full(self):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Output, "sync", full)
+    for format in ("megatron", "compact"):
+        with pytest.raises(SodaError, match=r"the disk is full\. Nothing was changed"):
+            write_store(tmp_path / "s", documents(30), SPACE, format)
+        assert contents(tmp_path) == before
+
+
 def test_a_conversion_that_fails_leaves_the_store(tmp_path, monkeypatch):
     write_store(tmp_path / "s", documents(20), SPACE)
-    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    before = contents(tmp_path)
 
     def interrupted(*_):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         convert(Store(tmp_path / "s"), tmp_path / "s", "compact", interrupted)
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    assert contents(tmp_path) == before
     made = compact.write_compact
 
     def failing(path, parts, space, slots):
@@ -224,7 +269,7 @@ def test_a_conversion_that_fails_leaves_the_store(tmp_path, monkeypatch):
     )  # fmt: skip
     with pytest.raises(SodaError, match="not what was read"):
         convert(Store(tmp_path / "s"), tmp_path / "s", "compact")
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    assert contents(tmp_path) == before
 
 
 def test_beyond_two_to_the_31(tmp_path):

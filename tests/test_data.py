@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from megatron_soda.data.batch import Batcher
 from megatron_soda.data.indexed import HEADER, INT32, MAGIC
 from megatron_soda.data.store import Store, write_store
-from megatron_soda.data.validate import find_problems, validate
+from megatron_soda.data.validate import validate
 from megatron_soda.data.windows import Window, Windows, permute
 from megatron_soda.errors import SodaError
 from megatron_soda.vocab import TokenSpace
-from tests.helpers import SPACE, documents, write_data
+from tests.helpers import SPACE, documents, find_problems, write_data
 
 
 @pytest.fixture
@@ -285,7 +285,7 @@ def test_fast_validation_equals_the_automaton(seed, slots, data):
             document[data.draw(st.integers(0, len(document) - 1))] = data.draw(st.integers(0, SPACE.size - 1))
     with tempfile.TemporaryDirectory() as folder:
         write_store(Path(folder) / "s", made, SPACE, slots=slots)
-        found = list(find_problems(Store(Path(folder) / "s")))
+        found = find_problems(Store(Path(folder) / "s"))
     wanted = [SPACE.check(document, slots) for document in made]
     assert found == [f"document {i}, {problem}" for i, problem in enumerate(wanted) if problem]
 
@@ -296,14 +296,14 @@ def test_validate_names_document_and_token(tmp_path, capsys):
     made = documents(40, 1)
     made[7] = np.append(made[7][:-1], [SPACE.size + 5]).astype(np.int32)
     write_store(tmp_path / "valid", made, SPACE)
-    assert list(find_problems(Store(tmp_path / "valid"))) == [
+    assert find_problems(Store(tmp_path / "valid")) == [
         f"document 7, token {len(made[7]) - 1}: id {SPACE.size + 5} is out of range [0, {SPACE.size})"
     ]
     assert not validate(tmp_path)
     assert "document 7" in capsys.readouterr().out
     write_store(tmp_path / "valid", documents(40, 2), SPACE)  # the test store's documents
     assert not validate(tmp_path)
-    assert "stands in another store" in capsys.readouterr().out
+    assert "stands in two stores" in capsys.readouterr().out
     meta = json.loads((tmp_path / "test.json").read_text())
     meta["space"]["text_size"] -= 1
     (tmp_path / "test.json").write_text(json.dumps(meta))

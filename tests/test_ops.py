@@ -1,6 +1,5 @@
 """megatron_soda.ops: csrc with and without vector instructions, and the reference, against independent numpy."""
 
-import shutil
 from collections.abc import Callable
 from itertools import pairwise
 from types import SimpleNamespace
@@ -15,8 +14,8 @@ from torch import Tensor
 from megatron_soda import ops
 from megatron_soda.ops import library, reference
 from megatron_soda.vocab import Grammar, TokenSpace
+from tests.helpers import COMPILER
 
-COMPILER = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
 SIDES = ["simd", "plain", "torch"]
 seeds = st.integers(0, 2**32 - 1)
 
@@ -93,8 +92,8 @@ def test_packing(side, slots, bits):
         wanted = packed_by_numpy(codes, bits)
         assert wanted.shape == (frames, -(-slots * bits // 8))
         same(side.pack_frames(torch.from_numpy(codes), bits), wanted)
-        if bits < 16:
-            same(side.pack_frames(torch.from_numpy(codes.astype(np.int16)), bits), wanted)
+        short = (codes % 2**15).astype(np.int16)
+        same(side.pack_frames(torch.from_numpy(short), bits), packed_by_numpy(short, bits))
         same(side.unpack_frames(torch.from_numpy(wanted), slots, bits), codes)
         noise = rng.integers(0, 256, wanted.shape).astype(np.uint8)  # bits behind the last code are ignored
         same(side.unpack_frames(torch.from_numpy(noise), slots, bits), unpacked_by_numpy(noise, slots, bits))

@@ -15,10 +15,10 @@ from megatron_soda.data import validate as validate_module
 from megatron_soda.data.convert import convert_stores
 from megatron_soda.data.inspect import inspect, spans
 from megatron_soda.data.store import Store, write_store
-from megatron_soda.data.validate import find_problems, validate
+from megatron_soda.data.validate import validate
 from megatron_soda.errors import SodaError
 from megatron_soda.vocab import TokenSpace
-from tests.helpers import SPACE, documents, write_data
+from tests.helpers import SPACE, documents, find_problems, write_data
 
 FORMATS = ["megatron", "compact"]
 BASE = SPACE.audio_base
@@ -67,7 +67,7 @@ def test_slots(tmp_path):
     swapped, short = [frame[0], frame[2], frame[1], frame[3]], frame[:3]
     made = [np.array([*head, *codes, *tail], np.int32) for codes in (frame * 3, frame + swapped, frame + short, [])]
     write_store(tmp_path / "s", made, SPACE)
-    found = list(find_problems(Store(tmp_path / "s")))
+    found = find_problems(Store(tmp_path / "s"))
     assert [problem.split(":")[0] for problem in found] == [
         "document 1, token 7",
         "document 2, token 9",
@@ -106,7 +106,9 @@ def test_twice_and_leaks(tmp_path, capsys):
     write_store(tmp_path / "valid", made, SPACE, codec="none", tokenizer="none")
     assert not validate(tmp_path)
     said = capsys.readouterr().out
-    assert "valid: document 30 stands in another store too, a leak of train: it is document 150 of train" in said
+    assert (
+        "valid: document 30 stands in two stores, a leak between train and valid: it is document 150 of train" in said
+    )
     write_store(tmp_path / "valid", documents(200), SPACE, codec="none", tokenizer="none")
     assert not validate(tmp_path)
     assert "valid: 190 more documents that stand in train" in capsys.readouterr().out
@@ -130,12 +132,72 @@ def test_provenance(tmp_path, capsys):
     assert validate(tmp_path)
     (tmp_path / "codec.json").write_text('{"fingerprint": "new"}')
     assert not validate(tmp_path)
-    assert "'codec.json': 'new'" in capsys.readouterr().out
+    assert "codec.json': 'new'" in capsys.readouterr().out
+    for broken in ("[1]", "{}", "{"):
+        (tmp_path / "codec.json").write_text(broken)
+        assert not validate(tmp_path)
+        said = capsys.readouterr().out
+        assert "codec.json: n" in said  # no fingerprint in it, not valid JSON
+        assert "test: 1,331 tokens" in said
     (tmp_path / "codec.json").unlink()
+    (tmp_path / "text_tokenizer.model").write_bytes(b"garbage")
+    assert not validate(tmp_path)
+    assert "text_tokenizer.model: " in capsys.readouterr().out
+    (tmp_path / "text_tokenizer.model").unlink()
     other = TokenSpace(65, 1, 2, 4, 16)
     write_store(tmp_path / "test", documents(40, 2, other), other, codec="none", tokenizer="none")
     assert not validate(tmp_path)
     assert "different vocabularies" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("slots", 99), ("slots", 0), ("slots", -1), ("slots", "4"), ("format", "zip"), ("format", []), ("space", None),
+        ("space", {"text_size": "64", "bos": 1, "eos": 2}), ("space", {"text_size": 64.5, "bos": 1, "eos": 2}),
+        ("space", {"text_size": 64, "bos": 999, "eos": 2}), ("space", {"text_size": 64, "bos": 1, "eos": -2}),
+        ("space", {"text_size": 64, "bos": 1, "eos": 2, "entries": -1}),
+        ("space", {"text_size": 64, "bos": 1, "eos": 2, "codebooks": 0}),
+        ("space", {"text_size": 64, "bos": 1, "eos": 2, "codebooks": 200}),
+        ("space", {"text_size": 2**31, "bos": 1, "eos": 2}), ("space", {"words": 1}),
+        ("tokens", 1), ("documents", None), ("codec", ["a"]), ("codec", {}), ("files", {}), ("files", [1]),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_json_that_cannot_be(tmp_path, capsys, format, key, value):
+    write_data(tmp_path)
+    convert_stores(tmp_path, [], format, None)
+    meta = json.loads((tmp_path / "valid.json").read_text())
+    (tmp_path / "valid.json").write_text(json.dumps(meta | {key: value}))
+    assert validate(tmp_path) == (key == "codec" and not value)  # no codec: of text alone
+    said = capsys.readouterr().out
+    assert "train: 5,770 tokens, 200 documents, 0 bad" in said
+    assert "test: 1,331 tokens, 40 documents, 0 bad" in said
+
+
+def test_corpora(tmp_path, capsys):
+    write_data(tmp_path / "data")
+    corpora = {"a": tmp_path / "data" / "train", "b": tmp_path / "b" / "train"}
+    assert not validate(tmp_path / "data", ["valid"], corpora)
+    assert "b: " in capsys.readouterr().out
+    write_data(tmp_path / "b")
+    assert not validate(tmp_path / "data", ["valid"], corpora)
+    assert (
+        "train: document 0 stands in two stores, a leak between a and b: it is document 0 of a"
+        in capsys.readouterr().out
+    )
+    write_store(tmp_path / "b" / "train", documents(30, 7), SPACE, codec="none", tokenizer="none")
+    assert validate(tmp_path / "data", ["valid"], corpora)
+
+
+def test_many_documents_go_to_several_files(tmp_path, monkeypatch, capsys):
+    made = documents(400)
+    made[390] = made[10]
+    write_store(tmp_path / "s", made, SPACE)
+    hashes = validate_module._Hashes
+    monkeypatch.setattr(validate_module, "_Hashes", lambda documents: hashes(documents << 14))
+    assert not validate(tmp_path, ["s"])
+    assert "document 390 stands there twice: it is document 10 of s" in capsys.readouterr().out
 
 
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=60), st.integers(1, 50))

@@ -179,11 +179,13 @@ class CompactTokens:
 
     def check_index(self) -> None:
         path = store_file(self.path, "spans")
+        if self._begins[0] != 0:
+            raise SodaError(f"{path}: the first document begins at token {self._begins[0]}. Run `soda prepare` again.")
         for first in range(0, self.documents, _ENTRIES_AT_ONCE):
             begins = self._begins[first : first + _ENTRIES_AT_ONCE + 1]
             bad = np.flatnonzero(np.diff(begins) < 1)
-            if len(bad) or (first == 0 and begins[0] != 0):
-                i = int(bad[0]) if len(bad) else 0
+            if len(bad):
+                i = int(bad[0])
                 raise SodaError(
                     f"{path}: document {first + i} goes from token {begins[i]} to {begins[i + 1]}. "
                     "Run `soda prepare` again."

@@ -7,7 +7,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from ..errors import SodaError
-from .store import FORMATS, Store, convert
+from ..files import locked
+from .store import FORMATS, Store, convert, remove_others
 from .validate import SIDES
 
 console = Console(stderr=True)
@@ -22,7 +23,9 @@ def convert_stores(folder: Path, names: Sequence[str], format: str, out: Path | 
     for name in names or SIDES:
         store = Store(folder / name)
         if store.format == format and out is None:
-            console.print(f"{store.path}: is {format} already", soft_wrap=True)
+            with locked(folder):
+                remove_others(store.path, format)  # left if a conversion was killed at the last moment
+            console.print(f"{store.path}: is {format} already", soft_wrap=True, markup=False)
             continue
         path = out or store.path
         before = _bytes(store)
@@ -34,6 +37,7 @@ def convert_stores(folder: Path, names: Sequence[str], format: str, out: Path | 
             f"{path}: {before:,} -> {after:,} bytes, {after / store.size:.2f} a token, read back and compared",
             highlight=False,
             soft_wrap=True,
+            markup=False,
         )
 
 

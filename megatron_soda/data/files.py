@@ -1,6 +1,7 @@
-"""The files of a token store: written together or not at all, with a checksum each, and mapped for reading."""
+"""The files of a token store: they replace old ones when all of them are whole; checksums; mapping for reading."""
 
 import contextlib
+import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -17,6 +18,8 @@ Parts = Iterable[tuple[np.ndarray, np.ndarray]]  # the ids of some documents one
 
 def store_file(path: Path, suffix: str) -> Path:
     """The file of the store `path` (which has no suffix of its own: a dot in its name is part of the name)."""
+    if not path.name or path.name == "..":
+        raise SodaError(f"{path}: not the name of a store, such as runs/mine/data/train")
     return path.with_name(f"{path.name}.{suffix}")
 
 
@@ -31,16 +34,24 @@ class Output:
         self.bytes += memoryview(data).nbytes
         self.crc = zlib.crc32(data, self.crc)
 
+    def sync(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
 
 @contextlib.contextmanager
 def outputs(path: Path, suffixes: Sequence[str]) -> Iterator[dict[str, Output]]:
-    """The files of the store by suffix, to be written; they appear at the end of the `with` block, if nothing fails."""
+    """The files of the store by suffix, to be written. At the end of the `with` block, if nothing failed, NAME.json is
+    removed, which spoke for what was there before, and they take their places: a store without it is not whole."""
     with ExitStack() as stack:
         files = {}
         for suffix in suffixes:
             temporary = stack.enter_context(atomic_path(store_file(path, suffix)))
             files[suffix] = Output(stack.enter_context(open(temporary, "wb")))
         yield files
+        for file in files.values():  # a full disk shows here at the latest
+            file.sync()
+        store_file(path, "json").unlink(missing_ok=True)
 
 
 def checksum(path: Path) -> str:

@@ -33,35 +33,34 @@ def inspect(path: Path, first: int, count: int, audio: Path | None) -> None:
         if codec.codebooks != store.slots:
             raise SodaError(f"{path}: frames of {store.slots} codes; the codec needs {codec.codebooks} to make sound")
     rate = codec.sample_rate / codec.samples_per_frame if codec else 0
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     space = store.space
     console.print(
         f"{path}: {store.size:,} tokens, {len(store):,} documents, {store.format} format; "
-        f"{space.codebooks} codebooks of {space.entries:,}, {space.size:,} ids",
-        soft_wrap=True,
+        f"{space.codebooks} codebooks of {space.entries:,}, {space.size:,} ids"
     )
     for number in range(first, min(first + count, len(store))):
         ids = store.document(number)
-        console.print(f"\n[bold]document {number}[/] · {len(ids):,} tokens", soft_wrap=True)
+        console.print(f"\ndocument {number} · {len(ids):,} tokens", style="bold")
         for n, (kind, some) in enumerate(spans(ids, space)):
             if kind == "audio":
                 frames = len(some) // store.slots
                 shown = _frames(some, space, store.slots)
                 seconds = f", {frames / rate:.2f} s" if codec else ""
                 line = Text(f"  {frames:,} frames{seconds}: {shown}", style="cyan")
-                if codec and audio:
+                if codec and audio and frames:
                     name = audio / f"{path.name}_{number}_{n}.wav"
                     _write(name, codec.decode([_codes(some, space, store.slots)])[0], codec.sample_rate)
                     line.append(f"  -> {name}")
-                console.print(line, soft_wrap=True)
+                console.print(line)
             elif kind == "text":
                 shown = tokenizer.decode(some.tolist()) if tokenizer else " ".join(map(str, some.tolist()))
-                console.print(Text(f"  {shown}"), soft_wrap=True)
+                console.print(f"  {shown}")
             else:
-                console.print(Text(kind, style="dim"), soft_wrap=True)
+                console.print(kind, style="dim")
         wrong = space.check(ids, store.slots)
         if wrong:
-            console.print(f"[red]not legal[/]: {wrong}", soft_wrap=True)
+            console.print(f"not legal: {wrong}", style="red")
 
 
 def spans(ids: np.ndarray, space: TokenSpace) -> list[tuple[str, np.ndarray]]:

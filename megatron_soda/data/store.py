@@ -6,6 +6,7 @@ NAME.bin, NAME.idx    `megatron`: what stock megatron-core reads (indexed.py)
 NAME.frames, .text, .spans    `compact`: a third of the size (compact.py)
 """
 
+import glob
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import SodaError
-from ..files import read_json, sync_folder, write_json
+from ..files import locked, read_json, sync_folder, write_json
 from ..vocab import TokenSpace
 from . import compact, indexed
 from .files import Parts, store_file
@@ -43,12 +44,11 @@ def write_parts(path: str | Path, parts: Parts, space: TokenSpace, format: str =
     other format is removed at the end.
     """
     path = Path(path)
-    store_file(path, "json").unlink(missing_ok=True)
     counts = {"tokens": 0, "documents": 0}
 
     def checked() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for ids, lengths in parts:
-            if len(lengths) and (lengths.min() < 1 or lengths.sum() != len(ids)):
+            if lengths.sum() != len(ids) or lengths.min(initial=1) < 1:
                 raise ValueError("a document must have at least one token, and the lengths must sum to the ids")
             counts["tokens"] += len(ids)
             counts["documents"] += len(lengths)
@@ -60,7 +60,7 @@ def write_parts(path: str | Path, parts: Parts, space: TokenSpace, format: str =
         store_file(path, "json"),
         {"format": format, **counts, "space": space.to_dict(), **provenance, "files": sums},
     )
-    _remove_others(path, format)
+    remove_others(path, format)
     return counts["tokens"]
 
 
@@ -78,13 +78,16 @@ class Store:
             raise SodaError(f"{store_file(self.path, 'json')}: no such file. Run `soda prepare` to make the store.")
         self.meta = read_json(store_file(self.path, "json"))
         try:
-            self.space = TokenSpace(**self.meta["space"])
-            self.slots = int(self.meta.get("slots", self.space.codebooks))  # codes of a frame: 1 if semantic-only
+            self.space = _space(self.meta["space"])
+            self.slots: int = self.meta.get("slots", self.space.codebooks)  # codes of a frame: 1 if semantic-only
+            if not (isinstance(self.slots, int) and 1 <= self.slots <= self.space.codebooks):
+                raise ValueError(f"slots={self.slots}")
             self.format: str = self.meta.get("format", "megatron")
             reader = FORMATS[self.format][1]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise SodaError(
-                f"{store_file(self.path, 'json')}: no token space and format in it ({type(error).__name__}: {error})"
+                f"{store_file(self.path, 'json')}: no token space and format in it that could be "
+                f"({type(error).__name__}: {error})"
             ) from None
         self._tokens = reader(self.path, self.space, self.slots)
         self.size = self._tokens.size
@@ -145,13 +148,37 @@ class Store:
             )
 
 
+def _space(values: dict[str, Any]) -> TokenSpace:
+    """The token space of a file. ValueError if there cannot be such a one."""
+    space = TokenSpace(**values)
+    if not all(isinstance(value, int) for value in values.values()):
+        raise ValueError(f"{values}: not integers")
+    if not (0 <= min(space.bos, space.eos) <= max(space.bos, space.eos) < space.text_size):
+        raise ValueError(f"{values}: BOS and EOS must be ids of text")
+    if not (1 <= space.codebooks <= 100 and space.entries >= 1 and space.size < 2**31):
+        raise ValueError(f"{values}: 1 to 100 codebooks of 1 entry or more, and ids below 2**31")
+    return space
+
+
 def convert(store: Store, path: str | Path, format: str, advance: Callable[[int], None] = lambda n: None) -> None:
     """Writes the documents of a store to `path` in another format and compares what can be read back.
 
     `path` may be the store's own: it is whole in one format or the other at any moment, and what was there is removed
-    when the new files are proved equal. SodaError if the index is damaged or the format cannot hold the documents.
+    when the new files are proved equal. SodaError if there is another store at `path`, if someone else is at work in
+    its folder, if the index is damaged, or if the format cannot hold the documents.
     """
     path = Path(path)
+    if path.is_dir():
+        raise SodaError(f"{path}: is a folder; name the store in it, such as {path / store.path.name}")
+    if path.resolve() != store.path.resolve() and store_file(path, "json").exists():
+        raise SodaError(f"{path}: there is a store already; remove it, or give another name")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path.parent):
+        _convert(store, path, format, advance)
+
+
+def _convert(store: Store, path: Path, format: str, advance: Callable[[int], None]) -> None:
+    store = Store(store.path)  # as it is now that nobody else writes
     store.check_index()
     about_files = ("format", "tokens", "documents", "space", "files")
     provenance = {key: value for key, value in store.meta.items() if key not in about_files}
@@ -162,6 +189,8 @@ def convert(store: Store, path: str | Path, format: str, advance: Callable[[int]
             yield ids, np.diff(offsets)
             advance(len(ids))
 
+    for left in path.parent.glob(f".{glob.escape(made.name)}.*.tmp"):
+        left.unlink()  # of a conversion that was killed
     try:
         write_parts(made, parts(), store.space, format, **provenance)
         for (_, ids, offsets), (_, again, offsets_again) in zip(store.parts(), Store(made).parts(), strict=True):
@@ -172,12 +201,12 @@ def convert(store: Store, path: str | Path, format: str, advance: Callable[[int]
             os.replace(store_file(made, suffix), store_file(path, suffix))
         sync_folder(path.parent)
     finally:
-        for left in path.parent.glob(f"{made.name}.*"):
+        for left in path.parent.glob(f"{glob.escape(made.name)}.*"):
             left.unlink()
-    _remove_others(path, format)
+    remove_others(path, format)
 
 
-def _remove_others(path: Path, format: str) -> None:
-    """The files of the store in other formats."""
+def remove_others(path: Path, format: str) -> None:
+    """Removes the files of the store in other formats."""
     for suffix in {s for suffixes, _, _ in FORMATS.values() for s in suffixes} - set(FORMATS[format][0]):
         store_file(path, suffix).unlink(missing_ok=True)

@@ -1,10 +1,9 @@
 """`soda validate`: whether stores are whole, and every document of theirs is legal and stands there once."""
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,27 +11,27 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .. import ops
-from ..errors import SodaError
+from ..errors import SodaError, user_message
 from ..files import read_json
+from ..tokenizer import NAMES, data_tokenizer
 from ..vocab import FIRST_CODE, Grammar
 from .files import checksum, store_file
 from .store import Store
 
 SIDES = ("train", "valid", "test")
 SHOWN = 10  # problems of a kind that are told one by one
-_BUCKETS = 64
-_PROVENANCE = ("codec", "tokenizer")
 
 console = Console(stderr=True)
 
 
-def validate(folder: Path, names: Sequence[str] = SIDES) -> bool:
-    """Checks the stores `names` of a data folder and prints what is wrong, where. True if nothing is.
+def validate(folder: Path, names: Sequence[str] = SIDES, corpora: Mapping[str, str | Path] | None = None) -> bool:
+    """Checks the stores `names` of a data folder, and those of `corpora` (paths by name), and prints what is wrong,
+    where. True if nothing is.
 
     Of each: files of the size and the checksum that were written, pointers that rise, ids of the token space, and the
     grammar of vocab.py (BOS and EOS, markers in pairs, whole audio frames with codebook k at slot k). Of all: one token
-    space, one codec and one tokenizer (which must be the folder's), and no document twice, in one store or in two.
-    Memory does not grow with the stores.
+    space, one codec and one tokenizer, which must be those that lie beside the stores; and no document twice, in one
+    store or in two. Memory stays bounded: what grows, 20 bytes a document, is in temporary files.
     """
     wrong = 0
 
@@ -42,43 +41,46 @@ def validate(folder: Path, names: Sequence[str] = SIDES) -> bool:
         print(text)
 
     stores: dict[str, Store] = {}
-    for name in names:
+    for name, path in {**{name: folder / name for name in names}, **(corpora or {})}.items():
         try:
-            store = Store(folder / name)
-            store.check_index()
-            stores[name] = store
-        except SodaError as error:
-            problem(f"{name}: {error}")
-    _same_provenance(folder, stores, problem)
+            stores[name] = Store(path)
+        except (SodaError, OSError) as error:
+            problem(f"{name}: {user_message(error)}")
+    _same_provenance(stores, problem)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console) as bar, _Hashes() as hashes:
+    with Progress(*columns, console=console) as bar, _Hashes(sum(map(len, stores.values()))) as hashes:
         for name, store in stores.items():
-            _check_sums(store, problem)
             task = bar.add_task(f"validate {name}", total=store.size)
-            bad = 0
-            for first, ids, offsets in store.parts():
-                for number, token in _illegal(store, ids, offsets):
-                    bad += 1
-                    if bad <= SHOWN:
-                        problem(f"{store.path}: document {first + number}, {_why(store, first + number, token)}")
-                hashes.add(name, first, ids, offsets)
-                bar.advance(task, len(ids))
-            if bad > SHOWN:
-                problem(f"{store.path}: {bad - SHOWN} more documents that are not legal")
-            print(f"{name}: {store.size:,} tokens, {len(store):,} documents, {bad} bad")
+            try:
+                bad = _check_store(name, store, problem, hashes, lambda n, task=task: bar.advance(task, n))
+                print(f"{name}: {store.size:,} tokens, {len(store):,} documents, {bad} bad")
+            except (SodaError, OSError) as error:
+                problem(f"{name}: {user_message(error)}")
         _check_twice(stores, hashes, problem)
     return not wrong
 
 
-def find_problems(store: Store) -> Iterator[str]:
-    """Yields "document i, token j: what is wrong" for every document that is not legal."""
+def _check_store(
+    name: str, store: Store, problem: Callable[[str], None], hashes: "_Hashes", advance: Callable[[int], None]
+) -> int:
+    """Returns how many documents are not legal. SodaError if the index is damaged: then documents cannot be read."""
+    store.check_index()
+    _check_files(store, problem)
+    bad = 0
     for first, ids, offsets in store.parts():
-        for number, token in _illegal(store, ids, offsets):
-            yield f"document {first + number}, {_why(store, first + number, token)}"
+        for number, token in illegal(store, ids, offsets):
+            bad += 1
+            if bad <= SHOWN:
+                problem(f"{store.path}: document {first + number}, {why(store, first + number, token)}")
+        hashes.add(name, first, ids, offsets)
+        advance(len(ids))
+    if bad > SHOWN:
+        problem(f"{store.path}: {bad - SHOWN} more documents that are not legal")
+    return bad
 
 
-def _illegal(store: Store, ids: np.ndarray, offsets: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Which documents are not legal, and from which token on."""
+def illegal(store: Store, ids: np.ndarray, offsets: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Which of some documents (see Store.parts) are not legal, and from which token on."""
     grammar = Grammar(store.space, store.slots)
     step = np.full((grammar.states, FIRST_CODE + store.space.codebooks), -1, np.int8)
     for (state, kind), following in grammar.step.items():
@@ -91,33 +93,49 @@ def _illegal(store: Store, ids: np.ndarray, offsets: np.ndarray) -> Iterator[tup
         yield number, int(found[number])
 
 
-def _why(store: Store, document: int, token: int) -> str:
+def why(store: Store, document: int, token: int) -> str:
+    """What is wrong with a document that is not legal."""
     return store.space.check(store.document(document), store.slots) or f"token {token}: not legal"
 
 
-def _check_sums(store: Store, problem: Callable[[str], None]) -> None:
-    sums = store.meta.get("files")
-    if not isinstance(sums, dict) or set(sums) != set(store.files):
-        problem(f"{store_file(store.path, 'json')}: no checksums in it: it was not written by this version")
+def _check_files(store: Store, problem: Callable[[str], None]) -> None:
+    json = store_file(store.path, "json")
+    for what, found in (("tokens", store.size), ("documents", len(store))):
+        if store.meta.get(what) != found:
+            problem(f"{json}: tells of {store.meta.get(what)} {what}, there are {found}")
+    written = store.meta.get("files")
+    if not isinstance(written, dict) or set(written) != set(store.files):
+        problem(f"{json}: no checksums in it: it was not written by this version")
         return
     for suffix, path in store.files.items():
-        found, wanted = checksum(path), sums[suffix].get("crc32") if isinstance(sums[suffix], dict) else None
-        if found != wanted:
-            problem(f"{path}: its checksum is {found}, {wanted} was written: bytes of it have changed")
+        found = {"bytes": path.stat().st_size, "crc32": checksum(path)}
+        if found != written[suffix]:
+            problem(f"{path}: is {found}, but {written[suffix]} was written: bytes of it have changed")
 
 
-def _same_provenance(folder: Path, stores: dict[str, Store], problem: Callable[[str], None]) -> None:
-    spaces = {name: (store.space, store.slots) for name, store in stores.items()}
+def _same_provenance(stores: dict[str, Store], problem: Callable[[str], None]) -> None:
+    spaces = {name: str((store.space, store.slots)) for name, store in stores.items()}
     if len(set(spaces.values())) > 1:
-        problem(f"{folder}: the stores are of different vocabularies: {spaces}")
-    for kind in _PROVENANCE:
-        made_by: dict[str, Any] = {name: store.meta.get(kind) for name, store in stores.items()}
-        path = folder / f"{kind}.json"  # codec.json; a tokenizer's fingerprint is in prepare.json
-        if kind == "codec" and path.is_file():
-            made_by[path.name] = read_json(path).get("fingerprint")
-        known = {value for value in made_by.values() if value}
-        if len(known) > 1:
-            problem(f"{folder}: made by more than one {kind}: {made_by}")
+        problem(f"the stores are of different vocabularies: {spaces}")
+    made_by: dict[str, dict[str, str]] = {kind: {} for kind in ("codec", "tokenizer")}
+    for name, store in stores.items():
+        for kind, known in made_by.items():
+            if store.meta.get(kind):  # a store of text alone has no codec
+                known[name] = str(store.meta[kind])
+    for folder in {store.path.parent for store in stores.values()}:
+        try:
+            if (folder / "codec.json").is_file():
+                made_by["codec"][str(folder / "codec.json")] = str(read_json(folder / "codec.json")["fingerprint"])
+            if any((folder / name).is_file() for name in NAMES):
+                tokenizer = data_tokenizer(folder)
+                made_by["tokenizer"][str(tokenizer.path)] = tokenizer.fingerprint
+        except (KeyError, TypeError):
+            problem(f"{folder / 'codec.json'}: no fingerprint in it")
+        except (SodaError, OSError) as error:
+            problem(user_message(error))
+    for kind, known in made_by.items():
+        if len(set(known.values())) > 1:
+            problem(f"made by more than one {kind}: {known}")
 
 
 # ---- documents that are there twice
@@ -128,9 +146,12 @@ class _Hashes:
 
     _ROW = np.dtype([("hash", "<i8"), ("document", "<i8"), ("store", "<i4")])
 
+    def __init__(self, documents: int) -> None:
+        self._buckets = max(1, min(256, documents >> 20))  # a million documents in memory, and 256 open files
+
     def __enter__(self) -> "_Hashes":
         self._stack = ExitStack()
-        self._files = [self._stack.enter_context(tempfile.TemporaryFile()) for _ in range(_BUCKETS)]  # noqa: SIM115
+        self._files = [self._stack.enter_context(tempfile.TemporaryFile()) for _ in range(self._buckets)]  # noqa: SIM115
         self._names: list[str] = []
         return self
 
@@ -144,9 +165,9 @@ class _Hashes:
         rows["hash"] = ops.hash_documents(torch.from_numpy(ids), torch.from_numpy(offsets)).numpy()
         rows["document"] = np.arange(first, first + len(rows))
         rows["store"] = self._names.index(name)
-        bucket = rows["hash"].view(np.uint64) % np.uint64(_BUCKETS)
+        bucket = rows["hash"].view(np.uint64) % np.uint64(self._buckets)
         order = np.argsort(bucket, kind="stable")
-        ends = np.cumsum(np.bincount(bucket.astype(np.int64), minlength=_BUCKETS))[:-1]
+        ends = np.cumsum(np.bincount(bucket.astype(np.int64), minlength=self._buckets))[:-1]
         for file, some in zip(self._files, np.split(rows[order], ends), strict=True):
             file.write(some.tobytes())
 
@@ -158,6 +179,7 @@ class _Hashes:
             order = np.argsort(rows["hash"], kind="stable")
             hashes = rows["hash"][order]
             same = np.flatnonzero(hashes[1:] == hashes[:-1]) + 1
+            same = same[np.argsort(order[same])]  # in the order of the documents
             firsts = np.searchsorted(hashes, hashes[same])
             for one, other in zip(rows[order[firsts]], rows[order[same]], strict=True):
                 yield (
@@ -174,7 +196,9 @@ def _check_twice(stores: dict[str, Store], hashes: _Hashes, problem: Callable[[s
         pair = (name, other)
         counts[pair] = counts.get(pair, 0) + 1
         if counts[pair] <= SHOWN:
-            where = "stands there twice" if name == other else f"stands in another store too, a leak of {name}"
+            where = (
+                "stands there twice" if name == other else f"stands in two stores, a leak between {name} and {other}"
+            )
             problem(f"{stores[other].path}: document {again} {where}: it is document {number} of {name}")
     for (name, other), count in counts.items():
         if count > SHOWN:

@@ -1,7 +1,8 @@
 """Kernels for packed audio codes, windows, batches, packing and checks: C++ and CUDA where built, else torch.
 
 Every function checks its arguments, then calls the op of csrc/ that does it (torch.ops.megatron_soda), or the function
-of the same name in `reference`, which gives the same values. `library.why_absent` says why csrc is not used.
+of the same name in `reference`, which gives the same values (of damaged tables, perhaps another error).
+`library.why_absent` says why csrc is not used.
 
 Wrong types raise TypeError; wrong shapes, devices or values raise ValueError. Tensors must be contiguous. The first
 four functions take CPU or CUDA tensors, the others CPU tensors.
@@ -125,8 +126,8 @@ def build_batch(
         raise ValueError(f"ids must be (sequences, length + 1), 1 sequence and length 1 at least, not {_shape(ids)}")
     if len(counts) != len(ids):
         raise ValueError(f"counts must be ({len(ids)},), one for every sequence of ids, not {_shape(counts)}")
-    if len(ids) * ids.shape[1] >= 2**31:
-        raise ValueError(f"ids must have fewer than 2**31 elements; it is {_shape(ids)}")
+    if len(ids) * ids.shape[1] >= 2**30:
+        raise ValueError(f"ids must have fewer than 2**30 elements; it is {_shape(ids)}")
     return _run("build_batch", ids, counts, classes, weights, eos, bool(reset_positions))
 
 

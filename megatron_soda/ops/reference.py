@@ -11,6 +11,7 @@ from torch import Tensor
 
 
 def pack_frames(codes: Tensor, bits: int) -> Tensor:
+    codes = codes.int()  # 2**bits may be too large for int16
     wrong = (codes < 0) | (codes > 2**bits - 1)
     if bool(wrong.any()):
         frame, slot = wrong.nonzero()[0].tolist()
@@ -20,7 +21,7 @@ def pack_frames(codes: Tensor, bits: int) -> Tensor:
     packed = codes.new_zeros(frames, width + 3, dtype=torch.uint8)  # three bytes more: a code touches up to four
     for slot in range(slots):
         byte, shift = divmod(slot * bits, 8)
-        code = codes[:, slot].int() << shift
+        code = codes[:, slot] << shift
         for i in range(4):
             packed[:, byte + i] |= (code >> 8 * i & 255).to(torch.uint8)
     return packed[:, :width].contiguous()

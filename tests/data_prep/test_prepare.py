@@ -354,7 +354,7 @@ def test_two_at_work_on_one_folder(speech, tmp_path):
     (tmp_path / "data").mkdir()
     with open(tmp_path / "data" / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(SodaError, match="another `soda prepare` is at work"):
+        with pytest.raises(SodaError, match="another soda is at work"):
             prepare(recipe(tmp_path, speech))
     assert prepare(recipe(tmp_path, speech))["utterances"] == 12
 

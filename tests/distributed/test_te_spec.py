@@ -68,7 +68,7 @@ def batch_of(lengths: tuple[tuple[int, ...], ...] = ((10, 9, 13), (32,))) -> Any
     from megatron_soda.data.windows import Window
 
     rng = np.random.default_rng(0)
-    windows = rng.integers(3, SPACE.size, (len(lengths), sum(lengths[0]) + 1))
+    windows = rng.integers(3, SPACE.size, (len(lengths), sum(lengths[0]) + 1)).astype(np.int32)
     for window, documents in zip(windows, lengths, strict=True):
         window[np.cumsum(documents) - 1] = SPACE.eos
     return Batcher(SPACE)([Window(ids, len(ids) - 1) for ids in windows])
