@@ -1,6 +1,8 @@
 """The one exception that users are meant to see."""
 
 import errno
+import sys
+from collections.abc import Callable
 
 
 class SodaError(Exception):
@@ -22,3 +24,14 @@ def user_message(error: SodaError | OSError) -> str:
     if error.errno in (errno.EACCES, errno.EROFS):
         return f"{error.filename}: may not be written or read ({error.strerror}). Choose another `run` folder."
     raise error
+
+
+def run_tool(main: Callable[..., None]) -> None:
+    """Runs the main function of a script in tools/ on its command line. A SodaError ends it with status 2."""
+    import typer
+
+    try:
+        typer.run(main)
+    except SodaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -31,7 +31,7 @@ from train_embedded_decoder import Prompt, read_prompts
 
 from data_prep.codecs import load_codec
 from data_prep.codecs.embedded import EmbeddedCodec
-from megatron_soda.errors import SodaError
+from megatron_soda.errors import SodaError, run_tool
 
 SAMPLE_RATE = 24_000
 PAUSE = 0.4  # s, between the prompts of a chunk
@@ -217,8 +217,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except SodaError as error:
-        console.print(f"[red]{error}[/red]")
-        sys.exit(2)
+    run_tool(main)

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data_prep.codecs import Codec, load_codec
 from megatron_soda.config import choice
-from megatron_soda.errors import SodaError
+from megatron_soda.errors import run_tool
 
 NAMES = ("mimi", "encodec", "dac")
 RATE = 24_000  # Hz, of all three
@@ -171,8 +171,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except SodaError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_tool(main)

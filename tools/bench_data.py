@@ -39,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data_prep import documents
 from data_prep.units import read_shard, write_units
 from megatron_soda.data.store import Store, write_parts
+from megatron_soda.errors import run_tool
 from megatron_soda.hf.tokenizer import build_tokenizer
 from megatron_soda.tokenizer import TextTokenizer, document_string
 from megatron_soda.vocab import BOS, EOS, TokenSpace
@@ -196,4 +197,4 @@ def text_speed(units: list[Path], text: TextTokenizer, repeats: int) -> float:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_tool(main)

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data_prep.audio import read_pieces
 from data_prep.dali import DaliDecoder
 from data_prep.utterance import Sound
-from megatron_soda.errors import SodaError
+from megatron_soda.errors import SodaError, run_tool
 
 SAMPLE_RATE = 24000
 SAMPLES_PER_FRAME = 1920
@@ -141,8 +141,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except SodaError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_tool(main)

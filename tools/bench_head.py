@@ -30,7 +30,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_soda.config import choice, load_recipe
-from megatron_soda.errors import SodaError
+from megatron_soda.errors import run_tool
 from megatron_soda.training.metrics import memory_gib
 from megatron_soda.vocab import LLAMA3
 
@@ -188,8 +188,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except SodaError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_tool(main)

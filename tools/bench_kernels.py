@@ -26,7 +26,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_soda import ops
-from megatron_soda.errors import SodaError
+from megatron_soda.errors import SodaError, run_tool
 from megatron_soda.ops import library, reference
 from megatron_soda.vocab import LLAMA3, Grammar
 
@@ -295,8 +295,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except SodaError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_tool(main)

@@ -40,6 +40,7 @@ from megatron_soda.data.batch import Batcher
 from megatron_soda.data.store import Store, write_parts
 from megatron_soda.data.validate import validate
 from megatron_soda.data.windows import Windows
+from megatron_soda.errors import run_tool
 from megatron_soda.vocab import LLAMA3
 
 LENGTH, SEQUENCES, DOCUMENT = 4096, 8, 100
@@ -246,4 +247,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_tool(main)

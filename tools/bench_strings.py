@@ -29,7 +29,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data_prep.strings import to_ids
-from megatron_soda.errors import SodaError
+from megatron_soda.errors import SodaError, run_tool
 from megatron_soda.hf.tokenizer import build_tokenizer
 from megatron_soda.tokenizer import TextTokenizer, clean_text, train_sentencepiece
 from megatron_soda.vocab import BOS, EOS, MARKERS, TokenSpace
@@ -132,8 +132,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except SodaError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_tool(main)

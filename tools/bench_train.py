@@ -42,7 +42,7 @@ from data_prep.interleave import text_first
 from megatron_soda.config import Recipe, choice, load_recipe
 from megatron_soda.data.batch import Batch, Batcher
 from megatron_soda.data.windows import Window
-from megatron_soda.errors import SodaError
+from megatron_soda.errors import run_tool
 from megatron_soda.model.size import parameter_count, train_flops
 from megatron_soda.training.metrics import memory_gib, mfu, peak_tflops
 from megatron_soda.vocab import LLAMA3
@@ -430,8 +430,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except SodaError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_tool(main)

@@ -20,7 +20,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_soda.errors import SodaError
+from megatron_soda.errors import SodaError, run_tool
 from megatron_soda.files import atomic_path
 from megatron_soda.report.reading import as_dict, read_metrics
 from megatron_soda.report.words import finite
@@ -139,8 +139,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except SodaError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_tool(main)

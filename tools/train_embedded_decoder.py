@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data_prep.codecs import embedded, embedded_decoder
 from data_prep.codecs.features import SAMPLE_RATE, SUBFRAME, Features, analyse
-from megatron_soda.errors import SodaError
+from megatron_soda.errors import SodaError, run_tool
 from megatron_soda.files import atomic_path
 
 LANGUAGES = ("fr", "it", "ru")
@@ -259,8 +259,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except SodaError as error:
-        console.print(f"[red]{error}[/red]")
-        sys.exit(2)
+    run_tool(main)
