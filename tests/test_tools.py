@@ -70,9 +70,9 @@ def test_compare_runs_refuses(tmp_path, first, words):
 
 @pytest.mark.parametrize(
     "name",
-    ["bench_head.py", "bench_train.py", "bench_data.py", "bench_codecs.py", "bench_decode.py", "compare_runs.py"],
+    "bench_head bench_train bench_data bench_codecs bench_decode bench_kernels bench_stores compare_runs".split(),
 )
 def test_help(name):
-    done = tool(name, "--help")
+    done = tool(f"{name}.py", "--help")
     assert done.returncode == 0, done.stderr
     assert "one JSON line" in done.stdout
