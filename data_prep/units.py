@@ -26,7 +26,6 @@ SCHEMA = pa.schema(
         ("audio", pa.string()),  # where the sound was
     ]
 )
-FACTS = ("codec", "key", "left_out")  # metadata of a shard
 
 
 @dataclass(frozen=True)

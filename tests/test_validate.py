@@ -245,6 +245,10 @@ def test_inspect_without_tokenizer_and_codec(tmp_path, capsys):
     assert "document 50" not in said
     ids = next(d for d in documents(50) if d[1] < BASE and d[1] != SPACE.text_start)
     assert " ".join(map(str, ids[1:-1] if ids[1] < 64 else [])) in said
+    (tmp_path / "text_tokenizer.model").write_bytes(b"garbage")
+    with pytest.raises(SodaError, match=r"text_tokenizer\.model"):
+        inspect(tmp_path / "train", 0, 1, None)
+    (tmp_path / "text_tokenizer.model").unlink()
     with pytest.raises(SodaError, match="there is no document 200; the store has 200"):
         inspect(tmp_path / "train", 200, 1, None)
     with pytest.raises(SodaError, match=r"codec\.json: no such file"):

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from ..errors import SodaError
 from ..files import atomic_path
-from ..tokenizer import data_tokenizer
+from ..tokenizer import NAMES, data_tokenizer
 from ..vocab import BOS, BOS_KIND, EOS, EOS_KIND, FIRST_CODE, MARKERS, TEXT, TEXT_START, TokenSpace
 from .store import Store
 
@@ -21,10 +21,8 @@ def inspect(path: Path, first: int, count: int, audio: Path | None) -> None:
     store = Store(path)
     if first >= len(store):
         raise SodaError(f"{path}: there is no document {first}; the store has {len(store):,}, counted from 0")
-    try:
-        tokenizer = data_tokenizer(path.parent)
-    except SodaError:
-        tokenizer = None  # ids are shown
+    # Without a tokenizer ids are shown; a broken one is an error.
+    tokenizer = data_tokenizer(path.parent) if any((path.parent / name).is_file() for name in NAMES) else None
     codec = None
     if audio:
         from data_prep.choose import load_data_codec
