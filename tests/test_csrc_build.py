@@ -68,7 +68,7 @@ def why_absent(library: Path) -> str:
     """What a fresh process says of this library; it must work without it."""
     program = (
         "import sys, pathlib, torch\n"
-        "import megatron_soda.ops.library as library\n"
+        "from megatron_soda.ops import library\n"
         "library.path, library.why_absent = pathlib.Path(sys.argv[1]), 'not loaded yet'\n"
         "library.load()\n"
         "from megatron_soda import ops\n"
@@ -130,7 +130,7 @@ def test_a_library_of_another_build(tmp_path, source, version, words):
             str(COMPILER), "-std=c++17", "-shared", "-fPIC", f"-DVERSION={version}",
             "-DTORCH_TARGET_VERSION=0x020b000000000000", "-I", cpp_extension.include_paths()[0],
             "other.cpp", "-o", "other.so",
-            *(f"-L{path}" for path in cpp_extension.library_paths()), "-lc10", "-ltorch_cpu",
+            *(f"-L{folder}" for folder in cpp_extension.library_paths()), "-lc10", "-ltorch_cpu",
         ],
         cwd=tmp_path, check=True,
     )  # fmt: skip

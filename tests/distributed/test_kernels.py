@@ -33,11 +33,11 @@ def test_fifty_steps(pool, tmp_path, overrides):
     write_data(tmp_path / "small")
     convert_stores(tmp_path / "small", [], "compact", None)
     found = {}
-    if library.why_absent and not COMPILER:
-        pytest.skip("there is no C++ compiler")
+    there = library.why_absent is None
+    assert there or not COMPILER, f"csrc: {library.why_absent}. {library.REBUILD}"
     for name, data, csrc in (("torch", "data", False), ("csrc", "data", True), ("compact", "small", True)):
         runs = [str(tmp_path / name), str(tmp_path / data), csrc, ["training.steps=50", *overrides]]
-        assert pool.run(1, train, *runs) == [csrc]
+        assert pool.run(1, train, *runs) == [csrc and there]  # without a compiler torch code does it, from either store
         found[name] = metrics(tmp_path / name)
     assert len(found["torch"]) == 50
     assert found["csrc"] == found["torch"]

@@ -10,7 +10,7 @@ import pytest
 from tests.voices import write_speech
 
 pytestmark = pytest.mark.full
-pytest.importorskip("ray")
+pytest.importorskip("ray", reason="Ray is not installed (the extra `full`)")
 
 # In a process of its own: Ray's cluster and its logging stay out of the tests.
 SCRIPT = """
