@@ -1,0 +1,73 @@
+"""What a run goes on from: its own newest checkpoint, one of another run that it branches off, or nothing."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..config import Recipe
+from ..errors import SodaError
+from ..vocab import TokenSpace
+from . import checkpoint
+
+
+@dataclass
+class Branch:
+    """Where a run left the one it branched off: nothing, for most."""
+
+    step: int = 0
+    samples: int = 0
+    consumed: dict[str, int] = field(default_factory=dict)  # samples of each corpus
+    origin: str = ""  # the checkpoint
+
+
+@dataclass
+class Origin:
+    folder: Path | None  # the checkpoint; None: the run starts from new weights
+    branch: Branch
+    branching: bool  # the run has no checkpoint of its own yet
+    saved: dict[str, Any]  # checkpoint.json
+    batch: int  # samples of a step
+
+    @property
+    def step(self) -> int:
+        """Steps that are done."""
+        return self.saved["step"]
+
+    def first_sample(self, of_step: int) -> int:
+        return self.branch.samples + (of_step - self.branch.step) * self.batch
+
+
+def find_origin(recipe: Recipe, space: TokenSpace, description: dict[str, Any]) -> Origin:
+    """All ranks call this. `description` is checkpoint.describe's. SodaError if what is there is of another model,
+    vocabulary or optimizer, or the run did not branch off where the recipe says it did."""
+    run, t = Path(recipe.run), recipe.training
+    folder = checkpoint.newest_whole(run)
+    branching = folder is None and bool(t.branch_from)
+    if branching:
+        folder = Path(t.branch_from)
+        problems = checkpoint.damage(folder)
+        if problems:
+            raise SodaError(f"training.branch_from={folder}: {problems[0]}")
+    saved: dict[str, Any] = {"step": 0, "samples": 0, "branch": {}, "consumed": {}}
+    if folder is not None:
+        saved = checkpoint.read_description(folder, recipe.model, space, description["optimizer"])
+    branch = Branch(**saved["branch"])
+    if branching:
+        branch = Branch(saved["step"], saved["samples"], saved["consumed"], t.branch_from)
+    if t.branch_from and branch.origin != t.branch_from:
+        raise SodaError(
+            f"{run} has checkpoints already, and they did not branch off training.branch_from={t.branch_from} but off "
+            f"{branch.origin or 'nothing'}. Give the leg a `run` folder of its own."
+        )
+    origin = Origin(folder, branch, branching, saved, t.global_batch_size)
+    if branching and origin.step >= t.steps:
+        raise SodaError(
+            f"training.steps={t.steps} is not past step {origin.step}, where the run branches off. Steps count on: for "
+            f"1000 more set training.steps={origin.step + 1000}"
+        )
+    return origin
+
+
+def branch_state(branch: Branch) -> dict[str, Any]:
+    """What checkpoint.json says of it."""
+    return asdict(branch) if branch.origin else {}
