@@ -61,7 +61,8 @@ class Model:
     head_dim: int = 0
     tie_embeddings: bool | None = None  # as the preset has it
     norm_epsilon: float = 1e-5
-    init_std: float = 0.02
+    init: str = ""  # normal | levanter (by fan-in, as the paper's library draws; model/gpt.py) | as the preset has it
+    init_std: float = 0.02  # of init=normal
     # Std of a vector that all ids of a class share at the start, in the embedding and in the head. SODA has none. With
     # it a model finds out in a few steps at which slot of a frame it is: small ones learn several times faster.
     embedding_class_std: float = 0.0
@@ -302,6 +303,7 @@ def _fill_preset(model: Model) -> None:
             setattr(model, name, size)
     if model.tie_embeddings is None:
         model.tie_embeddings = tied
+    model.init = model.init or ("normal" if model.preset == "tiny" else "levanter")
 
 
 def preset(name: str) -> tuple[int, int, int, int, int, int, bool]:
@@ -358,6 +360,11 @@ def _check(recipe: Recipe) -> None:
             need(0 <= value < 1 or (name == "max_rejects" and value == 1), f"{name}={value}: must be in [0, 1)")
     need(p.valid_share + p.test_share < 1, "prepare.valid_share and prepare.test_share leave nothing to train on")
     need(t.warmup_share + t.decay_share <= 1, "training.warmup_share and training.decay_share are over 1 together")
+    choice("model.init", m.init, ("normal", "levanter"))
+    need(
+        m.init == "normal" or m.init_std == Model.init_std,
+        f"model.init_std={m.init_std}: model.init={m.init} draws by fan-in; it is of model.init=normal",
+    )
     choice("training.optimizer", t.optimizer, ("adamw", "cautious"))
     choice("training.schedule", t.schedule, ("wsd", "cosine", "decay"))
     choice("training.precision", t.precision, ("fp32", "bf16", "fp8"))

@@ -66,6 +66,18 @@ def test_budgets_of_the_study():
         assert size.study_flops_per_token * steps * batch * 4096 == pytest.approx(budget, rel=0.01)
 
 
+def test_who_draws_the_weights():
+    """The paper's models as its library does, others with one standard deviation, unless the recipe says."""
+    from megatron_soda.hf.export import hf_config
+
+    for preset in [*PRESETS, "isoflop-640"]:
+        model = load_recipe(None, [f"preset={preset}"]).model
+        assert model.init == ("normal" if preset == "tiny" else "levanter")
+        assert hf_config(model, LLAMA3, 4096).initializer_range == 0.02  # as in the authors' exports
+    assert load_recipe(None, ["model.init=levanter"]).model.init == "levanter"
+    assert load_recipe(None, ["preset=135m", "model.init=normal", "init_std=0.01"]).model.init_std == 0.01
+
+
 def test_learning_rates_of_the_paper():
     for preset, rate in [("135m", 4.243e-3), ("600m", 4.243e-3), ("1.7b", 3.0e-3), ("4b", 2.683e-3)]:
         assert load_recipe(None, [f"preset={preset}"]).training.learning_rate == pytest.approx(rate, rel=1e-3)
@@ -89,6 +101,8 @@ def test_learning_rates_of_the_paper():
         ("training.decay_share=0.95", "over 1 together"),
         ("model.preset=isoflop-100", "multiple of 128"),
         ("training.optimizer=adam", "Did you mean adamw"),
+        ("model.init=levantr", "Did you mean levanter"),
+        ("model={init: levanter, init_std: 0.1}", "it is of model.init=normal"),
         ("training.schedule=decay", "training.branch_from"),
         ("training.schedule=wds", "Did you mean wsd"),
         ("training.learning_rate=-1", "0 or above"),

@@ -153,7 +153,7 @@ def build_model(recipe: Recipe, space: TokenSpace, device: torch.device, chunk: 
 
 @torch.no_grad()
 def initialise(model: GPTModel, space: TokenSpace, recipe: Recipe) -> None:
-    """N(0, init_std) for matrices, ones for norms, zeros for padded vocabulary rows; and the class stds of config.py.
+    """Matrices as `model.init` says, ones for norms, zeros for padded vocabulary rows; and the class stds of config.py.
 
     Every tensor is drawn whole from a generator seeded by its global name, then cut as megatron-core cuts it, so a
     run starts from the same model at every layout.
@@ -164,7 +164,7 @@ def initialise(model: GPTModel, space: TokenSpace, recipe: Recipe) -> None:
         if parameter.ndim == 1:
             parameter.fill_(1.0)
             continue
-        name = _global_name(model, name)
+        name = global_name(model, name)
         axis = parameter.partition_dim if parameter.tensor_model_parallel else -1
         shape = list(parameter.shape)
         if axis >= 0:
@@ -173,7 +173,7 @@ def initialise(model: GPTModel, space: TokenSpace, recipe: Recipe) -> None:
         padded_rows = shape[0]
         if is_vocabulary:
             shape[0] = space.size
-        full = _normal(shape, recipe.model.init_std, f"{recipe.seed}/{name}")
+        full = _draw(shape, name, recipe)
         if is_vocabulary:
             m = recipe.model
             class_std = m.embedding_class_std if name.startswith("embedding.") else m.head_class_std
@@ -187,13 +187,31 @@ def initialise(model: GPTModel, space: TokenSpace, recipe: Recipe) -> None:
         parameter.copy_(full)
 
 
+def _draw(shape: list[int], name: str, recipe: Recipe) -> Tensor:
+    """A whole matrix (rows, fan-in) or (vocabulary, width), float32.
+
+    normal: N(0, init_std). levanter: a standard normal cut off at 3, times 1 / sqrt(fan-in), the embedding times
+    1 / width. Q, K and V have one fan-in, and so have gate and up, so drawing them fused changes nothing.
+    """
+    if recipe.model.init == "normal":
+        return _normal(shape, recipe.model.init_std, f"{recipe.seed}/{name}")
+    scale = shape[1] ** (-1.0 if name.startswith("embedding.") else -0.5)
+    if name == "output_layer.weight":  # Levanter draws both from one key: the head starts as the scaled embedding
+        name = "embedding.word_embeddings.weight"
+    standard = torch.empty(shape, dtype=torch.float32)
+    return torch.nn.init.trunc_normal_(standard, a=-3, b=3, generator=_generator(f"{recipe.seed}/{name}")).mul_(scale)
+
+
 def _normal(shape: list[int], std: float, name: str) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32).normal_(std=std, generator=_generator(name))
+
+
+def _generator(name: str) -> torch.Generator:
     digest = hashlib.sha256(name.encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-    return torch.empty(shape, dtype=torch.float32).normal_(std=std, generator=generator)
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
-def _global_name(model: GPTModel, name: str) -> str:
+def global_name(model: GPTModel, name: str) -> str:
     """`decoder.layers.0.…` of a later pipeline stage -> the number the layer has in the whole model."""
     prefix = "decoder.layers."
     if name.startswith(prefix):

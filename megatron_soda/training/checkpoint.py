@@ -37,7 +37,7 @@ from ..vocab import TokenSpace
 from .optimizer import choose_adam, finish_load, prepare_load
 
 _OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
-_NOT_OF_THE_MODEL = ("preset", "init_std", "embedding_class_std", "head_class_std")
+_NOT_OF_THE_MODEL = ("preset", "init", "init_std", "embedding_class_std", "head_class_std")
 
 
 def folder_of(run: Path, step: int) -> Path:

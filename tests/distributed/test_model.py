@@ -1,6 +1,9 @@
-"""The model's logits: transformers' Qwen3 has the same, and one document's do not depend on another's."""
+"""The model's logits: transformers' Qwen3 has the same, and one document's do not depend on another's; and its weights
+at the start."""
 
+import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -142,3 +145,109 @@ def test_positions_by_document_differ_by_rounding_alone(pool, tmp_path, layout):
     reset = logits_of(pool, tmp_path, layout, ids, "data.reset_positions=true")
     assert np.abs(running - reset).max() < 1e-4
     assert not np.array_equal(running, reset)
+
+
+# Sizes no two of which are equal, so that a wrong fan-in shows.
+WIDE = [
+    *("model.init=levanter", "model.hidden_size=128", "model.ffn_hidden_size=384", "model.num_attention_heads=4"),
+    *("model.head_dim=48", "model.embedding_class_std=0", "model.head_class_std=0"),
+]
+FAN_IN = {
+    "q_proj": 128,
+    "k_proj": 128,
+    "v_proj": 128,
+    "o_proj": 192,
+    "gate_proj": 128,
+    "up_proj": 128,
+    "down_proj": 384,
+}
+
+
+def fresh_weights(folder: str, overrides: list[str]) -> tuple[int, dict[str, tuple[np.ndarray, int]]]:
+    """On a rank of the pool: its tensor-parallel rank, and of every parameter this rank's part and the axis of the cut
+    (-1: none), by its name in the whole model."""
+    from megatron.core import parallel_state
+
+    from megatron_soda.model import gpt
+    from megatron_soda.parallel import ranks
+
+    recipe = small_recipe(Path(folder), Path(folder), *overrides)
+    device = ranks.init(recipe)
+    virtual = recipe.parallel.virtual_pipeline
+    parts = {}
+    for chunk in range(virtual) if virtual > 1 else [None]:
+        model = gpt.build_model(recipe, SPACE, device, chunk)
+        parameters: Any = model.named_parameters()
+        for name, p in parameters:
+            axis = p.partition_dim if p.tensor_model_parallel else -1
+            parts[gpt.global_name(model, name)] = p.detach().numpy().copy(), axis
+    return parallel_state.get_tensor_model_parallel_rank(), parts
+
+
+@pytest.mark.parametrize("init", ["levanter", "normal"])
+def test_every_layout_starts_from_the_same_weights(pool, tmp_path, init):
+    overrides = [*WIDE, "model.embedding_class_std=0.1", f"model.init={init}"]
+    ((_, whole),) = pool.run(1, fresh_weights, str(tmp_path), overrides)
+    for layout in ("tp2", "pp2", "vpp2", "tp2pp2"):
+        world, of_layout = LAYOUTS[layout]
+        size = 2 if layout.startswith("tp") else 1
+        seen = set()
+        for rank, parts in pool.run(world, fresh_weights, str(tmp_path), [*overrides, *of_layout]):
+            for name, (part, axis) in parts.items():
+                full = whole[name][0]
+                if name.startswith(("embedding.", "output_layer.")):  # padded to a multiple of the ranks
+                    full = np.concatenate([full[: SPACE.size], np.zeros((size * len(part) - SPACE.size, 128))])
+                if axis >= 0:  # gate and up lie in one tensor, and a rank has a part of both
+                    matrices = np.split(full, 2) if "linear_fc1" in name else [full]
+                    full = np.concatenate([np.split(m, size, axis)[rank] for m in matrices])
+                assert np.array_equal(part, full.astype(np.float32)), (layout, name)
+                seen.add(name)
+        assert seen == set(whole)
+
+
+def as_qwen3(folder: str, overrides: list[str]) -> dict[str, np.ndarray]:
+    """On one rank of the pool: a fresh model's matrices, each by itself, in Qwen3's names."""
+    from megatron_soda.hf.export import hf_weights
+    from megatron_soda.model.gpt import build_model
+    from megatron_soda.parallel import ranks
+
+    recipe = small_recipe(Path(folder), Path(folder), *overrides)
+    model = build_model(recipe, SPACE, ranks.init(recipe))
+    return {name: w.numpy().copy() for name, w in hf_weights(model.state_dict(), recipe.model, SPACE).items()}
+
+
+def check_truncated_normal(values: np.ndarray, scale: float) -> None:
+    """Against a standard normal cut off at 3, times `scale`: bounds, moments, and the distribution (Kolmogorov-Smirnov,
+    at a significance of 0.001). The standard deviation is not made up for what is cut off."""
+    x = np.sort(values.astype(np.float64).ravel()) / scale
+    inside = math.erf(3 / math.sqrt(2))
+    std = math.sqrt(1 - 2 * 3 * math.exp(-9 / 2) / math.sqrt(2 * math.pi) / inside)
+    assert std == pytest.approx(0.98658, abs=1e-5)
+    assert 2.5 < np.abs(x).max() <= 3 + 1e-6
+    assert x.mean() == pytest.approx(0, abs=4 / math.sqrt(len(x)))
+    assert x.std() == pytest.approx(std, rel=3 / math.sqrt(2 * len(x)))
+    cumulative = 0.5 + 0.5 * np.array([math.erf(v / math.sqrt(2)) for v in x]) / inside
+    steps = np.arange(len(x) + 1) / len(x)
+    distance = max(np.abs(cumulative - steps[1:]).max(), np.abs(cumulative - steps[:-1]).max())
+    assert distance < 1.95 / math.sqrt(len(x))
+
+
+def test_the_initialisation_of_the_papers_library(pool, tmp_path):
+    (weights,) = pool.run(1, as_qwen3, str(tmp_path), WIDE)
+    for kind, fan_in in FAN_IN.items():
+        matrices = [w for name, w in weights.items() if f".{kind}." in name]
+        assert len(matrices) == 4
+        assert matrices[0].shape[1] == fan_in
+        check_truncated_normal(np.stack(matrices), fan_in**-0.5)
+        assert abs(np.corrcoef(matrices[0].ravel(), matrices[1].ravel())[0, 1]) < 0.05
+    check_truncated_normal(weights["model.embed_tokens.weight"], 1 / 128)
+    check_truncated_normal(weights["lm_head.weight"], 128**-0.5)
+    # Both are drawn from one key there, so the head starts as the embedding on another scale.
+    assert weights["lm_head.weight"] == pytest.approx(weights["model.embed_tokens.weight"] * math.sqrt(128), rel=1e-5)
+    assert all((w == 1).all() for name, w in weights.items() if "norm" in name)
+
+
+def test_a_tied_head_is_the_embedding_of_the_papers_library(pool, tmp_path):
+    (weights,) = pool.run(1, as_qwen3, str(tmp_path), [*WIDE, "model.tie_embeddings=true"])
+    check_truncated_normal(weights["model.embed_tokens.weight"], 1 / 128)
+    assert "lm_head.weight" not in weights

@@ -69,7 +69,7 @@ def run_steps(folder: str, overrides: list[str]) -> tuple[float, int]:
 
     def named(model: Any):
         for name, parameter in model.named_parameters():
-            name, shape = gpt._global_name(model, name), list(parameter.shape)
+            name, shape = gpt.global_name(model, name), list(parameter.shape)
             if parameter.tensor_model_parallel:
                 shape[parameter.partition_dim] *= size
             if name.startswith(("embedding.", "output_layer.")):
