@@ -1,10 +1,11 @@
-"""Atomic writes: a reader sees the whole file or none of it, also after a crash or on a full disk."""
+"""Files: writing, so that a reader sees the whole file or none of it, and reading what somebody else may have made."""
 
 import contextlib
 import errno
 import fcntl
 import json
 import os
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -74,11 +75,73 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
-def read_json(path: str | Path) -> Any:
-    path = Path(path)
+# ---- reading
+
+
+@contextlib.contextmanager
+def reading(path: str | Path, what: str = "cannot be read") -> Iterator[None]:
+    """For reading a file that a user gave, or that may be damaged or made by somebody else: whatever a library raises
+    inside (json, yaml, safetensors, tokenizers, sentencepiece, pyarrow, soundfile, ..), and our own code as it takes
+    values out of what was read, becomes one sentence: `path: what (why)`.
+
+    Put nothing else inside: a defect of ours would look like a fault of the file. (What was raised stays the cause.)
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise SodaError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise SodaError(f"{path}: not valid JSON ({error})") from None
+        yield
+    except (SodaError, AssertionError, NameError, ImportError):  # no file can raise these
+        raise
+    except FileNotFoundError as error:
+        raise SodaError(f"{error.filename or path}: no such file") from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise SodaError(f"{path}: {what} ({_why(error)})") from error
+    except Exception as error:
+        raise SodaError(f"{path}: {what} ({_why(error)})") from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # what a panic in Rust (tokenizers, safetensors) becomes
+            raise
+        raise SodaError(f"{path}: {what} ({_why(error)})") from error
+
+
+def _why(error: BaseException) -> str:
+    """The error as a few words on one line."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    if isinstance(error, MemoryError):
+        return "it asks for more memory than there is"
+    if isinstance(error, KeyError) and error.args:
+        return f"no {error.args[0]!r}"[:300]
+    text = (getattr(error, "strerror", None) or str(error)).strip() or type(error).__name__
+    return "".join(letter if letter.isprintable() else "?" for letter in text.splitlines()[0][:300])
+
+
+def read_json(path: str | Path, kind: type | None = None) -> Any:
+    """SodaError if the file is not there, is not JSON, holds half a character (a lone surrogate, which no file could be
+    written with again), or holds another `kind` of value (dict or list)."""
+    path = Path(path)
+    with reading(path, "not valid JSON"):
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+        json.dumps(value, ensure_ascii=False).encode()
+    if kind and not isinstance(value, kind):
+        raise SodaError(f"{path}: holds a {type(value).__name__}, not a {kind.__name__}")
+    return value
+
+
+def write_sealed(path: str | Path, value: dict[str, Any]) -> None:
+    """Writes a JSON file that carries a checksum of its own values."""
+    write_json(path, {**value, "crc32": _seal(value)})
+
+
+def read_sealed(path: str | Path) -> dict[str, Any]:
+    """What write_sealed wrote, with the checksum. SodaError if the values are not those that were written. (Files of
+    before there was a checksum have none.)"""
+    value = read_json(path, dict)
+    if value.get("crc32", _seal(value)) != _seal(value):
+        raise SodaError(f"{path}: its values are not those that were written: the file is damaged, or was edited")
+    return value
+
+
+def _seal(value: dict[str, Any]) -> str:
+    rest = {key: one for key, one in value.items() if key != "crc32"}
+    return f"{zlib.crc32(json.dumps(rest, sort_keys=True).encode()):08x}"

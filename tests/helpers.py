@@ -42,6 +42,10 @@ def find_problems(store: Store) -> list[str]:
     ]
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file() and p.name != ".lock"}
+
+
 def write_data(folder: Path, count: int = 200, space: TokenSpace = SPACE) -> Path:
     for side, (n, seed) in {"train": (count, 0), "valid": (40, 1), "test": (40, 2)}.items():
         write_store(folder / side, documents(n, seed, space), space, codec="none", tokenizer="none")

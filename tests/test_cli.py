@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from megatron_soda import cli, train
+from megatron_soda.files import write_sealed
 from tests.helpers import write_data
 
 COMMANDS = "prepare validate inspect convert-store train export evaluate generate report doctor".split()
@@ -114,7 +115,7 @@ def test_train_refuses_a_damaged_store_and_one_with_foreign_ids(monkeypatch, cap
     assert "train.bin" in capsys.readouterr().err
     meta = json.loads((tmp_path / "data" / "valid.json").read_text())
     (tmp_path / "data" / "train.bin").write_bytes(data)
-    (tmp_path / "data" / "valid.json").write_text(json.dumps({**meta, "space": {**meta["space"], "bos": 5}}))
+    write_sealed(tmp_path / "data" / "valid.json", {**meta, "space": {**meta["space"], "bos": 5}})
     assert soda(monkeypatch, "train", str(recipe)) == 2
     assert "another vocabulary" in capsys.readouterr().err
 

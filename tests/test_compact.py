@@ -18,7 +18,7 @@ from megatron_soda.data.store import Store, convert, write_parts, write_store
 from megatron_soda.errors import SodaError
 from megatron_soda.files import locked
 from megatron_soda.vocab import TokenSpace
-from tests.helpers import SPACE, documents, write_data
+from tests.helpers import SPACE, contents, documents, write_data
 
 COMPACT = ("frames", "json", "spans", "text")
 
@@ -71,10 +71,6 @@ def test_any_window_of_any_corpus_is_the_same(corpus, data):
         for start, count in ((0, len(stream) + 1), (-1, 2), (len(stream) + 1, 0)):
             with pytest.raises(IndexError):
                 store.read(start, count)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file() and p.name != ".lock"}
 
 
 def test_sizes():

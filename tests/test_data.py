@@ -16,6 +16,7 @@ from megatron_soda.data.store import Store, write_store
 from megatron_soda.data.validate import validate
 from megatron_soda.data.windows import Window, Windows, permute
 from megatron_soda.errors import SodaError
+from megatron_soda.files import write_sealed
 from megatron_soda.vocab import TokenSpace
 from tests.helpers import SPACE, documents, find_problems, write_data
 
@@ -306,6 +307,6 @@ def test_validate_names_document_and_token(tmp_path, capsys):
     assert "stands in two stores" in capsys.readouterr().out
     meta = json.loads((tmp_path / "test.json").read_text())
     meta["space"]["text_size"] -= 1
-    (tmp_path / "test.json").write_text(json.dumps(meta))
+    write_sealed(tmp_path / "test.json", meta)
     assert not validate(tmp_path)
     assert "different vocabularies" in capsys.readouterr().out

@@ -17,8 +17,9 @@ from megatron_soda.data.inspect import inspect, spans
 from megatron_soda.data.store import Store, write_store
 from megatron_soda.data.validate import validate
 from megatron_soda.errors import SodaError
+from megatron_soda.files import write_sealed
 from megatron_soda.vocab import TokenSpace
-from tests.helpers import SPACE, documents, find_problems, write_data
+from tests.helpers import SPACE, contents, documents, find_problems, write_data
 
 FORMATS = ["megatron", "compact"]
 BASE = SPACE.audio_base
@@ -89,10 +90,51 @@ def test_a_changed_byte(tmp_path, capsys, format):
         path.write_bytes(content)
     assert validate(tmp_path)
     meta = json.loads((tmp_path / "train.json").read_text())
-    del meta["files"]
-    (tmp_path / "train.json").write_text(json.dumps(meta))
-    assert not validate(tmp_path)
-    assert "no checksums" in capsys.readouterr().out
+    for checksums in ("files", "crc32"):
+        rest = {key: value for key, value in meta.items() if key != checksums}
+        if checksums == "files":
+            write_sealed(tmp_path / "train.json", rest)
+        else:
+            (tmp_path / "train.json").write_text(json.dumps(rest))
+        assert not validate(tmp_path)
+        assert "no checksums" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_nothing_new_is_written_from_a_damaged_store(tmp_path, format):
+    """A changed byte would get a checksum of its own, and nobody could see it any more."""
+    other = FORMATS[format == "megatron"]
+    write_data(tmp_path)
+    convert_stores(tmp_path, [], format, None)
+    for path in Store(tmp_path / "train").files.values():
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        before = contents(tmp_path)
+        for write in (
+            lambda: convert_stores(tmp_path, ["train"], other, None),
+            lambda: convert_stores(tmp_path, ["train"], other, tmp_path / "out"),
+            lambda: inspect(tmp_path / "train", 0, 1, tmp_path / "heard"),
+        ):
+            with pytest.raises(SodaError, match=rf"train\.{path.suffix[1:]}: "):
+                write()
+            assert contents(tmp_path) == before
+        path.write_bytes(whole)
+
+
+def test_what_a_killed_conversion_left_is_not_removed_beside_a_damaged_store(tmp_path):
+    write_data(tmp_path)
+    left = {suffix: (tmp_path / f"train.{suffix}").read_bytes() for suffix in ("bin", "idx")}
+    convert_stores(tmp_path, ["train"], "compact", None)
+    for suffix, content in left.items():
+        (tmp_path / f"train.{suffix}").write_bytes(content)
+    whole = (tmp_path / "train.text").read_bytes()
+    (tmp_path / "train.text").write_bytes(b"\xff" + whole[1:])
+    with pytest.raises(SodaError, match=r"train\.text: has changed"):
+        convert_stores(tmp_path, ["train"], "compact", None)
+    assert (tmp_path / "train.bin").read_bytes() == left["bin"]
+    (tmp_path / "train.text").write_bytes(whole)
+    convert_stores(tmp_path, ["train"], "compact", None)
+    assert not (tmp_path / "train.bin").exists()
 
 
 def test_twice_and_leaks(tmp_path, capsys):
@@ -168,7 +210,7 @@ def test_a_json_that_cannot_be(tmp_path, capsys, format, key, value):
     write_data(tmp_path)
     convert_stores(tmp_path, [], format, None)
     meta = json.loads((tmp_path / "valid.json").read_text())
-    (tmp_path / "valid.json").write_text(json.dumps(meta | {key: value}))
+    write_sealed(tmp_path / "valid.json", meta | {key: value})
     assert validate(tmp_path) == (key == "codec" and not value)  # no codec: of text alone
     said = capsys.readouterr().out
     assert "train: 5,770 tokens, 200 documents, 0 bad" in said

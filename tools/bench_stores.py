@@ -41,6 +41,7 @@ from megatron_soda.data.store import Store, write_parts
 from megatron_soda.data.validate import validate
 from megatron_soda.data.windows import Windows
 from megatron_soda.errors import run_tool
+from megatron_soda.files import write_sealed
 from megatron_soda.vocab import LLAMA3
 
 LENGTH, SEQUENCES, DOCUMENT = 4096, 8, 100
@@ -80,7 +81,7 @@ def sparse_stores(folder: Path, documents: int) -> None:
         with open(folder / name, "wb") as file:
             file.truncate(size)
     for name in ("megatron", "compact"):
-        (folder / f"{name}.json").write_text(json.dumps({**meta, "format": name}))
+        write_sealed(folder / f"{name}.json", {**meta, "format": name})
 
 
 def real_stores(folder: Path, documents: int) -> None:

@@ -8,7 +8,7 @@ from rich.progress import Progress
 
 from ..errors import SodaError
 from ..files import locked
-from .store import FORMATS, Store, convert, remove_others
+from .store import FORMATS, Store, convert, files_of_others, remove_others
 from .validate import SIDES
 
 console = Console(stderr=True)
@@ -23,8 +23,10 @@ def convert_stores(folder: Path, names: Sequence[str], format: str, out: Path | 
     for name in names or SIDES:
         store = Store(folder / name)
         if store.format == format and out is None:
-            with locked(folder):
-                remove_others(store.path, format)  # left if a conversion was killed at the last moment
+            if files_of_others(store.path, format):
+                with locked(folder):
+                    Store(store.path).verify()  # before anything goes that may be the only whole copy
+                    remove_others(store.path, format)
             console.print(f"{store.path}: is {format} already", soft_wrap=True, markup=False)
             continue
         path = out or store.path

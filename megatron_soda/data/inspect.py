@@ -17,7 +17,7 @@ SHOWN_FRAMES = 3
 
 def inspect(path: Path, first: int, count: int, audio: Path | None) -> None:
     """Prints documents of the store `path`, and writes their audio spans to the folder `audio`. SodaError for a
-    document that is not there, and for audio without the codec in the store's folder."""
+    document that is not there, and for audio of a damaged store or without the codec in its folder."""
     store = Store(path)
     if first >= len(store):
         raise SodaError(f"{path}: there is no document {first}; the store has {len(store):,}, counted from 0")
@@ -25,6 +25,7 @@ def inspect(path: Path, first: int, count: int, audio: Path | None) -> None:
     tokenizer = data_tokenizer(path.parent) if any((path.parent / name).is_file() for name in NAMES) else None
     codec = None
     if audio:
+        store.verify()
         from data_prep.choose import load_data_codec
 
         codec = load_data_codec(path.parent)

@@ -1,7 +1,7 @@
 """A token store: one long stream of int32 ids with document offsets, in one of two formats.
 
-NAME.json             format, token space, the codes of a frame, checksums of the files, and the fingerprints of the
-                      codec and the tokenizer that made the ids
+NAME.json             format, token space, the codes of a frame, checksums of the files and of itself, and the
+                      fingerprints of the codec and the tokenizer that made the ids
 NAME.bin, NAME.idx    `megatron`: what stock megatron-core reads (indexed.py)
 NAME.frames, .text, .spans    `compact`: a third of the size (compact.py)
 """
@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from ..errors import SodaError
-from ..files import locked, read_json, sync_folder, write_json
+from ..files import locked, read_sealed, reading, sync_folder, write_sealed
 from ..vocab import TokenSpace
 from . import compact, indexed
-from .files import Parts, store_file
+from .files import Parts, checksum, store_file
 
 _DOCUMENTS_AT_ONCE = 1 << 16
 FORMATS = {
@@ -56,7 +56,7 @@ def write_parts(path: str | Path, parts: Parts, space: TokenSpace, format: str =
 
     files = FORMATS[format][2](path, checked(), space, int(provenance.get("slots", space.codebooks)))
     sums = {suffix: {"bytes": file.bytes, "crc32": f"{file.crc:08x}"} for suffix, file in sorted(files.items())}
-    write_json(
+    write_sealed(
         store_file(path, "json"),
         {"format": format, **counts, "space": space.to_dict(), **provenance, "files": sums},
     )
@@ -76,19 +76,14 @@ class Store:
         self.path = Path(path)
         if not store_file(self.path, "json").is_file():
             raise SodaError(f"{store_file(self.path, 'json')}: no such file. Run `soda prepare` to make the store.")
-        self.meta = read_json(store_file(self.path, "json"))
-        try:
+        self.meta = read_sealed(store_file(self.path, "json"))
+        with reading(store_file(self.path, "json"), "no token space and format in it that could be"):
             self.space = _space(self.meta["space"])
             self.slots: int = self.meta.get("slots", self.space.codebooks)  # codes of a frame: 1 if semantic-only
-            if not (isinstance(self.slots, int) and 1 <= self.slots <= self.space.codebooks):
+            if not (type(self.slots) is int and 1 <= self.slots <= self.space.codebooks):
                 raise ValueError(f"slots={self.slots}")
             self.format: str = self.meta.get("format", "megatron")
             reader = FORMATS[self.format][1]
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise SodaError(
-                f"{store_file(self.path, 'json')}: no token space and format in it that could be "
-                f"({type(error).__name__}: {error})"
-            ) from None
         self._tokens = reader(self.path, self.space, self.slots)
         self.size = self._tokens.size
         if self.size == 0:
@@ -128,6 +123,29 @@ class Store:
         """SodaError if a document is empty, or does not begin where the one before it ends. Reads the whole index."""
         self._tokens.check_index()
 
+    def damage(self) -> Iterator[str]:
+        """What is not as it was written: counts, sizes and checksums of the files, all of which are read."""
+        json = store_file(self.path, "json")
+        for what, found in (("tokens", self.size), ("documents", len(self))):
+            if self.meta.get(what) != found:
+                yield f"{json}: says {self.meta.get(what)} {what}, found {found}"
+        written = self.meta.get("files")
+        if "crc32" not in self.meta or not isinstance(written, dict) or set(written) != set(self.files):
+            yield f"{json}: no checksums in it: it was not written by this version. Prepare the data again."
+            return
+        for suffix, path in self.files.items():
+            with reading(path):
+                found = {"bytes": path.stat().st_size, "crc32": checksum(path)}
+            if found != written[suffix]:
+                yield f"{path}: has changed since it was written: {found} instead of {written[suffix]}"
+
+    def verify(self) -> None:
+        """SodaError, naming the file, if the store is not as it was written. Whatever writes something new from a store
+        calls this first: damage must not get a checksum of its own."""
+        self.check_index()
+        for problem in self.damage():
+            raise SodaError(f"{problem}. Nothing was written; `soda prepare` makes the store again.")
+
     def parts(self, tokens: int = 1 << 22) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """All documents, about `tokens` tokens at a time: the number of the first, ids, and offsets as `offsets`, which
         begin with 0. `check_index` must have passed."""
@@ -151,7 +169,7 @@ class Store:
 def _space(values: dict[str, Any]) -> TokenSpace:
     """The token space of a file. ValueError if there cannot be such a one."""
     space = TokenSpace(**values)
-    if not all(isinstance(value, int) for value in values.values()):
+    if not all(type(value) is int for value in values.values()):
         raise ValueError(f"{values}: not integers")
     if not (0 <= min(space.bos, space.eos) <= max(space.bos, space.eos) < space.text_size):
         raise ValueError(f"{values}: BOS and EOS must be ids of text")
@@ -165,7 +183,7 @@ def convert(store: Store, path: str | Path, format: str, advance: Callable[[int]
 
     `path` may be the store's own: it is whole in one format or the other at any moment, and what was there is removed
     when the new files are proved equal. SodaError if there is another store at `path`, if someone else is at work in
-    its folder, if the index is damaged, or if the format cannot hold the documents.
+    its folder, if the store is damaged, or if the format cannot hold the documents.
     """
     path = Path(path)
     if path.is_dir():
@@ -179,8 +197,8 @@ def convert(store: Store, path: str | Path, format: str, advance: Callable[[int]
 
 def _convert(store: Store, path: Path, format: str, advance: Callable[[int], None]) -> None:
     store = Store(store.path)  # as it is now that nobody else writes
-    store.check_index()
-    about_files = ("format", "tokens", "documents", "space", "files")
+    store.verify()
+    about_files = ("format", "tokens", "documents", "space", "files", "crc32")
     provenance = {key: value for key, value in store.meta.items() if key not in about_files}
     made = path.with_name(f".{path.name}.new")
 
@@ -206,7 +224,13 @@ def _convert(store: Store, path: Path, format: str, advance: Callable[[int], Non
     remove_others(path, format)
 
 
+def files_of_others(path: Path, format: str) -> list[Path]:
+    """The files of the store in other formats, which are left if a conversion was killed at the last moment."""
+    suffixes = {s for suffixes, _, _ in FORMATS.values() for s in suffixes} - set(FORMATS[format][0])
+    return [file for file in (store_file(path, suffix) for suffix in sorted(suffixes)) if file.exists()]
+
+
 def remove_others(path: Path, format: str) -> None:
     """Removes the files of the store in other formats."""
-    for suffix in {s for suffixes, _, _ in FORMATS.values() for s in suffixes} - set(FORMATS[format][0]):
-        store_file(path, suffix).unlink(missing_ok=True)
+    for file in files_of_others(path, format):
+        file.unlink(missing_ok=True)
