@@ -9,9 +9,12 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
+from rich.console import Console
 
+from megatron_soda.data import validate as validating
 from megatron_soda.data.store import Store, convert, write_store
 from megatron_soda.data.validate import validate
 from megatron_soda.errors import SodaError
@@ -97,6 +100,7 @@ def fuzz_stores(folder: Path, count: int, seed: int) -> Counter[str]:
     """Damages one file of a store at a time. What is not as it was written must be named by `soda validate` and refused
     by `soda convert-store`; opening and reading may also do well, but not crash."""
     draw, found = random.Random(seed), Counter[str]()
+    quiet = Console(file=io.StringIO())
     made = documents(12, seed)
     others = {"megatron": "compact", "compact": "megatron"}
     whole: dict[str, dict[Path, bytes]] = {}
@@ -122,7 +126,7 @@ def fuzz_stores(folder: Path, count: int, seed: int) -> Counter[str]:
         same = content == whole[format][victim] or (victim.suffix == ".json" and _same(content, whole[format][victim]))
 
         said = io.StringIO()
-        with contextlib.redirect_stdout(said):
+        with contextlib.redirect_stdout(said), mock.patch.object(validating, "console", quiet):
             valid = validate(path.parent, ["s"])
         assert valid == same, f"{where}: {said.getvalue()}"
         assert valid or "s." in said.getvalue(), where
