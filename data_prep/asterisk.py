@@ -2,6 +2,9 @@
 
 Every prompt id is spoken in up to five languages, so the same set serves speech models and speech translation.
 `fetch_text` gets English text (WordNet's definitions and examples) the same way.
+
+Whatever version this machine's apt offers is taken, if the files we read from it are the known ones. They were the same
+in all of Debian 11, 12, 13 and unstable, and Ubuntu 22.04, 24.04, 25.04, 25.10 and 26.04.
 """
 
 import gzip
@@ -11,32 +14,34 @@ import os
 import re
 import shutil
 import subprocess
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
 from megatron_soda.errors import SodaError
-from megatron_soda.files import atomic_path, write_json, write_text
+from megatron_soda.files import write_json, write_text
 
 from .split import group_prompts
 from .utterance import Reject, Sound, Utterance, one_line, prompt_key
 
 LANGUAGES = ("en", "es", "fr", "it", "ru")
-SHA256 = {  # of Debian's packages, version by version
-    ("asterisk-core-sounds-en", "1.6.1-1"): "973e797d28e37fa6ca3c0a9d6fa717e77cf1268ae916bf09fd3503113cdffa50",
-    ("asterisk-core-sounds-en-g722", "1.6.1-1"): "38c5261820b406dcb0ecb37675720da2b0864850690690352ca52707eb623806",
-    ("asterisk-core-sounds-es", "1.6.1-1"): "9afdab7f559f036649fb406e625899306ca1004df8ebe39c30bfbd5912d66f74",
-    ("asterisk-core-sounds-es-g722", "1.6.1-1"): "e4e3b4281057d3b81b779298fd6be705f57411513955c518eed1bcaabbd615b8",
-    ("asterisk-core-sounds-fr", "1.6.1-1"): "04c82c78c570c43a7136cbc5e2488d0c470b775468dff9fbce4a131b18cf1056",
-    ("asterisk-core-sounds-fr-g722", "1.6.1-1"): "7add61d5e42279ecff1bbdf842a5a946ac3644fac9a0fe44384731aa7270c8e0",
-    ("asterisk-core-sounds-it", "1.6.1-1"): "3884d9457e12f21caa018c18f0d587df5d53ebea14b673d8453a134c5941ab3b",
-    ("asterisk-core-sounds-it-g722", "1.6.1-1"): "46b4cf7afc508a5fcfc051b7ea233251c0d195dd4ef83cc4b7facb4c6429b016",
-    ("asterisk-core-sounds-ru", "1.6.1-1"): "28a61616bb0cd3345a7ea532dec4df9f071e5d0fa9f8c1a563ea9669002f39ab",
-    ("asterisk-core-sounds-ru-g722", "1.6.1-1"): "673b4238a6b8269960f055d868c6a11083f7a0d00979167cb01554046b48ed9b",
-    ("wordnet-base", "1:3.0-37"): "61060d960f9ada8fa120872312eccd3ecebfbab8c4579e4f5a74e1cf67620752",
+CONTENT = {  # of each package: SHA-256 of the files that are read (see _content)
+    "asterisk-core-sounds-en": "f82927452020e7f13055565302da04afc1f531f3edc7c6e6c3ed2969fb7c5a71",
+    "asterisk-core-sounds-en-g722": "75399323a6ff62fdfa052bdd00fc0d017113be6e4f1ec58e04d430ddd0b39f7e",
+    "asterisk-core-sounds-es": "d6cddd1f4d369b2dff39dec0c624f16e135e56410e029d4226827dae036244f3",
+    "asterisk-core-sounds-es-g722": "9695cada2716186f610831b6f2b7a21d4df94173d18bc83d2cd0f6105a3a85da",
+    "asterisk-core-sounds-fr": "b4bb255c3fa6ffad40c1fbdea447b27a4528fe5b38595273ef423fa22f423811",
+    "asterisk-core-sounds-fr-g722": "ec2da133274a5eff5203bcdd3e552d5a07a2e3150dc9c058d24fbe53b16521de",
+    "asterisk-core-sounds-it": "69bd3a00687f5ffe5878d2b29d2b8a2b826c69d19bbd4912842e8bbb24ddd10f",
+    "asterisk-core-sounds-it-g722": "49671eef70a41e8b9dce2f4a56b4edafe507f9b2fdabb1b6ad1e374c97824e9a",
+    "asterisk-core-sounds-ru": "a396126d6db007f34feb7120df823f7a769ec8ca09fc4bfb6c4bc61bcaba3fc0",
+    "asterisk-core-sounds-ru-g722": "c8d3ac6ffb4346a92a9f81eed1c890e711313d81f0bad473fabfd9f5a6012aa8",
+    "wordnet-base": "ed9b2f6cd7f890a6ef6d620db525776b187918925ba05e2b8d4d37c4e16ff80a",
 }
 STAMP = "complete.json"  # in a language's folder, written last
 TEXT_BYTES = 2_000_000
 INSTEAD = "Or use your own recordings: give --speech DIR, a folder of sound files with a manifest."
+NOT_IN_SOURCES = ("Unable to locate package", "no installation candidate", "Can't find a source to download")
 
 
 def fetch(folder: Path, languages: list[str]) -> None:
@@ -49,10 +54,13 @@ def fetch(folder: Path, languages: list[str]) -> None:
     folder = Path(folder)
     for language in _known(languages):
         if not _is_complete(folder / language):
-            names = [name for name, _ in SHA256 if name.removesuffix("-g722") == f"asterisk-core-sounds-{language}"]
-            for name in names:
-                _unpack(_package(folder, name), folder / language)
-            write_json(folder / language / STAMP, {"packages": names, "files": len(_sounds(folder / language))})
+            shutil.rmtree(folder / language, ignore_errors=True)
+            name = f"asterisk-core-sounds-{language}"
+            try:
+                packages = [_unpack_package(folder, part, folder / language) for part in (name, f"{name}-g722")]
+            except SodaError as error:
+                raise SodaError(f"{error}\n{INSTEAD}") from None
+            write_json(folder / language / STAMP, {"packages": packages, "files": len(_sounds(folder / language))})
     shutil.rmtree(folder / "apt", ignore_errors=True)
     write_text(folder / "ATTRIBUTION.md", _attribution(folder))
 
@@ -94,19 +102,20 @@ def fetch_text(folder: Path) -> list[Path]:
 
     All of WordNet's example sentences, and definitions up to the size; each line once, in an order that is fixed
     and mixed (by hash), so that any part of the file is a fair sample. Writes wordnet-LICENSE.txt beside it.
-    Fails as `fetch` does.
+    Raises SodaError as `fetch` does.
     """
     folder = Path(folder)
     output = folder / "wordnet.txt"
     if not output.is_file():
         unpacked = folder / "wordnet"
-        _unpack(_package(folder, "wordnet-base"), unpacked)
+        shutil.rmtree(unpacked, ignore_errors=True)
+        _unpack_package(folder, "wordnet-base", unpacked)
         licence = (unpacked / "usr/share/doc/wordnet-base/copyright").read_text(encoding="utf-8")
         note = "wordnet.txt has definitions and example sentences of WordNet 3.0 (Debian package wordnet-base).\n\n"
         write_text(folder / "wordnet-LICENSE.txt", note + licence)
         glosses: list[str] = []
-        for part in ("noun", "verb", "adj", "adv"):
-            lines = (unpacked / f"usr/share/wordnet/data.{part}").read_text(encoding="utf-8").splitlines()
+        for path in _read_files("wordnet-base", unpacked):
+            lines = path.read_text(encoding="utf-8").splitlines()
             glosses += [line.split(" | ", 1)[1] for line in lines if " | " in line]
         write_text(output, "".join(f"{line}\n" for line in _sentences(glosses, TEXT_BYTES)))
         shutil.rmtree(unpacked)
@@ -156,11 +165,15 @@ def _is_complete(root: Path) -> bool:
         return False
 
 
+def _transcript_file(root: Path, language: str) -> Path:
+    return root / f"usr/share/doc/asterisk-core-sounds-{language}/core-sounds-{language}.txt.gz"
+
+
 def _transcripts(root: Path, language: str) -> tuple[dict[str, str], list[Reject]]:
     """Lines are `id: text`, `;` begins a comment. Of two lines with one id the first is the right one: the other is
     a slip (Spanish has the text of digits/10 as a second digits/0)."""
-    name = f"core-sounds-{language}.txt"
-    packed = root / f"usr/share/doc/asterisk-core-sounds-{language}" / f"{name}.gz"
+    packed = _transcript_file(root, language)
+    name = packed.stem
     try:
         lines = gzip.decompress(packed.read_bytes()).decode("utf-8-sig").splitlines()
     except (OSError, EOFError, UnicodeDecodeError) as error:
@@ -181,31 +194,58 @@ def _transcripts(root: Path, language: str) -> tuple[dict[str, str], list[Reject
     return texts, rejects
 
 
-def _package(folder: Path, name: str) -> Path:
-    """Debian's package file, downloaded unless it is there and whole."""
-    version, expected = next((key[1], digest) for key, digest in SHA256.items() if key[0] == name)
-    path = folder / "packages" / f"{name}_{version.replace(':', '%3a')}_all.deb"
+def _unpack_package(folder: Path, name: str, into: Path) -> str:
+    """Unpacks a package of Debian's, downloaded unless it is there and whole. Returns its file's name."""
+    packages = folder / "packages"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        packages.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SodaError(f"{path.parent}: cannot be made ({error.strerror})") from None
-    if path.is_file() and _sha256(path) == expected:
-        return path
-    with atomic_path(path) as temporary:
-        partial = temporary.with_suffix(".part")
+        raise SodaError(f"{packages}: cannot be made ({error.strerror})") from None
+    for path in sorted(packages.glob(f"{name}_*.deb")):
+        if not _unpack(path, into) and _content(name, into) == CONTENT[name]:
+            return path.name
+        path.unlink()  # damaged
+    partial = packages / f"{name}.part"
+    try:
+        _apt_download(name, partial, folder / "apt")
+        path = next(partial.glob("*.deb"), None)
+        failed = _unpack(path, into) if path else "apt-get left no file"
+        if path is None or failed:
+            raise SodaError(f"{name}: could not be unpacked into {into}.\n  {failed}")
+        if (found := _content(name, into)) != CONTENT[name]:
+            raise SodaError(
+                f"{path.name}: holds other files than any version of {name} that is known (sha256 {found}, expected "
+                f"{CONTENT[name]}), so it was thrown away."
+            )
+        os.replace(path, packages / path.name)
+    except SodaError:
+        shutil.rmtree(into, ignore_errors=True)
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return path.name
+
+
+def _read_files(name: str, root: Path) -> list[Path]:
+    """The files of an unpacked package that we read."""
+    if name == "wordnet-base":
+        return [root / f"usr/share/wordnet/data.{part}" for part in ("noun", "verb", "adj", "adv")]
+    if name.endswith("-g722"):
+        return sorted(_sound_folder(root).rglob("*.g722"))
+    return [_transcript_file(root, name.rpartition("-")[2])]
+
+
+def _content(name: str, root: Path) -> str:
+    """SHA-256 of the files we read: paths, and what is in them (unzipped: a zip has its date)."""
+    digest = hashlib.sha256()
+    for path in _read_files(name, root):
         try:
-            _apt_download(f"{name}={version}", partial, folder / "apt")
-            downloaded = next(partial.glob("*.deb"), None)
-            found = _sha256(downloaded) if downloaded else "no file"
-            if downloaded is None or found != expected:
-                raise SodaError(
-                    f"{name} {version}: not the expected package (sha256 {found}, expected {expected}), so it was "
-                    f"thrown away. Try again; another distribution's build of it does not match either. {INSTEAD}"
-                )
-            os.replace(downloaded, temporary)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    return path
+            content = path.read_bytes()
+            content = gzip.decompress(content) if path.suffix == ".gz" else content
+        except (OSError, EOFError, zlib.error):
+            return f"of nothing: {path.relative_to(root)} is not there or damaged"
+        digest.update(f"{path.relative_to(root).as_posix()} {hashlib.sha256(content).hexdigest()}\n".encode())
+    return digest.hexdigest()
 
 
 def _apt_download(package: str, into: Path, private: Path) -> None:
@@ -224,32 +264,30 @@ def _apt_download(package: str, into: Path, private: Path) -> None:
     failed_again = update_failed or _run(["apt-get", "download", "-q", package, *own_lists], into)
     if failed_again:
         shutil.rmtree(private, ignore_errors=True)
+        advice = "Is there a network? Run the same command again."
+        if any(words in failed_again for words in NOT_IN_SOURCES):
+            advice = "No source of this system's apt has it (Debian has it in `main`, Ubuntu in `universe`)."
         raise SodaError(
             f"{package}: apt-get could not download it.\n  {failed}\nLists fetched without root did not help:\n"
-            f"  {failed_again}\nIs there a network? Run `apt-get update` as root and try again. {INSTEAD}"
+            f"  {failed_again}\n{advice}"
         )
 
 
-def _unpack(package: Path, into: Path) -> None:
+def _unpack(package: Path, into: Path) -> str:
+    """Why it failed, or an empty string."""
     into.mkdir(parents=True, exist_ok=True)
-    if failed := _run(["dpkg-deb", "-x", str(package.resolve()), str(into.resolve())], into):
-        raise SodaError(f"{package}: dpkg-deb could not unpack it into {into}.\n  {failed}")
+    return _run(["dpkg-deb", "-x", str(package.resolve()), str(into.resolve())], into)
 
 
 def _run(command: list[str], folder: Path) -> str:
     """Runs a command of Debian's in `folder`: "" when it did well, else the last lines of what it said."""
     if shutil.which(command[0]) is None:
-        raise SodaError(f"{command[0]} is not on this machine: these prompts come as Debian packages. {INSTEAD}")
+        raise SodaError(f"{command[0]} is not on this machine, and this comes as a package of Debian's.")
     options = ["-oAcquire::Retries=1", "-oAcquire::http::Timeout=20"] if command[0] == "apt-get" else []
     environment = {**os.environ, "LC_ALL": "C"}
     done = subprocess.run([*command, *options], cwd=folder, env=environment, capture_output=True, text=True)
     said = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit status {done.returncode}"]
     return "\n  ".join(said[-3:]) if done.returncode else ""
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _attribution(folder: Path) -> str:
@@ -268,6 +306,7 @@ def _attribution(folder: Path) -> str:
             own = [part for part in parts if part.startswith(f"Files: {language}-*\n")]
             general = [part for part in parts if part.startswith("Files: *\n")]
             credits = "\n".join(f"    {line}" for line in (own + general + [""])[0].splitlines())
-            text += f"\n## {language}: {name}, {name}-g722 1.6.1-1\n\nSource: {source[1] if source else 'Debian'}\n\n"
+            packages = ", ".join(json.loads((folder / language / STAMP).read_text())["packages"])
+            text += f"\n## {language}: {packages}\n\nSource: {source[1] if source else 'Debian'}\n\n"
             text += credits + "\n"
     return text

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.markup import escape
+
 from megatron_soda.config import Recipe
 from megatron_soda.errors import SodaError
 
@@ -31,13 +33,15 @@ def read_inputs(recipe: Recipe, work: Path, rejects: Rejects) -> Inputs:
     """Makes the indices in WORK. SodaError if there is nothing to prepare."""
     p = recipe.prepare
     shares = {"valid_share": p.valid_share, "test_share": p.test_share}
-    texts = _text_patterns(recipe)
+    texts, no_text = _text_patterns(recipe)
     with progress("utterances", None if p.speech and not p.units else 0) as advance:
         source = _source(recipe, work) if p.speech and not p.units else iter(())
         index = make_index(
             source, work / "index", shard_size=p.shard_size, reject=rejects.add, advance=advance, **shares
         )
     speech_rejects, repeats = rejects.count, 0
+    for reject in no_text:
+        rejects.add(reject)
 
     def reject_text(reject: Reject) -> None:
         nonlocal repeats
@@ -79,15 +83,22 @@ def _source(recipe: Recipe, work: Path) -> Iterator[Utterance | Reject]:
     return iter([*sorted(utterances, key=lambda u: u.id), *rejects])
 
 
-def _text_patterns(recipe: Recipe) -> list[str]:
-    patterns = []
+def _text_patterns(recipe: Recipe) -> tuple[list[str], list[Reject]]:
+    """The globs of texts. WordNet's that cannot be fetched is a Reject: speech can do without."""
+    patterns, rejects = [], []
     for name in recipe.prepare.text:
-        if name == "wordnet":
+        if name != "wordnet":
+            patterns.append(name)
+            continue
+        try:
             with console.status("fetching text"):
                 patterns += map(str, asterisk.fetch_text(Path(recipe.prepare.downloads) / "wordnet"))
-        else:
-            patterns.append(name)
-    return patterns
+        except SodaError as error:
+            if not recipe.prepare.speech and not recipe.prepare.units:
+                raise
+            console.print(f"[yellow]without WordNet's text[/]: {escape(str(error))}", highlight=False)
+            rejects.append(Reject("prepare.text: wordnet", "text not fetched, so the speech is without it"))
+    return patterns, rejects
 
 
 def _as_item(text: str | Reject) -> Utterance | Reject:

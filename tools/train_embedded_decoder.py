@@ -9,9 +9,7 @@ and Spanish (one other speaker) are never used, so that they can judge. See data
 """
 
 import gzip
-import hashlib
 import math
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -31,13 +29,13 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from data_prep import asterisk
 from data_prep.codecs import embedded, embedded_decoder
 from data_prep.codecs.features import SAMPLE_RATE, SUBFRAME, Features, analyse
-from megatron_soda.errors import SodaError, run_tool
+from megatron_soda.errors import run_tool
 from megatron_soda.files import atomic_path
 
 LANGUAGES = ("fr", "it", "ru")
-VERSION = "1.6.1-1"
 VOICES = {
     "en": "en_US_f_Allison",
     "es": "es_MX_f_Allison",
@@ -45,19 +43,6 @@ VOICES = {
     "it": "it_IT_m_Carlo",
     "ru": "ru_RU_f_IvrvoiceRU",
 }
-SHA256 = {
-    "asterisk-core-sounds-en-g722": "38c5261820b406dcb0ecb37675720da2b0864850690690352ca52707eb623806",
-    "asterisk-core-sounds-en": "973e797d28e37fa6ca3c0a9d6fa717e77cf1268ae916bf09fd3503113cdffa50",
-    "asterisk-core-sounds-es-g722": "e4e3b4281057d3b81b779298fd6be705f57411513955c518eed1bcaabbd615b8",
-    "asterisk-core-sounds-es": "9afdab7f559f036649fb406e625899306ca1004df8ebe39c30bfbd5912d66f74",
-    "asterisk-core-sounds-fr-g722": "7add61d5e42279ecff1bbdf842a5a946ac3644fac9a0fe44384731aa7270c8e0",
-    "asterisk-core-sounds-fr": "04c82c78c570c43a7136cbc5e2488d0c470b775468dff9fbce4a131b18cf1056",
-    "asterisk-core-sounds-it-g722": "46b4cf7afc508a5fcfc051b7ea233251c0d195dd4ef83cc4b7facb4c6429b016",
-    "asterisk-core-sounds-it": "3884d9457e12f21caa018c18f0d587df5d53ebea14b673d8453a134c5941ab3b",
-    "asterisk-core-sounds-ru-g722": "673b4238a6b8269960f055d868c6a11083f7a0d00979167cb01554046b48ed9b",
-    "asterisk-core-sounds-ru": "28a61616bb0cd3345a7ea532dec4df9f071e5d0fa9f8c1a563ea9669002f39ab",
-}
-
 BATCH = 10
 SEGMENT = 48  # sub-frames of 20 ms: 0.96 s
 EDGE = SUBFRAME  # samples at either end of a segment that the loss leaves out: the network lacks context there
@@ -76,8 +61,7 @@ class Prompt:
 
 def read_prompts(language: str, folder: Path) -> dict[str, Prompt]:
     """The prompts with a plain transcript of one language, by id, from its two Debian packages."""
-    for package in (f"asterisk-core-sounds-{language}-g722", f"asterisk-core-sounds-{language}"):
-        _unpack(package, folder)
+    asterisk.fetch(folder, [language])
     root = folder / language / "usr/share"
     transcript = root / f"doc/asterisk-core-sounds-{language}/core-sounds-{language}.txt.gz"
     prompts = {}
@@ -89,25 +73,6 @@ def read_prompts(language: str, folder: Path) -> dict[str, Prompt]:
             continue
         prompts[prompt] = Prompt(prompt, text, read_g722(sound))
     return prompts
-
-
-def _unpack(package: str, folder: Path) -> None:
-    deb = folder / f"{package}_{VERSION}_all.deb"
-    language = package.split("-")[3]
-    folder.mkdir(parents=True, exist_ok=True)
-    if not deb.is_file():
-        done = subprocess.run(
-            ["apt-get", "download", f"{package}={VERSION}"], cwd=folder, capture_output=True, text=True
-        )
-        if done.returncode:
-            raise SodaError(f"apt-get download {package}={VERSION} failed: {done.stderr.strip()}. Run apt-get update?")
-    digest = hashlib.sha256(deb.read_bytes()).hexdigest()
-    if digest != SHA256[package]:
-        raise SodaError(f"{deb}: sha256 is {digest}, expected {SHA256[package]}. Remove the file and try again.")
-    marker = folder / language / f"{package}.unpacked"
-    if not marker.exists():
-        subprocess.run(["dpkg-deb", "-x", deb.name, language], cwd=folder, check=True)
-        marker.touch()
 
 
 def read_g722(path: Path) -> np.ndarray:

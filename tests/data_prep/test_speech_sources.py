@@ -1,7 +1,6 @@
 """Manifests and the Asterisk prompts: every bad input is a counted reject or a clear SodaError."""
 
 import gzip
-import hashlib
 import json
 import os
 import subprocess
@@ -14,8 +13,9 @@ import soundfile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_prep import asterisk, sources
+from data_prep import asterisk, inputs, sources
 from data_prep.utterance import Reject, Sound, Utterance, prompt_key
+from megatron_soda.config import load_recipe
 from megatron_soda.errors import SodaError
 
 
@@ -275,8 +275,10 @@ if os.path.exists(here + "/fail-" + sys.argv[1]):
 if sys.argv[1] == "download":
     if os.path.exists(here + "/needs-lists") and not any("Dir::State::lists" in a for a in sys.argv):
         sys.exit("E: Unable to locate package")
-    name, version = next(a for a in sys.argv[2:] if "=" in a and not a.startswith("-")).split("=")
-    file = f"{name}_{version.replace(':', '%3a')}_all.deb"
+    name = next(a for a in sys.argv[2:] if not a.startswith("-"))
+    file = next((f for f in os.listdir(here) if f.startswith(name + "_")), None)
+    if file is None:
+        sys.exit("E: Unable to locate package")
     shutil.copy(here + "/" + file, file)
 """
 
@@ -291,7 +293,6 @@ class Archive:
             (folder / name).write_text(f"#!{sys.executable}\n{code}")
             (folder / name).chmod(0o755)
         sounds = "usr/share/asterisk/sounds"
-        hashes: dict[tuple[str, str], str] = {}
         for language, voice in (("en", "en_US_f_Allison"), ("it", "it_IT_m_Carlo")):
             name = f"asterisk-core-sounds-{language}"
             document = f"usr/share/doc/{name}"
@@ -301,24 +302,31 @@ class Archive:
             )
             text = gzip.compress(lines.encode(), mtime=0).decode("latin-1")
             files = {f"{document}/copyright": COPYRIGHT, f"{document}/core-sounds-{language}.txt.gz": text}
-            hashes[name, "1.6.1-1"] = self.add(name, "1.6.1-1", files)
+            self.add(name, "1.6.1-1", files)
             prompts = ("hello", "digits/1", "beep", "letters/dash", "space", "none", "empty", "unknown")
             audio = {f"{sounds}/{voice}/{prompt}.g722": "\x00" * 800 for prompt in prompts}
-            hashes[f"{name}-g722", "1.6.1-1"] = self.add(f"{name}-g722", "1.6.1-1", audio)
+            self.add(f"{name}-g722", "1.6.1-1", audio)
         glosses = (
             "  1 This software: a licence line\n"
             '0001 n | a thing; "It is a thing."; "Two  spaces"- Author  \n0002 n | a thing; "It is a thing."\n'
         )
         words = {f"usr/share/wordnet/data.{part}": glosses for part in ("noun", "verb", "adj", "adv")}
         words["usr/share/doc/wordnet-base/copyright"] = "WordNet licence"
-        hashes["wordnet-base", "1:3.0-37"] = self.add("wordnet-base", "1:3.0-37", words)
-        monkeypatch.setattr(asterisk, "SHA256", hashes)
+        self.words = words
+        self.add("wordnet-base", "1:3.0-37", words)
+        contents: dict[str, str] = {}
+        for package in folder.glob("*.deb"):
+            name = package.name.partition("_")[0]
+            subprocess.run([folder / "dpkg-deb", "-x", package, folder / "unpacked" / name], check=True)
+            contents[name] = asterisk._content(name, folder / "unpacked" / name)
+        monkeypatch.setattr(asterisk, "CONTENT", contents)
         monkeypatch.setenv("PATH", str(folder))
 
-    def add(self, name: str, version: str, files: dict[str, str]) -> str:
-        content = json.dumps(files).encode()
-        (self.folder / f"{name}_{version.replace(':', '%3a')}_all.deb").write_bytes(content)
-        return hashlib.sha256(content).hexdigest()
+    def add(self, name: str, version: str, files: dict[str, str]) -> None:
+        """Puts this version in the place of any other."""
+        for other in self.folder.glob(f"{name}_*.deb"):
+            other.unlink()
+        (self.folder / f"{name}_{version.replace(':', '%3a')}_all.deb").write_text(json.dumps(files))
 
     def calls(self) -> list[str]:
         log = self.folder / "log"
@@ -412,10 +420,26 @@ def test_fetch_goes_on_where_it_was(archive: Archive, tmp_path: Path) -> None:
 def test_a_wrong_package_is_refused(archive: Archive, tmp_path: Path) -> None:
     archive.add("asterisk-core-sounds-en", "1.6.1-1", {"usr/evil": "x"})
     message = failure(tmp_path / "speech", ["en"])
-    assert "not the expected package" in message
-    assert "asterisk-core-sounds-en 1.6.1-1" in message
+    assert "asterisk-core-sounds-en_1.6.1-1_all.deb: holds other files" in message
     assert "--speech DIR" in message
     assert not (tmp_path / "speech/en/usr").exists()
+    assert not list((tmp_path / "speech").rglob("*.deb"))
+
+
+@pytest.mark.parametrize("version", ["1.6.1-1build1", "1.6.1-2"])
+def test_another_version_with_the_same_files_is_taken(archive: Archive, tmp_path: Path, version: str) -> None:
+    """Another distribution's build: the transcript is zipped at another time, the changelog is another."""
+    name = "asterisk-core-sounds-en"
+    text = f"usr/share/doc/{name}/core-sounds-en.txt.gz"
+    unpacked = archive.folder / "unpacked" / name
+    again = gzip.compress(gzip.decompress((unpacked / text).read_bytes()), mtime=7).decode("latin-1")
+    files = {text: again, f"usr/share/doc/{name}/copyright": COPYRIGHT, f"usr/share/doc/{name}/changelog": "other"}
+    archive.add(name, version, files)
+    asterisk.fetch(tmp_path / "speech", ["en"])
+    assert len(asterisk.read(tmp_path / "speech", ["en"])[0]) == 3
+    assert f"## en: {name}_{version}_all.deb, {name}-g722_1.6.1-1_all.deb" in (
+        tmp_path / "speech/ATTRIBUTION.md"
+    ).read_text(encoding="utf-8")
 
 
 def test_old_lists_are_replaced_by_our_own(archive: Archive, tmp_path: Path) -> None:
@@ -432,10 +456,13 @@ def test_no_network(archive: Archive, tmp_path: Path) -> None:
     (archive.folder / "fail-download").write_text("Unable to locate package asterisk")
     (archive.folder / "fail-update").write_text("Could not resolve host")
     message = failure(tmp_path / "speech", ["en"])
-    for part in ("Unable to locate", "Could not resolve", "a network?", "`apt-get update`", "--speech DIR"):
+    for part in ("Unable to locate", "Could not resolve", "a network?", "--speech DIR"):
         assert part in message
     (archive.folder / "fail-update").unlink()
-    assert "Unable to locate" in failure(tmp_path / "speech", ["en"])
+    message = failure(tmp_path / "speech", ["en"])
+    assert "Unable to locate" in message
+    assert "No source of this system's apt has it" in message
+    assert "a network?" not in message
 
 
 @pytest.mark.parametrize("program", ["apt-get", "dpkg-deb"])
@@ -472,6 +499,33 @@ def test_text(archive: Archive, tmp_path: Path) -> None:
     assert len(archive.calls()) == 1
     assert asterisk.fetch_text(tmp_path) == [path]
     assert archive.calls() == []
+
+
+def test_text_of_another_version(archive: Archive, tmp_path: Path) -> None:
+    archive.add("wordnet-base", "1:3.0-39", {**archive.words, "usr/share/doc/wordnet-base/changelog": "3.0-39"})
+    (path,) = asterisk.fetch_text(tmp_path)
+    assert "It is a thing." in path.read_text(encoding="utf-8")
+    archive.add("wordnet-base", "1:3.1-1", {**archive.words, "usr/share/wordnet/data.noun": "0001 n | another"})
+    with pytest.raises(SodaError, match=r"wordnet-base_1%3a3\.1-1_all\.deb: holds other files") as caught:
+        asterisk.fetch_text(tmp_path / "other")
+    assert "--speech" not in str(caught.value)
+
+
+def test_speech_does_without_text_that_cannot_be_fetched(archive: Archive, tmp_path: Path, capsys) -> None:
+    """And says so: on the terminal, and as a reject, which the summary and the page show. Text alone is an error."""
+    next(archive.folder.glob("wordnet-base_*.deb")).unlink()
+    recipe = load_recipe(None, ["prepare.text=[wordnet]", f"prepare.downloads={tmp_path}"])
+    patterns, rejects = inputs._text_patterns(recipe)
+    assert patterns == []
+    assert [(r.where, r.reason) for r in rejects] == [
+        ("prepare.text: wordnet", "text not fetched, so the speech is without it")
+    ]
+    said = " ".join(capsys.readouterr().err.split())
+    assert "without WordNet's text: wordnet-base: apt-get could not download it" in said
+    assert "No source of this system's apt has it" in said
+    recipe.prepare.speech = ""
+    with pytest.raises(SodaError, match="wordnet-base"):
+        inputs._text_patterns(recipe)
 
 
 @given(st.lists(st.text(st.characters(codec="utf-8"), max_size=30)), st.integers(0, 100))
