@@ -34,7 +34,6 @@ def checks() -> list[tuple[str, bool, str, str]]:
     te, dali = _version("transformer-engine"), _version("nvidia-dali-cuda130") or _version("nvidia-dali-cuda120")
     # PyPI's `apex` is another project; NVIDIA's has this module.
     apex = importlib.util.find_spec("amp_C") is not None and _imports("apex.optimizers")
-    kernels = "CPU and CUDA" if library.has_cuda() else "CPU; torch code on CUDA devices" if cuda else "CPU"
     nccl = torch.distributed.is_nccl_available() and cuda
     return [
         ("device", cuda, device, "an NVIDIA GPU and a CUDA build of torch"),
@@ -53,8 +52,8 @@ def checks() -> list[tuple[str, bool, str, str]]:
         ),
         (
             "csrc kernels",
-            library.why_absent is None,
-            f"{library.why_absent}: torch code does their work" if library.why_absent else kernels,
+            library.why_absent is None and (library.has_cuda() or not cuda),
+            library.describe(),
             library.REBUILD,
         ),
         (

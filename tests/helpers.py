@@ -1,6 +1,5 @@
 """Small stores and recipes for tests."""
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,6 @@ from megatron_soda.data.store import Store, write_store
 from megatron_soda.data.validate import illegal, why
 from megatron_soda.vocab import TokenSpace
 
-COMPILER = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
 SPACE = TokenSpace(text_size=64, bos=1, eos=2, codebooks=4, entries=16)
 
 

@@ -28,40 +28,109 @@ def test_the_cuda_files_compile(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def build(folder: Path, **environment: str) -> subprocess.CompletedProcess:
-    """setup.py's build of the library, in a copy of what it needs."""
+# setup.py as with another build of torch: CUDA's version and its home are what the test says.
+AS_TORCH = """
+import os, runpy, sys, torch
+from torch.utils import cpp_extension
+torch.version.cuda = sys.argv.pop(1) or None
+cpp_extension.CUDA_HOME = os.environ.get("CUDA_HOME")
+runpy.run_path("setup.py", run_name="__main__")
+"""
+
+
+def build(folder: Path, cuda: str = "", **environment: str) -> subprocess.CompletedProcess:
+    """setup.py's build of the library from sources without content; `cuda` is the version that torch was built for."""
     source = folder / "source"
-    shutil.copytree(ROOT / "csrc", source / "csrc")
+    for part in ("cpu/ops.cpp", "cuda/ops.cu"):
+        (source / "csrc" / part).parent.mkdir(parents=True)
+        (source / "csrc" / part).touch()
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     (source / "megatron_soda").mkdir()
     (source / "megatron_soda" / "__init__.py").touch()
-    command = [sys.executable, "setup.py", "build_ext", "--build-lib", "made", "--build-temp", "temporary"]
+    command = [sys.executable, "-c", AS_TORCH, cuda, "build_ext", "--inplace"]
+    settings = {key: value for key, value in os.environ.items() if key not in ("SODA_CSRC", "CUDA_HOME", "CUDA_PATH")}
     return subprocess.run(
-        command, cwd=source, env={**os.environ, **environment}, capture_output=True, text=True, check=False
+        command, cwd=source, env={**settings, **environment}, capture_output=True, text=True, check=False
     )
+
+
+def built_and_note(folder: Path) -> tuple[bool, str]:
+    package = folder / "source" / "megatron_soda"
+    note = package / "_csrc.txt"
+    return (package / "_csrc.abi3.so").is_file(), note.read_text() if note.is_file() else ""
 
 
 NO_COMPILER = {"CC": "/nowhere/cc", "CXX": "/nowhere/c++"}
 
 
 @pytest.mark.parametrize(
-    ("environment", "code", "words"),
+    ("environment", "code", "words", "note"),
     [
-        ({**NO_COMPILER, "SODA_CSRC": "auto"}, 0, "WARNING: csrc is not built"),
-        ({**NO_COMPILER, "SODA_CSRC": "cpu"}, 1, "/nowhere/c++"),
-        ({"SODA_CSRC": "none"}, 0, ""),
-        ({"SODA_CSRC": "gpu"}, 1, "SODA_CSRC=gpu is not one of auto, cpu, cuda, none"),
+        ({**NO_COMPILER, "SODA_CSRC": "auto"}, 0, "WARNING: csrc is not built: ", "/nowhere/c++: not found"),
+        ({**NO_COMPILER, "SODA_CSRC": "cpu"}, 1, "/nowhere/c++", ""),
+        ({"SODA_CSRC": "none"}, 0, "", "SODA_CSRC=none"),
+        ({"SODA_CSRC": "gpu"}, 1, "SODA_CSRC=gpu is not one of auto, cpu, cuda, none", ""),
     ],
     ids=["auto", "cpu", "none", "wrong"],
 )
-def test_where_it_cannot_be_built(tmp_path, environment, code, words):
+def test_where_it_cannot_be_built(tmp_path, environment, code, words, note):
     done = build(tmp_path, **environment)
     assert done.returncode == code, done.stderr
     assert words in done.stdout + done.stderr
-    assert not list(tmp_path.rglob("*.so"))
+    built, reason = built_and_note(tmp_path)
+    assert not built
+    assert note in reason
+    assert bool(note) == bool(reason)
+    assert len(reason.splitlines()) <= 1
     if code == 0 and words:
         assert "pip install --no-build-isolation -e ." in done.stderr
+
+
+# Stand-ins for nvcc: `nvcc --version` is what torch compares with its own; then one file is compiled, to the -o.
+VERSION = 'case "$*" in *--version*) echo "Cuda compilation tools, release %s, V%s.1"; exit ;; esac\n'
+COMPILES = 'while [ "$1" != -o ]; do shift; done; exec c++ -c -x c++ /dev/null -o "$2"\n'
+TOO_NEW = "echo 'error: -- unsupported GNU version! gcc versions later than 9 are not supported!' >&2; exit 1\n"
+
+
+@pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize(
+    ("nvcc", "note"),
+    [
+        (VERSION % ("13.0", "13.0") + COMPILES, "cannot find -lcudart"),
+        (VERSION % ("11.0", "11.0") + COMPILES, "The detected CUDA version (11.0) mismatches"),
+        (VERSION % ("13.0", "13.0") + TOO_NEW, "unsupported GNU version! gcc versions later than 9"),
+        ("echo 'nvcc: no licence' >&2; exit 3\n", "returned non-zero exit status 3"),
+        (None, "there is no nvcc"),
+    ],
+    ids=["no-runtime", "old", "new-compiler", "broken", "absent"],
+)
+def test_without_cuda_the_cpu_kernels_are_built(tmp_path, nvcc, note):
+    program = tmp_path / "cuda/bin/nvcc"
+    program.parent.mkdir(parents=True)
+    if nvcc is not None:
+        program.write_text("#!/bin/sh\n" + nvcc)
+        program.chmod(0o755)
+    done = build(tmp_path, cuda="13.0", CUDA_HOME=str(tmp_path / "cuda"))
+    assert done.returncode == 0, done.stderr
+    built, reason = built_and_note(tmp_path)
+    assert built, done.stderr
+    assert note in reason
+    assert f"WARNING: csrc is built without its CUDA kernels: {reason}" in done.stderr
+
+
+@pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+def test_an_old_note_goes_away(tmp_path):
+    package = tmp_path / "source" / "megatron_soda"
+    package.mkdir(parents=True)
+    (package / "_csrc.txt").write_text("there was no compiler")
+    package.rename(tmp_path / "old")
+    assert build(tmp_path).returncode == 0
+    (tmp_path / "old/_csrc.txt").rename(package / "_csrc.txt")
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    done = subprocess.run(command, cwd=package.parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert built_and_note(tmp_path) == (True, "")
 
 
 def why_absent(library: Path) -> str:
@@ -98,6 +167,8 @@ def why_absent(library: Path) -> str:
 
 def test_a_library_that_cannot_be_loaded(tmp_path):
     assert why_absent(tmp_path / "nothing.so") == "not built"
+    (tmp_path / "_csrc.txt").write_text("/bin/sh: 1: c++: not found\n")
+    assert why_absent(tmp_path / "nothing.so") == "not built (/bin/sh: 1: c++: not found)"
     garbage = tmp_path / "garbage.so"
     garbage.write_bytes(b"no library at all" * 100)
     assert why_absent(garbage).startswith("it cannot be loaded (")

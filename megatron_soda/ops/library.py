@@ -22,7 +22,8 @@ def load() -> None:
         return
     find.cache_clear()
     if not path.is_file():
-        why_absent = "not built"
+        reason = _note()
+        why_absent = f"not built ({reason})" if reason else "not built"
         return
     try:
         ctypes.CDLL(str(path))  # its ops register themselves
@@ -30,6 +31,23 @@ def load() -> None:
         why_absent = _why(str(error).strip())
         return
     why_absent = _why_stale()
+
+
+def _note() -> str:
+    """What setup.py wrote down: why the library, or its CUDA kernels, were not built."""
+    try:
+        return path.with_name("_csrc.txt").read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def describe() -> str:
+    """What does the work of csrc/ here and, if that is less than it could be, why: for people to read."""
+    if why_absent is not None:
+        return f"torch code does the work of csrc: {why_absent}"
+    if has_cuda():
+        return "CPU and CUDA kernels"
+    return f"CPU kernels; none for CUDA ({reason})" if (reason := _note()) else "CPU kernels"
 
 
 def _why(error: str) -> str:

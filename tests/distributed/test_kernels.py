@@ -7,7 +7,7 @@ import pytest
 
 from megatron_soda.data.convert import convert_stores
 from megatron_soda.ops import library
-from tests.helpers import COMPILER, small_recipe, write_data
+from tests.helpers import small_recipe, write_data
 
 
 def train(run: str, data: str, csrc: bool, overrides: list[str]) -> bool:
@@ -34,10 +34,9 @@ def test_fifty_steps(pool, tmp_path, overrides):
     convert_stores(tmp_path / "small", [], "compact", None)
     found = {}
     there = library.why_absent is None
-    assert there or not COMPILER, f"csrc: {library.why_absent}. {library.REBUILD}"
     for name, data, csrc in (("torch", "data", False), ("csrc", "data", True), ("compact", "small", True)):
         runs = [str(tmp_path / name), str(tmp_path / data), csrc, ["training.steps=50", *overrides]]
-        assert pool.run(1, train, *runs) == [csrc and there]  # without a compiler torch code does it, from either store
+        assert pool.run(1, train, *runs) == [csrc and there]  # without csrc torch code does it, from either store
         found[name] = metrics(tmp_path / name)
     assert len(found["torch"]) == 50
     assert found["csrc"] == found["torch"]
