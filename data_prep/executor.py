@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from typing import Any
@@ -54,13 +54,17 @@ def run_jobs(
 
 def _in_processes(function: Callable[[Job], Result], jobs: Sequence[Job], workers: int, gpus: int) -> Iterator[Result]:
     context = multiprocessing.get_context("spawn")
-    numbers = context.Queue()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    numbers = context.Queue()  # starts multiprocessing's tracker, which by itself ignores SIGINT and SIGTERM alone
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
     for number in range(workers):
         numbers.put(number)
     pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(numbers, gpus))
     waiting = iter(jobs)
+    running: set[Future[Result]] = set()
     try:
-        running = {pool.submit(function, job) for job in islice(waiting, AHEAD * workers)}
+        for job in islice(waiting, AHEAD * workers):
+            running.add(pool.submit(function, job))
         while running:
             done, running = wait(running, return_when=FIRST_COMPLETED)
             running |= {pool.submit(function, job) for job in islice(waiting, len(done))}
@@ -72,11 +76,15 @@ def _in_processes(function: Callable[[Job], Result], jobs: Sequence[Job], worker
             "with a lower prepare.workers if it happens twice."
         ) from None
     finally:
+        if running:  # it ends early: what a worker is at is not waited for, and is done anew the next time
+            for worker in multiprocessing.active_children():
+                worker.kill()
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _start_worker(numbers: Any, gpus: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # they reach the whole group, and the parent decides
+        signal.signal(number, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     import torch

@@ -163,11 +163,7 @@ class _Seen:
         self._base.execute("BEGIN")
 
     def new(self, table: str, key: str) -> bool:
-        try:
-            return self._base.execute(f"INSERT OR IGNORE INTO {table} VALUES (?)", (key,)).rowcount == 1
-        except sqlite3.Error as error:
-            why = "the disk is full" if "full" in str(error) else str(error)
-            raise SodaError(f"the index of utterances cannot be written: {why}") from None
+        return self._base.execute(f"INSERT OR IGNORE INTO {table} VALUES (?)", (key,)).rowcount == 1
 
     def bounds(self, valid_share: float, test_share: float) -> tuple[str, str]:
         """The highest hash of the test side and of the valid side. A share above 0 gets a prompt if there are three."""

@@ -1,5 +1,7 @@
 """The `soda` command. Every subcommand takes a recipe, or a run or model folder, and key=value overrides."""
 
+import contextlib
+import signal
 import sys
 import time
 from pathlib import Path
@@ -221,17 +223,25 @@ def doctor() -> None:
     print_report()
 
 
+GOES_ON = ("prepare", "train")  # given again, these go on where they were; the others start over
+
+
 def main() -> None:
     started = time.time()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:  # nohup has SIGHUP ignored
+            signal.signal(number, signal.default_int_handler)  # the same end as Ctrl-C: everything is cleaned up
     try:
         app()
-    except (SodaError, OSError) as error:
+    except Exception as error:
         print(f"error: {user_message(error)}", file=sys.stderr)
         sys.exit(2)
     except SystemExit as stop:
-        if stop.code == 130:  # Ctrl-C: typer has made an exit of it
-            seconds = time.time() - started
-            print(f"\nInterrupted after {seconds:.0f} s. The same command goes on from here.", file=sys.stderr)
+        if stop.code == 130:  # a KeyboardInterrupt: typer has made an exit of it
+            goes_on = any(word in GOES_ON for word in sys.argv[1:2])
+            what = "The same command goes on from here." if goes_on else "Run the same command again to start over."
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                print(f"\nInterrupted after {time.time() - started:.0f} s. {what}", file=sys.stderr)
         raise
 
 

@@ -1,8 +1,10 @@
 """The one exception that users are meant to see."""
 
 import errno
+import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 
 class SodaError(Exception):
@@ -13,15 +15,31 @@ class SodaError(Exception):
     """
 
 
-def user_message(error: SodaError | OSError) -> str:
-    """What to print for an error at the end of a command. Raises an OSError that is no full or forbidden disk again."""
+def is_disk_full(error: BaseException, folder: str | Path | None = None) -> bool:
+    """Whether writing failed because the disk is full, or a quota used up, whatever the library makes of it.
+
+    safetensors and sqlite say so in their text alone, and libsndfile nothing but "System error.", for which one can
+    only look at the room that is left in `folder`."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    if any(words in str(error) for words in ("No space left on device", "disk is full", "Disk quota exceeded")):
+        return True
+    if folder is None or isinstance(error, OSError) or not isinstance(error, Exception):
+        return False
+    room = os.statvfs(folder)
+    return room.f_bavail * room.f_frsize < 65536
+
+
+def user_message(error: Exception) -> str:
+    """What to print for an error at the end of a command. An error that is neither a SodaError nor a full or forbidden
+    disk is raised again."""
     if isinstance(error, SodaError):
         return str(error)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if is_disk_full(error):
         return (
             "the disk is full. Free some space and run the same command again: it goes on from what was written whole."
         )
-    if error.errno in (errno.EACCES, errno.EROFS):
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS):
         return f"{error.filename}: may not be written or read ({error.strerror}). Choose another `run` folder."
     raise error
 

@@ -1,7 +1,6 @@
 """Files: writing, so that a reader sees the whole file or none of it, and reading what somebody else may have made."""
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
@@ -10,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .errors import SodaError
+from .errors import SodaError, is_disk_full
 
 
 @contextlib.contextmanager
@@ -28,8 +27,10 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         sync_folder(path.parent)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):  # Arrow sets no errno
+    except SodaError:
+        raise
+    except Exception as error:
+        if is_disk_full(error, path.parent):
             raise SodaError(
                 f"{path}: the disk is full. Nothing was changed; free some space and run the same command again."
             ) from error

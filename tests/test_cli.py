@@ -1,7 +1,10 @@
 """The command as a user meets it: help with examples, and errors that are messages."""
 
 import json
+import os
+import signal
 import sys
+import time
 
 import pytest
 
@@ -141,3 +144,56 @@ def test_torchrun_entry_help(monkeypatch, capsys):
         train.main()
     assert stop.value.code == 0
     assert "torchrun" in capsys.readouterr().out
+
+
+@pytest.fixture
+def handlers():
+    """Puts signal handlers back that a command sets."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    for number in before:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+LONG = {
+    "prepare": "data_prep.prepare.prepare",
+    "validate": "megatron_soda.data.validate.validate",
+    "convert-store": "megatron_soda.data.convert.convert_stores",
+    "export": "megatron_soda.hf.export.export",
+    "evaluate": "megatron_soda.evaluation.run.evaluate",
+    "generate": "megatron_soda.inference.run.generate",
+    "report": "megatron_soda.report.build_report",
+}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda n: n.name)
+@pytest.mark.parametrize("command", LONG)
+def test_a_signal_ends_a_command_with_a_sentence(monkeypatch, capsys, tmp_path, handlers, command, number):
+    cleaned = []
+
+    def work(*_, **__):
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(60)
+        finally:
+            cleaned.append(command)
+
+    write_data(tmp_path / "data", 4)
+    (tmp_path / "recipe.yaml").write_text("name: small\n")
+    monkeypatch.setattr(LONG[command], work)
+    more = ["compact"] if command == "convert-store" else []
+    assert soda(monkeypatch, command, str(tmp_path), *more) == 130
+    assert cleaned == [command]
+    said = capsys.readouterr().err
+    assert "Interrupted after" in said
+    assert ("goes on from here" in said) == (command == "prepare")
+    assert "Traceback" not in said
+
+
+def test_nohup_is_respected(monkeypatch, tmp_path, handlers):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    (tmp_path / "recipe.yaml").write_text("name: small\n")
+    monkeypatch.setattr(LONG["report"], lambda *_: os.kill(os.getpid(), signal.SIGHUP))
+    assert soda(monkeypatch, "report", str(tmp_path)) == 0

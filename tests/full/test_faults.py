@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -117,24 +118,39 @@ def test_full_disk_while_training(recipe, small_disk, tmp_path, asynchronous):
     assert found == [f"step_{50 * (i + 1):08d}" for i in range(len(found))]
 
 
-def test_full_disk_while_preparing(small_disk, tmp_path):
+def test_full_disk_while_preparing(small_disk, tmp_path, monkeypatch, capsys):
+    """Whatever was being written when the disk was full (index, codec, units, tokenizer, parts, stores), the command
+    says so, and with room it goes on."""
+    from tests.test_cli import soda
+
     speech = write_speech(tmp_path / "speech")
-    (small_disk / "filler").write_bytes(b"0" * (3 * 1024 * 1024 - 40_000))
-    command = [
-        sys.executable, "-m", "megatron_soda.cli", "prepare", str(tmp_path / "r.yaml"), f"prepare.speech={speech}",
-        f"run={small_disk}/run", "prepare.text_pieces=300", "prepare.workers=1",
-    ]  # fmt: skip
+    (tmp_path / "text.txt").write_text("".join(f"line {i} of some text\n" for i in range(3000)))
     (tmp_path / "r.yaml").write_text("name: small\n")
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 2, result.stderr
-    assert "the disk is full" in result.stderr
-    assert "Traceback" not in result.stderr
+    command = [
+        "prepare", str(tmp_path / "r.yaml"), f"prepare.speech={speech}", f"prepare.text=[{tmp_path}/text.txt]",
+        "prepare.text_pieces=300", "prepare.workers=1", "prepare.entries=32", f"run={small_disk}/run",
+    ]  # fmt: skip
+    stopped_at = set()
+    for room in (0, 8_000, 30_000, 60_000, 100_000, 160_000, 240_000, 350_000, 500_000, 800_000):
+        shutil.rmtree(small_disk / "run", ignore_errors=True)
+        (small_disk / "filler").write_bytes(b"0" * (3 * 1024 * 1024 - 4096 - room))
+        status, said = soda(monkeypatch, *command), capsys.readouterr().err
+        if not status:
+            break
+        assert status == 2
+        assert "the disk is full" in said
+        stopped_at.add(said.split("error: ")[1].split(": the disk")[0].removeprefix(str(small_disk)))
+    assert not status, "the room was never enough"
+    assert len(stopped_at) >= 5, stopped_at
+    shutil.rmtree(small_disk / "run")
+    (small_disk / "filler").write_bytes(b"0" * (3 * 1024 * 1024 - 4096 - room // 2))
+    assert soda(monkeypatch, *command) == 2
     (small_disk / "filler").unlink()
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
+    assert soda(monkeypatch, *command) == 0
 
 
-def test_interrupted_prepare_goes_on(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda n: n.name)
+def test_interrupted_prepare_goes_on(tmp_path, number):
     speech = write_speech(tmp_path / "speech", 150)
     (tmp_path / "r.yaml").write_text(
         f"run: {tmp_path}/run\nprepare: {{speech: {speech}, text_pieces: 300, workers: 2, shard_size: 16}}\n"
@@ -146,12 +162,14 @@ def test_interrupted_prepare_goes_on(tmp_path):
     )  # fmt: skip
     units = tmp_path / "run" / "data" / "units"
     for _ in range(600):
-        if list(units.rglob("part-*.rejects.json")) or process.poll() is not None:
+        if list(units.rglob("part-*.parquet")) or process.poll() is not None:
             break
         time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, number)
     out = process.communicate(timeout=60)[0]
     assert process.returncode == 130, out
+    assert not psutil.wait_procs(workers, timeout=10)[1]
     assert "The same command goes on from here" in out
     assert "Traceback" not in out
     kept = {p: p.stat().st_mtime_ns for p in units.rglob("part-*.parquet")}
