@@ -94,7 +94,7 @@ def reading(path: str | Path, what: str = "cannot be read") -> Iterator[None]:
     except FileNotFoundError as error:
         raise SodaError(f"{error.filename or path}: no such file") from error
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_disk_full(error):
             raise
         raise SodaError(f"{path}: {what} ({_why(error)})") from error
     except Exception as error:
