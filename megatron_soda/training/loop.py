@@ -71,7 +71,7 @@ def train(recipe: Recipe) -> bool:
     engine = Engine(recipe, space, device)
     if origin.folder is not None:
         checkpoint.load(origin.folder, engine.models, engine.optimizer.inner)
-    saver = checkpoint.Saver(recipe, engine.models, engine.optimizer.inner, description)
+    saver = checkpoint.Saver(recipe, engine.models, engine.optimizer.inner, description, origin.folder)
     dist.barrier()  # nobody writes into the run folder before everybody has read it
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     peak = peak_tflops(recipe, name)

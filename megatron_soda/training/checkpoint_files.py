@@ -1,0 +1,400 @@
+"""The files of a checkpoint: megatron-core's torch_dist tensors, written by threads, and an index that is no pickle.
+
+torch_dist describes its tensors in .metadata and keeps everything else in common.pt. Both are pickles, and a pickle that
+a stranger wrote can run code however carefully its names are checked. They are still written, for other programs to
+read, but nothing here opens them: index.json holds the same facts, and torch's Metadata is built from it field by field.
+Only the tensors themselves go through torch.load, with weights_only.
+
+Three names of megatron-core 0.16.1 are replaced below (tests/distributed/test_checkpoint.py fails where they move).
+Its writer forks processes and starts a manager: a signal to the process group kills those and breaks the checkpoint, and
+they outlive a trainer that is killed. Threads do neither.
+"""
+
+import errno
+import hashlib
+import io
+import math
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies import torch as megatron_torch
+from megatron.core.dist_checkpointing.strategies.base import LoadCommonStrategy
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import SerializationFormat, _StorageInfo, _write_item
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from ..errors import SodaError
+from ..files import read_json, write_json
+
+INDEX = "index.json"
+_FORMAT = 1
+_DTYPES = {
+    str(d).removeprefix("torch."): d
+    for d in (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8)
+}
+
+Entries = dict[str, tuple[int, str]]  # file name: bytes, SHA-256
+
+
+# ---- writing
+
+
+class Save:
+    """Tensors on their way to `folder`, which is empty. All ranks make one, and all call `finish`.
+
+    With `background` the tensors are copied first, so training may change them while they are written.
+    """
+
+    def __init__(self, state: dict[str, Any], folder: Path, background: bool) -> None:
+        self.folder = folder
+        request: Any = dist_checkpointing.save(state, str(folder), async_sharded_save=True)
+        self._finalize = request.finalize_fns
+        self._writer: Writer = request.async_fn.__self__
+        self._writer.stage(copy=background)
+        self._thread = threading.Thread(target=self._writer.write, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def busy(self) -> bool:
+        """Whether this rank's files are still being written."""
+        return self._thread.is_alive()
+
+    def finish(self) -> Entries:
+        """Waits for every rank's files, and writes the index. What all ranks wrote, the same on each.
+
+        Raises OSError, on every rank, if one of them could not write.
+        """
+        self._thread.join()
+        mine = str(self._writer.failure) if self._writer.failure else self._writer.entries
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, mine)
+        for rank, found in enumerate(everyone):
+            if isinstance(found, str):
+                raise OSError(found if len(everyone) == 1 else f"rank {rank}: {found}")
+        for function in self._finalize:
+            function()
+        return {name: entry for entries in everyone for name, entry in entries.items()}
+
+
+class Writer(FileSystemWriterAsync):
+    """Writes one rank's files with threads of this process; `entries` and `failure` say how that went."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.entries: Entries = {}
+        self.failure: Exception | None = None
+        self._results: list[Any] = []
+
+    def get_save_function_and_args(self) -> Any:
+        return self.write, None, []
+
+    def stage(self, copy: bool) -> None:
+        """Brings the tensors to the CPU. `copy`: also those that are there, for training goes on with them."""
+        buckets = []
+        for path, key, (others, tensors) in self.write_buckets or []:
+            here = [(item, _to_cpu(tensor, copy)) for item, tensor in tensors]
+            buckets.append((path, key, (others, here)))
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.write_buckets = buckets
+
+    def write(self) -> None:
+        """Writes, syncs and checksums this rank's files."""
+        try:
+            buckets = self.write_buckets or []
+            with ThreadPoolExecutor(max(1, len(buckets)), "checkpoint") as pool:
+                for results, name, entry in pool.map(self._write_file, buckets):
+                    self._results += results
+                    self.entries[name] = entry
+        except Exception as error:  # finish() raises it on every rank
+            self.failure = error
+        finally:
+            self.write_buckets = []  # a copy of the whole state is let go
+
+    def _write_file(self, bucket: Any) -> tuple[list[Any], str, tuple[int, str]]:
+        path, key, (others, tensors) = bucket
+        if others:
+            raise ValueError(f"{key}: a checkpoint holds tensors alone, and not {others[0][0].index.fqn}")
+        results = []
+        with open(path, "wb", buffering=0) as file, _Checked(file) as stream:
+            for item, tensor in tensors:
+                try:
+                    results.append(
+                        _write_item(self.transforms, stream, tensor, item, key, SerializationFormat.TORCH_SAVE)
+                    )
+                except RuntimeError as error:  # torch's, which hides why the stream would not take more
+                    raise (stream.failure or error) from None
+            os.fsync(file.fileno())
+        return results, key, (stream.size, stream.digest.hexdigest())
+
+    def retrieve_write_results(self) -> Any:
+        return self._results
+
+    def finish(self, metadata: Metadata, results: list[list[Any]]) -> None:
+        """On the first rank: writes .metadata for other programs, and the index."""
+        vars(metadata).pop("all_local_plans", None)  # megatron-core's cache, most of the file
+        super().finish(metadata, results)
+        write_index(Path(self.path), metadata, torch.load(Path(self.path) / "common.pt", weights_only=True))
+
+
+class _Checked(io.RawIOBase):
+    """A file that is written from start to end: counts and checksums what it takes, and keeps why it failed."""
+
+    def __init__(self, file: Any) -> None:
+        self.file, self.size, self.digest = file, 0, hashlib.sha256()
+        self.failure: OSError | None = None
+
+    def writable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.size
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        try:
+            done = 0
+            while done < len(view):
+                done += self.file.write(view[done : done + (1 << 26)])
+        except OSError as error:
+            self.failure = self.failure or error
+            raise
+        self.digest.update(view)
+        self.size += len(view)
+        return len(view)
+
+
+def _to_cpu(tensor: Tensor, copy: bool) -> Tensor:
+    return tensor.clone() if copy and tensor.device.type == "cpu" else tensor.to("cpu", non_blocking=True)
+
+
+@contextmanager
+def readable_errors(folder: Path) -> Iterator[None]:
+    """What goes wrong while `folder` is written becomes an OSError whose text says why, a full disk by name."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except (torch.OutOfMemoryError, SodaError):
+        raise
+    except (OSError, RuntimeError, ValueError, CheckpointException) as error:  # the last is a BaseException of torch's
+        raise OSError(_why(error, folder)) from None
+
+
+def _why(error: BaseException, folder: Path) -> str:
+    text = (str(error).strip() or repr(error)).splitlines()[-1]
+    place = folder if folder.is_dir() else folder.parent
+    try:
+        free = shutil.disk_usage(place).free
+    except OSError:
+        free = None
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in text
+    # torch's C++ writer, which common.pt goes through, only says at which byte it stopped.
+    if full or (free is not None and free < 1 << 20):
+        return f"the disk is full{'' if free is None else f' ({free / 2**20:.1f} MiB left)'}. Free some space"
+    return text
+
+
+# ---- the index
+
+
+def write_index(folder: Path, metadata: Metadata, common: dict[str, Any]) -> None:
+    """index.json out of torch's Metadata and what is no sharded tensor (plain values, and scalar tensors)."""
+    places: dict[str, list[dict[str, Any]]] = {name: [] for name in metadata.state_dict_metadata}
+    for place, stored in metadata.storage_data.items():
+        tensor: Any = metadata.state_dict_metadata[place.fqn]
+        chunk = next(c for c in tensor.chunks if c.offsets == place.offset)
+        places[place.fqn].append(
+            {
+                "offset": list(chunk.offsets),
+                "shape": list(chunk.sizes),
+                "file": stored.relative_path,
+                "start": stored.offset,
+                "bytes": stored.length,
+            }
+        )
+    tensors = {
+        name: {
+            "dtype": str(tensor.properties.dtype).removeprefix("torch."),
+            "shape": list(tensor.size),
+            "chunks": places[name],
+        }
+        for name, tensor in metadata.state_dict_metadata.items()
+    }
+    write_json(folder / INDEX, {"format": _FORMAT, "common": _encode(common), "tensors": tensors})
+
+
+def read_index(folder: Path) -> tuple[Metadata, dict[str, Any]]:
+    """Metadata and the common state from index.json. SodaError if it is missing, or describes what cannot be."""
+    path = folder / INDEX
+    if not path.is_file() and (folder / ".metadata").is_file():
+        raise SodaError(
+            f"{folder}: has no {INDEX}; an older version of megatron_soda or another program wrote it. If you trust "
+            f"it, for its index can run code: python tools/index_checkpoint.py {folder}"
+        )
+    index = read_json(path)
+    try:
+        if index["format"] != _FORMAT:
+            raise ValueError(f"format {index['format']}, and {_FORMAT} is known here")
+        sizes = {file.name: file.stat().st_size for file in folder.glob("__*_*.distcp") if file.is_file()}
+        tensors, storage = {}, {}
+        for name, entry in index["tensors"].items():
+            tensors[name] = _tensor(entry)
+            for chunk in entry["chunks"]:
+                storage[MetadataIndex(name, torch.Size(_numbers(chunk["offset"])))] = _place(chunk, sizes)
+        return Metadata(state_dict_metadata=tensors, storage_data=storage), _decode(index["common"])
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
+        raise SodaError(f"{path}: does not describe a checkpoint ({error!r}). It was not loaded.") from None
+
+
+def _tensor(entry: dict[str, Any]) -> TensorStorageMetadata:
+    shape, chunks, count = _numbers(entry["shape"]), [], 0
+    for chunk in entry["chunks"]:
+        offset, size = _numbers(chunk["offset"]), _numbers(chunk["shape"])
+        inside = len(offset) == len(size) == len(shape)
+        if not inside or any(o + s > whole for o, s, whole in zip(offset, size, shape, strict=True)):
+            raise ValueError(f"a chunk of {size} at {offset} in a tensor of {shape}")
+        chunks.append(ChunkStorageMetadata(torch.Size(offset), torch.Size(size)))
+        count += math.prod(size)
+    if count != math.prod(shape):
+        raise ValueError(f"chunks of {count} elements in a tensor of {shape}")
+    return TensorStorageMetadata(TensorProperties(dtype=_DTYPES[entry["dtype"]]), torch.Size(shape), chunks)
+
+
+def _place(chunk: dict[str, Any], sizes: dict[str, int]) -> _StorageInfo:
+    """Where a chunk lies, in one of the folder's own files: no other name is known here."""
+    name, (start, length) = chunk["file"], _numbers([chunk["start"], chunk["bytes"]])
+    if name not in sizes:
+        raise ValueError(f"a file {name!r} that is not there")
+    if start + length > sizes[name]:
+        raise ValueError(f"{name} has {sizes[name]} bytes, and should have {start + length} or more")
+    return _StorageInfo(name, start, length)
+
+
+def _numbers(values: Any) -> list[int]:
+    if not isinstance(values, list) or not all(type(v) is int and 0 <= v < 1 << 62 for v in values):
+        raise ValueError(f"{values!r}, and not a list of sizes")
+    return values
+
+
+def _encode(value: Any) -> Any:
+    """Plain values to JSON; what JSON does not have is written as an object with the key "": its kind."""
+    if isinstance(value, dict):
+        if all(isinstance(key, str) and key for key in value):
+            return {key: _encode(v) for key, v in value.items()}
+        return {"": "dict", "items": [[_encode(k), _encode(v)] for k, v in value.items()]}
+    if isinstance(value, list):
+        return [_encode(v) for v in value]
+    if isinstance(value, tuple):
+        return {"": "tuple", "items": [_encode(v) for v in value]}
+    if isinstance(value, Tensor) and value.ndim == 0:
+        return {"": "scalar", "dtype": str(value.dtype).removeprefix("torch."), "value": value.item()}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"a {type(value).__name__} has no place in {INDEX}")
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_decode(v) for v in value]
+    if not isinstance(value, dict):
+        return value
+    match value.get(""):
+        case None:
+            return {key: _decode(v) for key, v in value.items()}
+        case "dict":
+            return {_decode(k): _decode(v) for k, v in value["items"]}
+        case "tuple":
+            return tuple(_decode(v) for v in value["items"])
+        case "scalar":
+            return torch.tensor(value["value"], dtype=_DTYPES[value["dtype"]])
+    raise ValueError(f"a {value['']!r} in the common state")
+
+
+# ---- reading
+
+
+def load(state: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Fills a sharded state dict from a checkpoint, at whatever layout the ranks now have. All ranks call this.
+
+    Raises SodaError if the index or the tensors are not what this state needs.
+    """
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    common = _Common(read_index(folder)[1])
+    original = torch.load
+
+    def tensors_only(*args: Any, **kwargs: Any) -> Any:  # whatever the caller or the environment says
+        return original(*args, **{**kwargs, "weights_only": True})
+
+    torch.load = tensors_only
+    try:
+        # The strategies are given, or metadata.json would choose them.
+        tensors = megatron_torch.TorchDistLoadShardedStrategy()
+        return dist_checkpointing.load(state, str(folder), tensors, common)  # type: ignore[return-value]
+    except torch.OutOfMemoryError:
+        raise
+    except (CheckpointException, Exception) as error:  # whatever torch and megatron-core raise on bytes of a stranger
+        failed = getattr(error, "failures", None)
+        cause: Any = next(iter(failed.values()))[0] if failed else error
+        if isinstance(cause, SodaError):
+            raise cause from None
+        text = (str(cause).strip() or repr(cause)).splitlines()[0]
+        raise SodaError(f"{folder}: cannot be loaded into this model ({text})") from error
+    finally:
+        torch.load = original
+
+
+class _Common(LoadCommonStrategy):
+    """Hands megatron-core what the index has in place of common.pt."""
+
+    def __init__(self, state: dict[str, Any]) -> None:
+        super().__init__()
+        self.state = state
+
+    def load_common(self, checkpoint_dir: Any) -> dict[str, Any]:
+        return self.state
+
+    def load_sharded_objects(self, sharded_objects_state_dict: Any, checkpoint_dir: Any) -> Any:
+        raise ValueError("a checkpoint holds tensors alone")
+
+    def check_backend_compatibility(self, loaded_backend: Any) -> None: ...
+    def check_version_compatibility(self, loaded_version: Any) -> None: ...
+
+
+class Reader(FileSystemReader):
+    """torch's reader, on our index."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return read_index(Path(self.path))[0]
+
+
+def _reader(folder: Any, cache_metadata: bool = False) -> Reader:
+    return Reader(folder)
+
+
+def checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+megatron_torch.FileSystemWriterAsync = Writer  # type: ignore[misc]
+megatron_torch._get_filesystem_reader = _reader
+filesystem_async._get_write_results_queue = lambda: None  # the manager process
