@@ -15,7 +15,9 @@ from megatron_soda.parallel import ranks  # noqa: F401  before anything of megat
 
 
 def index_checkpoint(
-    folder: Annotated[Path, typer.Argument(help="A checkpoint, step_... of a run's checkpoints/. Its pickles are run.")],
+    folder: Annotated[
+        Path, typer.Argument(help="A checkpoint, step_... of a run's checkpoints/. Its pickles are run.")
+    ],
 ) -> None:
     """Write index.json beside .metadata and common.pt, and a new manifest."""
     from torch.distributed.checkpoint import FileSystemReader

@@ -95,7 +95,9 @@ def _listed_wrong(folder: Path) -> list[str]:
     """What is wrong with the manifest, and with names and sizes of the files in it: quick to find out."""
     try:
         manifest = _manifest(folder)
-        problems = [f"{name} is not in manifest.json: an older version wrote it" for name in _NEEDED if name not in manifest]
+        problems = [
+            f"{name} is not in manifest.json: an older version wrote it" for name in _NEEDED if name not in manifest
+        ]
         for name, (size, _) in sorted(manifest.items()):
             path = folder / name
             if Path(name).name != name:
@@ -245,19 +247,19 @@ class Saver:
             try:
                 with checkpoint_files.readable_errors(self._temporary):
                     work(*arguments)
-            except (OSError, SodaError) as error:
-                failed = [str(error) or repr(error)]
+            except (checkpoint_files.WriteError, SodaError) as error:
+                failed = [str(error)]
         dist.broadcast_object_list(failed, 0)
         if failed[0]:
             with self._readable_errors():
-                raise OSError(failed[0])
+                raise checkpoint_files.WriteError(failed[0])
 
     @contextlib.contextmanager
     def _readable_errors(self) -> Iterator[None]:
         try:
             with checkpoint_files.readable_errors(self._temporary):
                 yield
-        except OSError as error:
+        except checkpoint_files.WriteError as error:
             if dist.get_rank() == 0:
                 shutil.rmtree(self._temporary, ignore_errors=True)
             final, self.final, self.save = self.final, None, None

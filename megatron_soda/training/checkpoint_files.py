@@ -1,13 +1,13 @@
 """The files of a checkpoint: megatron-core's torch_dist tensors, written by threads, and an index that is no pickle.
 
-torch_dist describes its tensors in .metadata and keeps everything else in common.pt. Both are pickles, and a pickle that
-a stranger wrote can run code however carefully its names are checked. They are still written, for other programs to
-read, but nothing here opens them: index.json holds the same facts, and torch's Metadata is built from it field by field.
-Only the tensors themselves go through torch.load, with weights_only.
+torch_dist describes its tensors in .metadata and keeps everything else in common.pt. Both are pickles, and a pickle
+that a stranger wrote can run code however carefully its names are checked. They are still written, for other programs
+to read, but nothing here opens them: index.json holds the same facts, and torch's Metadata is built from it field by
+field. Only the tensors themselves go through torch.load, with weights_only.
 
-Three names of megatron-core 0.16.1 are replaced below (tests/distributed/test_checkpoint.py fails where they move).
-Its writer forks processes and starts a manager: a signal to the process group kills those and breaks the checkpoint, and
-they outlive a trainer that is killed. Threads do neither.
+Three names of megatron-core 0.16.1 are replaced below (tests/distributed/test_checkpoint_files.py fails if they move).
+Its writer forks processes and starts a manager: a signal to the process group kills those and breaks the checkpoint,
+and they outlive a trainer that is killed. Threads do neither.
 """
 
 import errno
@@ -79,15 +79,14 @@ class Save:
     def finish(self) -> Entries:
         """Waits for every rank's files, and writes the index. What all ranks wrote, the same on each.
 
-        Raises OSError, on every rank, if one of them could not write.
+        Raises WriteError, on every rank, if one of them could not.
         """
         self._thread.join()
-        mine = str(self._writer.failure) if self._writer.failure else self._writer.entries
         everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, mine)
+        dist.all_gather_object(everyone, self._writer.failure or self._writer.entries)
         for rank, found in enumerate(everyone):
             if isinstance(found, str):
-                raise OSError(found if len(everyone) == 1 else f"rank {rank}: {found}")
+                raise WriteError(found if len(everyone) == 1 else f"rank {rank}: {found}")
         for function in self._finalize:
             function()
         return {name: entry for entries in everyone for name, entry in entries.items()}
@@ -99,7 +98,7 @@ class Writer(FileSystemWriterAsync):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.entries: Entries = {}
-        self.failure: Exception | None = None
+        self.failure = ""
         self._results: list[Any] = []
 
     def get_save_function_and_args(self) -> Any:
@@ -123,8 +122,8 @@ class Writer(FileSystemWriterAsync):
                 for results, name, entry in pool.map(self._write_file, buckets):
                     self._results += results
                     self.entries[name] = entry
-        except Exception as error:  # finish() raises it on every rank
-            self.failure = error
+        except Exception as error:  # Save.finish raises it on every rank
+            self.failure = _why(error, Path(self.path))
         finally:
             self.write_buckets = []  # a copy of the whole state is let go
 
@@ -133,7 +132,7 @@ class Writer(FileSystemWriterAsync):
         if others:
             raise ValueError(f"{key}: a checkpoint holds tensors alone, and not {others[0][0].index.fqn}")
         results = []
-        with open(path, "wb", buffering=0) as file, _Checked(file) as stream:
+        with open(path, "wb", buffering=1 << 20) as file, _Checked(file) as stream:
             for item, tensor in tensors:
                 try:
                     results.append(
@@ -141,6 +140,7 @@ class Writer(FileSystemWriterAsync):
                     )
                 except RuntimeError as error:  # torch's, which hides why the stream would not take more
                     raise (stream.failure or error) from None
+            file.flush()
             os.fsync(file.fileno())
         return results, key, (stream.size, stream.digest.hexdigest())
 
@@ -170,9 +170,7 @@ class _Checked(io.RawIOBase):
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
         try:
-            done = 0
-            while done < len(view):
-                done += self.file.write(view[done : done + (1 << 26)])
+            self.file.write(view)
         except OSError as error:
             self.failure = self.failure or error
             raise
@@ -185,17 +183,21 @@ def _to_cpu(tensor: Tensor, copy: bool) -> Tensor:
     return tensor.clone() if copy and tensor.device.type == "cpu" else tensor.to("cpu", non_blocking=True)
 
 
+class WriteError(OSError):
+    """Its text says why, and is for the user."""
+
+
 @contextmanager
 def readable_errors(folder: Path) -> Iterator[None]:
-    """What goes wrong while `folder` is written becomes an OSError whose text says why, a full disk by name."""
+    """What goes wrong while `folder` is written becomes WriteError, a full disk by name."""
     from torch.distributed.checkpoint.api import CheckpointException
 
     try:
         yield
-    except (torch.OutOfMemoryError, SodaError):
+    except (torch.OutOfMemoryError, SodaError, WriteError):
         raise
     except (OSError, RuntimeError, ValueError, CheckpointException) as error:  # the last is a BaseException of torch's
-        raise OSError(_why(error, folder)) from None
+        raise WriteError(_why(error, folder)) from None
 
 
 def _why(error: BaseException, folder: Path) -> str:
@@ -249,8 +251,8 @@ def read_index(folder: Path) -> tuple[Metadata, dict[str, Any]]:
             f"{folder}: has no {INDEX}; an older version of megatron_soda or another program wrote it. If you trust "
             f"it, for its index can run code: python tools/index_checkpoint.py {folder}"
         )
-    index = read_json(path)
     try:
+        index = read_json(path)
         if index["format"] != _FORMAT:
             raise ValueError(f"format {index['format']}, and {_FORMAT} is known here")
         sizes = {file.name: file.stat().st_size for file in folder.glob("__*_*.distcp") if file.is_file()}
@@ -260,7 +262,7 @@ def read_index(folder: Path) -> tuple[Metadata, dict[str, Any]]:
             for chunk in entry["chunks"]:
                 storage[MetadataIndex(name, torch.Size(_numbers(chunk["offset"])))] = _place(chunk, sizes)
         return Metadata(state_dict_metadata=tensors, storage_data=storage), _decode(index["common"])
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError) as error:
         raise SodaError(f"{path}: does not describe a checkpoint ({error!r}). It was not loaded.") from None
 
 

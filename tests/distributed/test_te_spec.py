@@ -142,9 +142,7 @@ def differences(*overrides: str) -> dict[str, Any]:
 
 def checkpoints(folder: Path) -> dict[str, str]:
     """By 'saved by -> loaded by', the error; or what is not the same."""
-    from megatron.core import dist_checkpointing
-
-    from megatron_soda.training import checkpoint
+    from megatron_soda.training import checkpoint, checkpoint_files
 
     def delayed() -> Any:
         with fp8(fp8_recipe="delayed"):
@@ -157,7 +155,7 @@ def checkpoints(folder: Path) -> dict[str, str]:
     for writer, model in saved.items():
         path = folder / f"checkpoint_{writer}"
         path.mkdir()
-        dist_checkpointing.save(checkpoint.sharded_state([model], None, loading=False), str(path))
+        checkpoint_files.Save(checkpoint.sharded_state([model], None, loading=False), path, False).finish()
         expected = {te_name(k): v for k, v in weights(model).items()}
         for reader, make in makers.items():
             loaded = make()

@@ -1,0 +1,317 @@
+"""What lies in a checkpoint's folder: damaged, hostile, of an older version, too large for the disk."""
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.test_checkpoint import FLAT, folders, train_heard
+from tests.distributed.test_layouts import losses, train
+
+SAVES = [*FLAT, "training.save_every=5"]
+
+
+@pytest.fixture(scope="module")
+def saved(pool, data, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("saved")
+    pool.run(2, train, str(run), str(data), SAVES)
+    return run
+
+
+@pytest.fixture
+def run(saved, tmp_path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "run"))
+
+
+def step(run: Path, number: int) -> Path:
+    return run / "checkpoints" / f"step_{number:08d}"
+
+
+def reseal(folder: Path) -> None:
+    """What a stranger can do too: a manifest that agrees with what they wrote."""
+    from megatron_soda.training.checkpoint import manifest_of
+
+    (folder / "manifest.json").write_text(json.dumps(manifest_of(folder)))
+
+
+# ---- hostile
+
+
+class _Runs:
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.mark}",)
+
+
+def tensor_with(content: bytes, folder: Path) -> None:
+    """Puts `content` where the first tensor of the index lies."""
+    index = json.loads((folder / "index.json").read_text())
+    chunk = next(iter(index["tensors"].values()))["chunks"][0]
+    path = folder / chunk["file"]
+    chunk["start"], chunk["bytes"] = path.stat().st_size, len(content)
+    path.write_bytes(path.read_bytes() + content)
+    (folder / "index.json").write_text(json.dumps(index))
+
+
+def saved_by_torch(value: object) -> bytes:
+    import io
+
+    import torch
+
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    return stream.getvalue()
+
+
+def test_pickles_beside_the_index_are_never_opened(pool, data, saved, run, tmp_path):
+    """.metadata and common.pt may hold anything: every one of these would leave a mark if anybody read it."""
+    mark = tmp_path / "mark"
+    shutil.rmtree(step(run, 20))
+    folder = step(run, 15)
+    (folder / ".metadata").write_bytes(pickle.dumps(_Runs(mark)))
+    (folder / "common.pt").write_bytes(saved_by_torch({"more": _Runs(mark)}))
+    (folder / "metadata.json").write_text(json.dumps({"sharded_backend": "zarr", "sharded_backend_version": 1}))
+    (folder / "__0_9.metadata").write_bytes(pickle.dumps(_Runs(mark)))
+    reseal(folder)
+    pool.run(2, train, str(run), str(data), SAVES)
+    assert losses(run) == losses(saved)
+    assert not mark.exists()
+    pickle.loads((step(run, 15) / ".metadata").read_bytes())
+    assert mark.exists()  # so the trap was one
+
+
+def test_a_tensor_that_is_a_program_is_not_run(pool, data, run, tmp_path):
+    mark = tmp_path / "mark"
+    shutil.rmtree(step(run, 20))
+    tensor_with(saved_by_torch(_Runs(mark)), step(run, 15))
+    reseal(step(run, 15))
+    with pytest.raises(RuntimeError, match=r"step_00000015: cannot be loaded .*[Ww]eights.only"):
+        pool.run(2, train, str(run), str(data), SAVES)
+    assert not mark.exists()
+
+
+def _first(index: dict) -> dict:
+    return next(iter(index["tensors"].values()))
+
+
+def _changed(change):
+    def apply(text: str) -> str:
+        index = json.loads(text)
+        change(index)
+        return json.dumps(index)
+
+    return apply
+
+
+HOSTILE = {
+    "cut": lambda text: text[: len(text) // 2],
+    "empty": lambda text: "",
+    "a list": lambda text: "[]",
+    "deep": lambda text: "[" * 100_000,
+    "no format": _changed(lambda i: i.pop("format")),
+    "another format": _changed(lambda i: i.update(format=2)),
+    "tensors a list": _changed(lambda i: i.update(tensors=[])),
+    "tensor a number": _changed(lambda i: i["tensors"].update(x=1)),
+    "dtype a class": _changed(lambda i: _first(i).update(dtype="load")),
+    "shape a string": _changed(lambda i: _first(i).update(shape="12")),
+    "negative": _changed(lambda i: _first(i)["chunks"][0].update(offset=[-1, 0])),
+    "true for one": _changed(lambda i: _first(i)["chunks"][0].update(start=True)),
+    "a fraction": _changed(lambda i: _first(i)["chunks"][0].update(start=0.5)),
+    "huge": _changed(lambda i: _first(i).update(shape=[1 << 40, 1 << 40])),
+    "outside the tensor": _changed(lambda i: _first(i)["chunks"][0].update(offset=[1, 0])),
+    "a hole": _changed(lambda i: _first(i)["chunks"].clear()),
+    "past the end": _changed(lambda i: _first(i)["chunks"][0].update(bytes=1 << 30)),
+    "elsewhere": _changed(lambda i: _first(i)["chunks"][0].update(file="../step_00000010/__0_0.distcp")),
+    "absolute": _changed(lambda i: _first(i)["chunks"][0].update(file="/etc/passwd")),
+    "no file": _changed(lambda i: _first(i)["chunks"][0].update(file="__7_0.distcp")),
+    "a pickle": _changed(lambda i: _first(i)["chunks"][0].update(file="common.pt")),
+    "common of an unknown kind": _changed(lambda i: i.update(common={"": "os.system", "items": ["ls"]})),
+    "common unhashable": _changed(lambda i: i.update(common={"": "dict", "items": [[[1], 2]]})),
+}
+
+
+@pytest.mark.parametrize("change", HOSTILE)
+def test_an_index_of_nonsense_is_a_message(run, change):
+    from megatron_soda.errors import SodaError
+    from megatron_soda.training.checkpoint_files import read_index
+
+    path = step(run, 20) / "index.json"
+    read_index(path.parent)
+    path.write_text(HOSTILE[change](path.read_text()))
+    with pytest.raises(SodaError, match=r"index\.json: "):
+        read_index(path.parent)
+
+
+def test_the_index_says_what_torch_says(run):
+    """Other programs read .metadata: the same tensors, in the same places."""
+    from torch.distributed.checkpoint import FileSystemReader
+
+    from megatron_soda.training.checkpoint_files import read_index
+
+    theirs = FileSystemReader(step(run, 20)).read_metadata()
+    ours, common = read_index(step(run, 20))
+
+    def tensors(metadata):
+        return {
+            name: (entry.properties.dtype, entry.size, sorted((tuple(c.offsets), tuple(c.sizes)) for c in entry.chunks))
+            for name, entry in metadata.state_dict_metadata.items()
+        }
+
+    def places(metadata):
+        return {
+            (where.fqn, where.offset): (at.relative_path, at.offset, at.length)
+            for where, at in metadata.storage_data.items()
+        }
+
+    assert len(theirs.state_dict_metadata) > 30
+    assert tensors(ours) == tensors(theirs)
+    assert places(ours) == places(theirs)
+    import torch
+
+    assert repr(common) == repr(torch.load(step(run, 20) / "common.pt", weights_only=True))
+
+
+# ---- damaged
+
+
+@pytest.mark.parametrize("damage", ["cut", "another digit", "gone", "index cut", "manifest names another folder"])
+def test_what_describes_a_checkpoint_is_checked_too(pool, data, saved, run, damage):
+    folder = step(run, 20)
+    described = folder / ("index.json" if damage == "index cut" else "checkpoint.json")
+    text = described.read_text()
+    if damage == "another digit":
+        described.write_text(text.replace('"samples": 160', '"samples": 161'))
+        assert described.read_text() != text
+    elif damage == "gone":
+        described.unlink()
+    elif damage == "manifest names another folder":
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["../step_00000015/checkpoint.json"] = manifest["checkpoint.json"]
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+    else:
+        described.write_text(text[:-9])
+    out = pool.run(2, train_heard, str(run), str(data), SAVES)[0]
+    assert "step_00000020 is damaged and not used" in out
+    assert "from step 15" in out
+    assert losses(run) == losses(saved)
+
+
+def test_damaged_checkpoints_are_not_counted_as_kept(pool, data, run):
+    """With the two newest damaged, the one that was resumed from and those written since stay."""
+    keep = [*FLAT, "training.save_every=2", "training.keep_last=2"]
+    for number in (15, 20):
+        victim = step(run, number) / "__0_0.distcp"
+        victim.write_bytes(victim.read_bytes()[:-1])
+    pool.run(2, train, str(run), str(data), [*keep, "training.steps=12"])
+    assert folders(run) == [10, 12, 15, 20]  # 5 is not needed; 15 and 20 lie ahead
+    pool.run(2, train, str(run), str(data), [*keep, "training.steps=18"])
+    assert folders(run) == [12, 16, 18, 20]  # 12 was resumed from, 15 is behind us now
+    out = pool.run(1, train_heard, str(run), str(data), [*keep, "training.steps=20"])[0]
+    assert "step_00000020 is damaged" in out
+    assert "from step 18" in out
+    assert folders(run) == [18, 20]
+
+
+def test_a_damaged_one_that_cannot_be_seen_by_its_size(pool, data, run):
+    """A flipped bit: the checkpoint counts as kept, but never in place of what was just written or resumed from."""
+    for number in (15, 20):
+        victim = step(run, number) / "__0_0.distcp"
+        content = bytearray(victim.read_bytes())
+        content[len(content) // 2] ^= 1
+        victim.write_bytes(bytes(content))
+    pool.run(
+        2, train, str(run), str(data), [*FLAT, "training.save_every=3", "training.keep_last=1", "training.steps=12"]
+    )
+    assert folders(run) == [10, 12, 15, 20]
+
+
+# ---- older, and elsewhere
+
+
+def test_a_checkpoint_without_an_index(pool, data, saved, run):
+    """An older version's: not used, but for the tool that says what it trusts."""
+    for number in (5, 10, 15):
+        shutil.rmtree(step(run, number))
+    folder = step(run, 20)
+    (folder / "index.json").unlink()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(
+        json.dumps({k: v for k, v in manifest.items() if k not in ("index.json", "checkpoint.json")})
+    )
+    more = [*SAVES, "training.steps=25"]
+    with pytest.raises(RuntimeError, match="every checkpoint is damaged"):
+        pool.run(1, train, str(run), str(data), more)
+    root = Path(__file__).resolve().parents[2]
+    tool = [sys.executable, str(root / "tools" / "index_checkpoint.py"), str(folder)]
+    done = subprocess.run(
+        tool, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(root)}, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    pool.run(2, train, str(run), str(data), more)
+    straight = saved.parent / "straight"
+    pool.run(2, train, str(straight), str(data), more)
+    assert losses(run) == losses(straight)
+
+
+def train_with_a_full_disk(run: str, data: str, overrides: list[str], rank: int) -> list[str]:
+    """On a rank of the pool: what the error says when the disk of one rank is full at the second save; and whether
+    threads or processes are left."""
+    import errno
+    import threading
+    from unittest import mock
+
+    import psutil
+    import torch.distributed as dist
+
+    from megatron_soda.errors import SodaError
+    from megatron_soda.training import checkpoint_files
+
+    write, files = checkpoint_files._Checked.write, set()
+
+    def failing(self, data):
+        files.add(self.file.name)
+        if dist.get_rank() == rank and ".step_00000010" in self.file.name:
+            self.failure = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise self.failure
+        return write(self, data)
+
+    with mock.patch.object(checkpoint_files._Checked, "write", failing), pytest.raises(SodaError) as error:
+        train(run, data, overrides)
+    assert files
+    threads = [t.name for t in threading.enumerate() if t.name.startswith("checkpoint")]
+    return [str(error.value), *threads, *(child.name() for child in psutil.Process().children(recursive=True))]
+
+
+@pytest.mark.parametrize("asynchronous", ["false", "true"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_full_disk_of_one_rank_is_an_error_on_all(pool, data, tmp_path, rank, asynchronous):
+    overrides = [*SAVES, "parallel.tensor=2", f"training.async_save={asynchronous}"]  # so that both ranks write
+    heard = pool.run(2, train_with_a_full_disk, str(tmp_path), str(data), overrides, rank)
+    for said, *left in heard:
+        assert f"step_00000010: cannot write the checkpoint: rank {rank}: " in said
+        assert "the disk is full" in said
+        assert left == []
+    assert folders(tmp_path) == [5]
+    assert not list((tmp_path / "checkpoints").glob(".*"))
+
+
+def train_and_count(run: str, data: str, overrides: list[str]) -> list[str]:
+    import psutil
+
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    train(run, data, overrides)
+    return [child.name() for child in psutil.Process().children(recursive=True) if child.pid not in before]
+
+
+@pytest.mark.parametrize("asynchronous", ["false", "true"])
+def test_saving_starts_no_process(pool, data, tmp_path, asynchronous):
+    """A signal to the process group would end it amid a save, and it would outlive a trainer that is killed."""
+    overrides = [*SAVES, f"training.async_save={asynchronous}"]
+    assert pool.run(2, train_and_count, str(tmp_path), str(data), overrides) == [[], []]
