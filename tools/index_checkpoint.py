@@ -20,7 +20,7 @@ def index_checkpoint(
     ],
 ) -> None:
     """Write index.json beside .metadata and common.pt, and a new manifest."""
-    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
 
     from megatron_soda.training.checkpoint import manifest_of
     from megatron_soda.training.checkpoint_files import write_index

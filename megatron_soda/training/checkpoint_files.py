@@ -31,8 +31,7 @@ from megatron.core.dist_checkpointing.strategies import torch as megatron_torch
 from megatron.core.dist_checkpointing.strategies.base import LoadCommonStrategy
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.filesystem import SerializationFormat, _StorageInfo, _write_item
+from torch.distributed.checkpoint.filesystem import FileSystemReader, SerializationFormat, _StorageInfo, _write_item
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -232,13 +231,14 @@ def write_index(folder: Path, metadata: Metadata, common: dict[str, Any]) -> Non
                 "bytes": stored.length,
             }
         )
+    described: dict[str, Any] = metadata.state_dict_metadata
     tensors = {
         name: {
             "dtype": str(tensor.properties.dtype).removeprefix("torch."),
             "shape": list(tensor.size),
             "chunks": places[name],
         }
-        for name, tensor in metadata.state_dict_metadata.items()
+        for name, tensor in described.items()
     }
     write_json(folder / INDEX, {"format": _FORMAT, "common": _encode(common), "tensors": tensors})
 
