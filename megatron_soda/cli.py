@@ -131,11 +131,11 @@ def _stores(target: str) -> tuple[Path, list[str]] | None:
 @app.command(
     epilog=_examples(
         "soda train examples/quickstart/recipe.yaml training.steps=20",
-        "torchrun --nproc-per-node 2 -m megatron_soda.train recipe.yaml parallel.tensor=2",
+        "bash examples/pretrain/launch.sh recipe.yaml parallel.tensor=2",
     )
 )
 def train(recipe: Target, overrides: Overrides = None) -> None:
-    """Train on one process, from the newest checkpoint on. For more processes use torchrun (see below)."""
+    """Train on one process, from the newest checkpoint on. For more processes use launch.sh (see below)."""
     from .train import run
 
     path = Path(recipe)

@@ -35,11 +35,12 @@ def run(recipe_path: str, overrides: list[str]) -> int:
 def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         print(
-            "usage: torchrun --nproc-per-node N -m megatron_soda.train RECIPE [key=value ...]\n\n"
-            "Trains RECIPE (YAML) on N processes, going on from the newest checkpoint of its run folder.\n\n"
+            "usage: torchrun --local-addr 127.0.0.1 --nproc-per-node N -m megatron_soda.train RECIPE [key=value ...]\n"
+            "\nTrains RECIPE (YAML) on N processes of this machine, going on from the newest checkpoint of its run.\n"
+            "--local-addr: torchrun would look up the name of this host. launch.sh does this, and several nodes.\n\n"
             "examples:\n"
-            "  torchrun --nproc-per-node 2 -m megatron_soda.train examples/quickstart/recipe.yaml\n"
-            "  torchrun --nproc-per-node 4 -m megatron_soda.train recipe.yaml parallel.tensor=2 parallel.pipeline=2\n"
+            "  torchrun --local-addr 127.0.0.1 --nproc-per-node 2 -m megatron_soda.train recipe.yaml\n"
+            "  bash examples/pretrain/launch.sh recipe.yaml parallel.tensor=2\n"
             "  soda train recipe.yaml training.steps=20        (one process)"
         )
         sys.exit(0 if len(sys.argv) > 1 else 2)

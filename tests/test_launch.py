@@ -24,7 +24,7 @@ SODA_MIX = {"yodas2-en": 0.5164, "emilia-yodas-en": 0.2878, "emilia-en": 0.1459,
 def start(command: list[str], **environment: str) -> subprocess.Popen:
     clean = {k: v for k, v in os.environ.items() if k not in ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")}
     return subprocess.Popen(
-        command, cwd=ROOT, env={**clean, "PYTHON": sys.executable, **environment}, stdout=subprocess.PIPE,
+        command, cwd=ROOT, env={**clean, "SODA_PYTHON": sys.executable, **environment}, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 
@@ -183,7 +183,7 @@ def test_launch_explains(arguments, environment, status, message):
 
 def test_what_launch_starts(fakes):
     log = fakes / "log"
-    settings = {"PYTHON": str(fakes / "python"), "LOG": str(log)}
+    settings = {"SODA_PYTHON": str(fakes / "python"), "LOG": str(log)}
     several = {"NNODES": "2", "MASTER_ADDR": "node-a", "MASTER_PORT": "1234"}
     assert run([*LAUNCH, RECIPE, "seed=7"], **settings)[0] == 0
     assert run([*LAUNCH, RECIPE], **settings, **several, NODE_RANK="1", NPROC_PER_NODE="3")[0] == 0
@@ -221,7 +221,7 @@ def slurm(fakes: Path, srun: str, hostnames: str = "node-a\\nnode-b\\n") -> dict
     add(fakes, "scancel", 'echo "scancel $*" >>"$LOG"; kill -TERM "$(cat "$LOG.srun")"')
     add(fakes, "srun", srun)
     path = f"{fakes}{os.pathsep}{os.environ['PATH']}"
-    return {**JOB, "PATH": path, "PYTHON": str(fakes / "python"), "LOG": str(fakes / "log")}
+    return {**JOB, "PATH": path, "SODA_PYTHON": str(fakes / "python"), "LOG": str(fakes / "log")}
 
 
 def test_slurm_starts_every_node(fakes):

@@ -1,3 +1,5 @@
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -46,6 +48,12 @@ def test_without_the_grammar_it_does_not():
     assert sum(row.valid and row.ended for row in rows) < 10
     for row in rows:
         assert row.valid == (CONSTRAINT.follow(row.ids) is not None)
+
+
+def test_nothing_is_called_that_goes_away():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        sample(qwen3(), CONSTRAINT, [SPACE.bos], max_tokens=4, stop=set())
 
 
 def test_legal_mass_is_the_models_own():

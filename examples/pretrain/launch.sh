@@ -15,7 +15,8 @@
 #   MASTER_ADDR     name or address of node 0; needed if there are several
 #   MASTER_PORT     a free port of node 0 (29500)
 #   NPROC_PER_NODE  processes of a node (one a GPU; without GPUs 2)
-#   PYTHON          the interpreter (that of .venv, which is made if it is not there)
+#   SODA_PYTHON     an interpreter that has the package, a container's for one (that of .venv, which is made if needed)
+#   OMP_NUM_THREADS threads of a process (on CPUs its share of the cores)
 #   GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME   the network interface between the nodes
 set -euo pipefail
 
@@ -25,7 +26,7 @@ recipe=
 overrides=()
 while [ $# -gt 0 ]; do
   case $1 in
-    -h | --help) sed -n '2,22s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    -h | --help) sed -n '2,23s/^# \{0,1\}//p' "$0"; exit 0 ;;
     --smoke) smoke=1 ;;
     *=*) overrides+=("$1") ;;
     *)
@@ -56,28 +57,28 @@ if [ "$smoke" = 1 ] && [ "$NNODES" != 1 ]; then
   exit 2
 fi
 
-if [ -z "${PYTHON:-}" ]; then
-  PYTHON=.venv/bin/python
-  if [ "$NNODES" = 1 ]; then
-    bash tools/venv.sh
-  elif [ ! -x "$PYTHON" ]; then   # nodes that share a disk would make it at the same time
-    echo "error: no .venv in $root; make it once, before the job: bash tools/venv.sh" >&2
-    exit 2
-  fi
+python=${SODA_PYTHON:-.venv/bin/python}
+if [ -n "${SODA_PYTHON:-}" ]; then
+  command -v "$python" >/dev/null || { echo "error: SODA_PYTHON=$python: there is no such program" >&2; exit 2; }
+elif [ "$NNODES" = 1 ]; then
+  bash tools/venv.sh
+elif [ ! -x "$python" ]; then   # nodes that share a disk would make it at the same time
+  echo "error: no .venv in $root; make it once, before the job: bash tools/venv.sh" >&2
+  exit 2
 fi
 bind=()
 if [ "$NODE_RANK" = 0 ]; then bind=(--bind); fi
-"$PYTHON" -m megatron_soda.parallel.preflight \
+"$python" -m megatron_soda.parallel.preflight \
   --address "$MASTER_ADDR" --port "$MASTER_PORT" --nodes "$NNODES" "${bind[@]}"
 
-gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
+gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
 processes=${NPROC_PER_NODE:-$gpus}
 if [ "$processes" = 0 ]; then processes=2; fi
 
 if [ "$smoke" = 1 ]; then
   folder=runs/smoke/$(basename "$recipe" .yaml)
   rm -rf "$folder"
-  made=$("$PYTHON" examples/pretrain/synthetic.py "$recipe" "$folder/data")
+  made=$("$python" examples/pretrain/synthetic.py "$recipe" "$folder/data")
   mapfile -t stores <<<"$made"
   small=(
     "run=$folder" "${stores[@]}" data.sequence_length=256 model.preset=tiny training.steps=4
@@ -89,11 +90,15 @@ if [ "$smoke" = 1 ]; then
   overrides=("${small[@]}" "${overrides[@]}")
 fi
 
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+if [ -z "${OMP_NUM_THREADS:-}" ]; then   # torchrun would say 1
+  OMP_NUM_THREADS=1
+  if [ "$gpus" = 0 ] && [ "$(nproc)" -gt "$processes" ]; then OMP_NUM_THREADS=$(($(nproc) / processes)); fi
+fi
+export OMP_NUM_THREADS
 # torchrun passes SIGTERM on to the trainers, which save, and kills them after so many seconds; its own 30 are too few.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 command=(
-  "$PYTHON" -m torch.distributed.run --nnodes "$NNODES" --node-rank "$NODE_RANK" --nproc-per-node "$processes"
+  "$python" -m torch.distributed.run --nnodes "$NNODES" --node-rank "$NODE_RANK" --nproc-per-node "$processes"
   --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" -m megatron_soda.train "$recipe" "${overrides[@]}"
 )
 printf 'node %s of %s:' "$NODE_RANK" "$NNODES"

@@ -73,6 +73,8 @@ def sample(
     to). Not constrained, a row ends at its first illegal token. ValueError if the prompt itself is illegal or the
     budget cannot hold the shortest ending.
     """
+    from transformers import DynamicCache
+
     device = constraint.legal.device
     generator = torch.Generator(device).manual_seed(seed)
     start = constraint.follow(prompt)
@@ -85,10 +87,9 @@ def sample(
     active = torch.ones(count, dtype=torch.bool, device=device)
     stops = torch.tensor(sorted(stop), dtype=torch.long, device=device)
     ids = torch.tensor([prompt] * count, device=device)
-    cache = None
+    cache = DynamicCache()
     for step in range(max_tokens):
-        out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache, logits = out.past_key_values, out.logits[:, -1].float()
+        logits = model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
         mass = (logits.softmax(-1) * constraint.legal[states]).sum(-1)
         fewer = torch.zeros_like(active)
         if constrained:

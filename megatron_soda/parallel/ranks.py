@@ -38,8 +38,9 @@ def init(recipe: Recipe) -> torch.device:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        if "OMP_NUM_THREADS" not in os.environ:  # torch would take all cores of the machine, also those not ours
+            cores = len(os.sched_getaffinity(0))
+            torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         if world_size == 1:

@@ -17,7 +17,7 @@ from tests.voices import write_speech
 
 pytestmark = pytest.mark.full
 ROOT = Path(__file__).resolve().parents[2]
-TRAIN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+TRAIN = [sys.executable, "-m", "torch.distributed.run", "--local-addr", "127.0.0.1", "--nproc-per-node"]
 
 
 @pytest.fixture

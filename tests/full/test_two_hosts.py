@@ -66,7 +66,13 @@ def recipe(tmp_path) -> Path:
 
 
 def start(before: list[str], recipe: Path, *overrides: str, **environment: str) -> subprocess.Popen:
-    settings = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "MASTER_PORT": "29511", **environment}
+    settings = {
+        **os.environ,
+        "SODA_PYTHON": sys.executable,
+        "OMP_NUM_THREADS": "1",
+        "MASTER_PORT": "29511",
+        **environment,
+    }
     return subprocess.Popen(
         [*before, *LAUNCH, str(recipe), *overrides], env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True,
@@ -148,3 +154,16 @@ def test_a_host_that_gloo_could_not_name_is_an_error(hosts, recipe):
     for rank, text in enumerate(said):
         assert f"error: host node-{rank} knows its own name only as a loopback address" in text
         assert "Set GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME) to the interface that leads to them: soda0." in text
+
+
+UNNAMED = ["unshare", "--uts", "sh", "-c", 'hostname no-such-host && exec "$@"', "sh"]
+
+
+@pytest.mark.skipif(subprocess.run([*UNNAMED, "true"], capture_output=True).returncode != 0, reason="needs unshare")
+def test_a_host_whose_name_does_not_resolve(recipe, tmp_path):
+    """torchrun --standalone would wait for ever."""
+    process = start(UNNAMED, recipe, NPROC_PER_NODE="2")
+    (said,) = finish([process])
+    assert process.returncode == 0, said
+    assert "no-such-host" in said  # in the map of the ranks
+    assert len(losses(tmp_path / "run")) == 5
