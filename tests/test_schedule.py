@@ -13,13 +13,35 @@ def rates(count: int, **settings) -> list[float]:
 
 def test_warm_up_stable_decay():
     found = rates(101)
-    assert found[0] == pytest.approx(0.2)
-    assert found[9:80] == [2.0] * 71
-    assert found[80] == pytest.approx(2.0 * 20 / 21)
-    assert found[99] == pytest.approx(2.0 / 21)
-    assert found[100] == 0
-    steps = [b - a for a, b in pairwise(found[80:])]
-    assert all(s == pytest.approx(-2.0 / 21) for s in steps)
+    assert found[:11] == pytest.approx([0.2 * i for i in range(11)])  # the first step does not move
+    assert found[10:81] == [2.0] * 71
+    assert found[80:] == pytest.approx([2.0 * (20 - i) / 20 for i in range(21)])
+
+
+def test_shares_are_cut_to_whole_steps():
+    """Not rounded: 238,419 steps have 23,841 of warm-up and 47,683 of decay, where rounding gave 23,842 and 47,684."""
+    of = {"steps": 238_419, "schedule": "wsd", "peak": 1.0, "warmup_share": 0.1, "decay_share": 0.2}
+    assert learning_rate(23_840, **of) == pytest.approx(23_840 / 23_841, rel=1e-12)
+    assert learning_rate(23_841, **of) == 1.0
+    assert learning_rate(238_419 - 47_683, **of) == 1.0
+    assert learning_rate(238_419 - 47_682, **of) == pytest.approx(47_682 / 47_683, rel=1e-12)
+    assert rates(4, steps=4) == [2.0] * 4  # less than a step is none
+
+
+def piecewise(step: int, pieces: list[tuple[int, float, float]]) -> float:
+    """The definition of the authors' library: linear pieces (length, from, to) one after the other, each counting its
+    own steps from 0."""
+    for length, start, end in pieces:
+        if step < length:
+            return start + (end - start) * step / length
+        step -= length
+    return pieces[-1][2]
+
+
+@pytest.mark.parametrize(("steps", "up", "down"), [(100, 10, 20), (37, 3, 7), (11, 1, 2), (9, 0, 1), (900, 90, 180)])
+def test_against_the_pieces_it_is_made_of(steps, up, down):
+    pieces = [(up, 0.0, 2.0), (steps - up - down, 2.0, 2.0), (down, 2.0, 0.0)]
+    assert rates(steps + 1, steps=steps) == pytest.approx([piecewise(i, pieces) for i in range(steps + 1)])
 
 
 def test_no_warm_up_no_decay():
@@ -28,16 +50,16 @@ def test_no_warm_up_no_decay():
 
 def test_cosine():
     found = rates(101, schedule="cosine")
-    assert found[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
+    assert found[:10] == pytest.approx([0.2 * i for i in range(10)])
     assert found[10:] == pytest.approx([1 + math.cos(math.pi * i / 90) for i in range(91)], abs=1e-12)
     assert all(b < a for a, b in pairwise(found[10:]))
 
 
 def test_a_leg_that_branched_off():
     found = rates(101, schedule="decay", branched_at=60)[60:]
-    assert found == pytest.approx([2.0 * (40 - i) / 41 for i in range(41)])
+    assert found == pytest.approx([2.0 * (40 - i) / 40 for i in range(41)])
     # Another schedule counts its shares from the branch on.
     found = rates(101, branched_at=50)[50:]
-    assert found[:5] == pytest.approx([2.0 * (i + 1) / 5 for i in range(5)])
-    assert found[5:40] == [2.0] * 35
-    assert found[40:] == pytest.approx([2.0 * (10 - i) / 11 for i in range(11)])
+    assert found[:5] == pytest.approx([2.0 * i / 5 for i in range(5)])
+    assert found[5:41] == [2.0] * 36
+    assert found[40:] == pytest.approx([2.0 * (10 - i) / 10 for i in range(11)])
