@@ -139,6 +139,8 @@ class Training:
     optimizer: str = (
         "adamw"  # adamw (the paper's word) | cautious (its code: Cautious AdamW, decay scaled by rate / peak)
     )
+    # The mean of the cautious mask: over a matrix of all layers together (stacked, the paper's code) or of one (layer).
+    cautious_mask: str = "stacked"
     learning_rate: float = (
         0.0  # peak; 0: the paper's rule, 0.003 sqrt(global batch / 256) sqrt(1024 / max(hidden, 1024))
     )
@@ -366,6 +368,7 @@ def _check(recipe: Recipe) -> None:
         f"model.init_std={m.init_std}: model.init={m.init} draws by fan-in; it is of model.init=normal",
     )
     choice("training.optimizer", t.optimizer, ("adamw", "cautious"))
+    choice("training.cautious_mask", t.cautious_mask, ("stacked", "layer"))
     choice("training.schedule", t.schedule, ("wsd", "cosine", "decay"))
     choice("training.precision", t.precision, ("fp32", "bf16", "fp8"))
     choice("training.fp8_recipe", t.fp8_recipe, ("delayed", "tensorwise", "blockwise"))

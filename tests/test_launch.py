@@ -59,6 +59,7 @@ def test_soda_base(name):
     assert tokens_of_a_step == 512 * 4096
     assert 0 <= t.steps * tokens_of_a_step - 500e9 < tokens_of_a_step
     assert (t.optimizer, t.schedule, t.precision) == ("cautious", "wsd", "bf16")
+    assert (recipe.model.init, t.cautious_mask) == ("levanter", "stacked")
     assert (t.beta1, t.beta2, t.epsilon, t.weight_decay) == (0.98, 0.98, 1e-16, 0.033)
     assert (t.clip_grad, t.z_loss, t.warmup_share, t.decay_share) == (1.0, 1e-4, 0.1, 0.2)
     assert recipe.data.mix[0].shares == pytest.approx(SODA_MIX, abs=5e-5)

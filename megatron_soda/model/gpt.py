@@ -211,13 +211,12 @@ def _generator(name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
-def global_name(model: GPTModel, name: str) -> str:
+def global_name(model: Any, name: str) -> str:
     """`decoder.layers.0.…` of a later pipeline stage -> the number the layer has in the whole model."""
     prefix = "decoder.layers."
     if name.startswith(prefix):
         local, _, rest = name[len(prefix) :].partition(".")
-        layer: Any = model.decoder.layers[int(local)]
-        return f"{prefix}{layer.layer_number - 1}.{rest}"
+        return f"{prefix}{model.decoder.layers[int(local)].layer_number - 1}.{rest}"
     tied = name == "output_layer.weight" and model.share_embeddings_and_output_weights
     return "embedding.word_embeddings.weight" if tied else name
 

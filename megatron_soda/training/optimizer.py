@@ -1,4 +1,4 @@
-"""AdamW and Cautious AdamW on megatron-core's optimizers, plain or distributed, and two repairs these need."""
+"""AdamW, or Cautious AdamW, on megatron-core's optimizers, plain or distributed, and two repairs these need."""
 
 import importlib
 from collections.abc import Callable, Iterable
@@ -7,18 +7,16 @@ from typing import Any
 
 import megatron.core.optimizer as megatron_optimizer
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig, ParamGroupOverride, ParamKey, get_megatron_optimizer
 from megatron.core.optimizer import distrib_optimizer as megatron_distributed
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer.optimizer_config import ParamPredicate
-from torch import Tensor
 
 from ..config import Recipe
 from ..vocab import TokenSpace
+from .cautious import CautiousAdamW, Matrices
 
 
 class Optimizer:
@@ -54,7 +52,6 @@ class Optimizer:
         for name, parameter in parameters:
             tied = name == "output_layer.weight" and bool(recipe.model.tie_embeddings)
             parameter.is_embedding = name == "embedding.word_embeddings.weight" or tied
-            parameter.is_vocabulary = name in ("embedding.word_embeddings.weight", "output_layer.weight")
         self.inner: MegatronOptimizer = get_megatron_optimizer(
             config,
             list(ddp),
@@ -63,7 +60,10 @@ class Optimizer:
             },
         )
         if self.cautious:
-            self._describe_parameters(recipe, ddp, space)
+            (part,) = _parts(self.inner)  # several would each count but a part of a matrix
+            part.optimizer.matrices = matrices = Matrices(recipe, ddp, space, _device())
+            for piece, parameter, start in _pieces(part):
+                matrices.describe(piece, parameter, start)
 
     def step(self, rate: float) -> float:
         """Clips, then updates. Returns the gradient norm before clipping (nan if megatron-core has none)."""
@@ -75,80 +75,6 @@ class Optimizer:
         outcome: Any = self.inner.step()
         _, norm, _ = outcome
         return float(norm) if norm is not None else float("nan")
-
-    def _describe_parameters(self, recipe: Recipe, ddp: list[DistributedDataParallel], space: TokenSpace) -> None:
-        """Tells the cautious Adam of which whole tensor each piece it holds is a part."""
-        order = {p: i for i, p in enumerate(p for chunk in ddp for p in chunk.parameters())}
-        rank, ranks = parallel_state.get_tensor_model_parallel_rank(), recipe.parallel.tensor
-        totals = []
-        for parameter in order:
-            cut = bool(getattr(parameter, "tensor_model_parallel", False))
-            numel = parameter.numel() * (ranks if cut else 1)
-            vocabulary = cut and getattr(parameter, "is_vocabulary", False)
-            totals.append((space.size * parameter.shape[1] if vocabulary else numel, cut or rank == 0))
-        groups: list[Any] = []
-        if ranks > 1:
-            groups.append(parallel_state.get_tensor_model_parallel_group())
-        if recipe.parallel.distributed_optimizer:
-            groups.append(parallel_state.get_data_parallel_group(with_context_parallel=True))
-        for part in _parts(self.inner):
-            for piece, parameter in _pieces(part):
-                piece.whole = order[parameter]
-            part.optimizer.describe(totals, groups)
-
-
-class CautiousAdamW(torch.optim.AdamW):
-    """AdamW whose update is zero where it would go against the gradient (arXiv 2411.16085), as Levanter has it.
-
-    What is left of a tensor's update is divided by the share of elements that are left. A tensor may be cut between
-    tensor-parallel ranks and the ranks of the distributed optimizer, so the shares are counted over them: the layout
-    changes nothing. Every parameter needs an attribute `whole`, its number in what `describe` got.
-    """
-
-    totals: list[tuple[int, bool]]
-    groups: list[Any]
-
-    def describe(self, totals: list[tuple[int, bool]], groups: list[Any]) -> None:
-        """totals: for every tensor its elements (padding left out), and whether this rank's part counts (a copy that
-        another rank counts does not). groups: process groups between which tensors are cut."""
-        self.totals, self.groups = totals, groups
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        if closure is not None:
-            raise NotImplementedError("a closure makes no sense here")
-        counts: Tensor | None = None
-        for group, p in self._with_gradient():
-            state = self.state[p]
-            if "step" not in state:
-                state["step"] = torch.zeros((), dtype=torch.float32)
-            if "exp_avg" not in state:
-                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-            beta1, beta2 = group["betas"]
-            state["step"] += 1
-            state["exp_avg"].lerp_(p.grad, 1 - beta1)
-            state["exp_avg_sq"].mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
-            if counts is None:
-                counts = torch.zeros(len(self.totals), dtype=torch.float64, device=p.device)
-            if self.totals[p.whole][1]:
-                counts[p.whole] += (state["exp_avg"] * p.grad > 0).sum()
-        if counts is None:  # a rank of the distributed optimizer may have no piece
-            counts = torch.zeros(len(self.totals), dtype=torch.float64, device=_device())
-        for process_group in self.groups:
-            dist.all_reduce(counts, group=process_group)
-        for group, p in self._with_gradient():
-            state = self.state[p]
-            beta1, beta2 = group["betas"]
-            step = state["step"].item()
-            kept = (state["exp_avg"] * p.grad > 0).to(p.dtype)
-            share = counts[p.whole] / self.totals[p.whole][0]
-            kept.mul_((1 / ((share + group["eps"]) * (1 - beta1**step))).to(p.dtype))
-            root = (state["exp_avg_sq"] / (1 - beta2**step)).sqrt_().add_(group["eps"])
-            p.mul_(1 - group["lr"] * group["weight_decay"])
-            p.sub_(kept.mul_(state["exp_avg"]).div_(root), alpha=group["lr"])
-
-    def _with_gradient(self) -> Iterable[tuple[dict, Any]]:
-        return ((group, p) for group in self.param_groups for p in group["params"] if p.grad is not None)
 
 
 def choose_adam(cautious: bool) -> tuple[str, Callable[..., torch.optim.Optimizer], bool]:
@@ -181,8 +107,9 @@ def _parts(optimizer: MegatronOptimizer) -> list[Any]:
     return getattr(optimizer, "chained_optimizers", [optimizer])
 
 
-def _pieces(part: Any) -> Iterable[tuple[Any, Any]]:
-    """(what Adam updates, the model's parameter it is of): itself, its float32 copy, or a rank's share of either."""
+def _pieces(part: Any) -> Iterable[tuple[Any, Any, int]]:
+    """(what Adam updates, the model's parameter it is of, where in it the piece begins): the parameter itself, its
+    float32 copy, or a rank's share of either."""
     if isinstance(part, DistributedOptimizer):
         pairs = (
             (part.shard_fp32_from_float16_groups, part.model_float16_groups),
@@ -198,7 +125,9 @@ def _pieces(part: Any) -> Iterable[tuple[Any, Any]]:
         pairs = ((groups, groups),)
     for ours, models in pairs:
         for our_group, model_group in zip(ours, models, strict=True):
-            yield from zip(our_group, model_group, strict=True)
+            for piece, parameter in zip(our_group, model_group, strict=True):
+                shared = isinstance(part, DistributedOptimizer)
+                yield piece, parameter, part._get_model_param_range_map(parameter)["param"].start if shared else 0
 
 
 def prepare_load(optimizer: MegatronOptimizer) -> None:

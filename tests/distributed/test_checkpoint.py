@@ -199,7 +199,7 @@ def test_a_decay_leg_with_another_mix(pool, data, corpora, tmp_path):
     rates = [json.loads(line) for line in (leg / "metrics.jsonl").read_text().splitlines()]
     rates = [row["learning_rate"] for row in rates if "learning_rate" in row]
     peak = small_recipe(leg, data).training.learning_rate
-    assert rates == pytest.approx([peak * part / 5 for part in (4, 3, 2, 1)])
+    assert rates == pytest.approx([peak * part / 4 for part in (4, 3, 2, 1)])
     assert consumed(leg, 14) == {
         "speech": consumed(trunk, 10)["speech"],
         "text": consumed(trunk, 10)["text"] + 24,

@@ -140,9 +140,11 @@ def test_documents_do_not_see_each_other_under_transformer_engine():
 
 def _optimizer(folder: str, overrides: list[str]) -> tuple[str, float]:
     from megatron_soda.training.optimizer import choose_adam
-    from tests.distributed.test_optimizer import run_steps
+    from tests.distributed.test_optimizer import expected, run_steps
 
-    return choose_adam("training.optimizer=cautious" in overrides)[0], run_steps(folder, overrides)[0]
+    cautious = "training.optimizer=cautious" in overrides
+    wanted = expected(run_steps(folder, overrides, None), "stacked" if cautious else "")
+    return choose_adam(cautious)[0], run_steps(folder, overrides, wanted)[0]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "cautious"])
