@@ -49,13 +49,13 @@ def prepare(recipe: Recipe, dry_run: bool = False) -> dict[str, Any]:
 
 
 def _prepare(recipe: Recipe) -> dict[str, Any]:
-    began = mark = time.time()
+    began = mark = time.monotonic()
     timings: dict[str, float] = {}
 
     def lap(name: str) -> None:
         nonlocal mark
-        timings[name] = time.time() - mark
-        mark = time.time()
+        timings[name] = time.monotonic() - mark
+        mark = time.monotonic()
 
     p, folder = recipe.prepare, recipe.data_folder
     work, parts = folder / "work", folder / "work" / "parts"
@@ -121,7 +121,7 @@ def _prepare(recipe: Recipe) -> dict[str, Any]:
     os.replace(rejects.path, folder / "rejects.jsonl")
     summary = write_stores(recipe, jobs, units, bounds, tokenizer, space, codec)
     lap("stores")
-    timings["seconds"] = time.time() - began
+    timings["seconds"] = time.monotonic() - began
     summary.update(
         key=key,
         repeated_texts=found.repeated_texts,

@@ -227,7 +227,7 @@ GOES_ON = ("prepare", "train")  # given again, these go on where they were; the 
 
 
 def main() -> None:
-    started = time.time()
+    started = time.monotonic()
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:  # nohup has SIGHUP ignored
             signal.signal(number, signal.default_int_handler)  # the same end as Ctrl-C: everything is cleaned up
@@ -241,7 +241,7 @@ def main() -> None:
             goes_on = any(word in GOES_ON for word in sys.argv[1:2])
             what = "The same command goes on from here." if goes_on else "Run the same command again to start over."
             with contextlib.suppress(OSError):  # the terminal may be gone
-                print(f"\nInterrupted after {time.time() - started:.0f} s. {what}", file=sys.stderr)
+                print(f"\nInterrupted after {time.monotonic() - started:.0f} s. {what}", file=sys.stderr)
         raise
 
 

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,12 +42,21 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """For one process at a time: two that write one data folder would delete each other's files. SodaError at once if
-    another one holds it."""
+    """For one process at a time: two that write one folder would delete each other's files. SodaError at once if
+    another one holds it. The kernel drops the lock with the process that holds it, however that ends."""
     with open(folder / ".lock", "a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                print(
+                    f"warning: {folder}: this file system cannot lock ({error.strerror}). Take care that nothing else "
+                    "writes there.",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                yield
+                return
             lock.seek(0)
             raise SodaError(
                 f"{folder}: another soda is at work on it ({lock.read().strip() or 'process unknown'}). "
@@ -55,6 +65,7 @@ def locked(folder: Path) -> Iterator[None]:
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {os.uname().nodename}\n")
         lock.flush()
+        os.fsync(lock.fileno())  # so that other hosts can read it
         yield
 
 

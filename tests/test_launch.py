@@ -187,15 +187,15 @@ def test_what_launch_starts(fakes):
     settings = {"SODA_PYTHON": str(fakes / "python"), "LOG": str(log)}
     several = {"NNODES": "2", "MASTER_ADDR": "node-a", "MASTER_PORT": "1234"}
     assert run([*LAUNCH, RECIPE, "seed=7"], **settings)[0] == 0
-    assert run([*LAUNCH, RECIPE], **settings, **several, NODE_RANK="1", NPROC_PER_NODE="3")[0] == 0
+    assert run([*LAUNCH, RECIPE], **settings, **several, NODE_RANK="1", NPROC_PER_NODE="3", MAX_RESTARTS="2")[0] == 0
     check, train, check_2, train_2 = log.read_text().splitlines()
     assert check.endswith("-m megatron_soda.parallel.preflight --address 127.0.0.1 --port 29500 --nodes 1 --bind")
     assert train.endswith(
-        "-m torch.distributed.run --nnodes 1 --node-rank 0 --nproc-per-node 8 --master-addr 127.0.0.1 "
-        f"--master-port 29500 -m megatron_soda.train {RECIPE} seed=7"
+        "-m torch.distributed.run --nnodes 1 --node-rank 0 --nproc-per-node 8 --max-restarts 0 "
+        f"--master-addr 127.0.0.1 --master-port 29500 -m megatron_soda.train {RECIPE} seed=7"
     )
     assert check_2.endswith("--address node-a --port 1234 --nodes 2")
-    assert "--nnodes 2 --node-rank 1 --nproc-per-node 3 --master-addr node-a --master-port 1234 " in train_2
+    assert "--nnodes 2 --node-rank 1 --nproc-per-node 3 --max-restarts 2 --master-addr node-a " in train_2
 
 
 @pytest.mark.full

@@ -15,6 +15,7 @@
 #   MASTER_ADDR     name or address of node 0; needed if there are several
 #   MASTER_PORT     a free port of node 0 (29500)
 #   NPROC_PER_NODE  processes of a node (one a GPU; without GPUs 2)
+#   MAX_RESTARTS    how often torchrun starts the processes of a node anew after one has failed (0)
 #   SODA_PYTHON     an interpreter that has the package, a container's for one (that of .venv, which is made if needed)
 #   OMP_NUM_THREADS threads of a process (on CPUs its share of the cores)
 #   GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME   the network interface between the nodes
@@ -26,7 +27,7 @@ recipe=
 overrides=()
 while [ $# -gt 0 ]; do
   case $1 in
-    -h | --help) sed -n '2,23s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    -h | --help) sed -n '2,22s/^# \{0,1\}//p' "$0"; exit 0 ;;
     --smoke) smoke=1 ;;
     *=*) overrides+=("$1") ;;
     *)
@@ -99,7 +100,8 @@ export OMP_NUM_THREADS
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 command=(
   "$python" -m torch.distributed.run --nnodes "$NNODES" --node-rank "$NODE_RANK" --nproc-per-node "$processes"
-  --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" -m megatron_soda.train "$recipe" "${overrides[@]}"
+  --max-restarts "${MAX_RESTARTS:-0}" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT"
+  -m megatron_soda.train "$recipe" "${overrides[@]}"
 )
 printf 'node %s of %s:' "$NODE_RANK" "$NNODES"
 printf ' %q' "${command[@]}"

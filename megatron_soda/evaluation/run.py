@@ -14,7 +14,7 @@ def evaluate(target: str, overrides: list[str]) -> dict:
     recipe = resolve(target, overrides)
     e, run = recipe.evaluate, Path(recipe.run)
     folder = model_folder(target, recipe)
-    began = time.time()
+    began = time.monotonic()
     model = load_model(folder)
     test, train = Store(recipe.data_folder / e.split), Store(recipe.data_folder / "train")
     for store in (test, train):
@@ -36,7 +36,7 @@ def evaluate(target: str, overrides: list[str]) -> dict:
 
         result["grammar"] = evaluate_grammar(model, load_data_codec(folder), e.generations, e.max_tokens, recipe.seed)
     write_json(path, result)
-    record_timing(run, "evaluate", {"seconds": time.time() - began})
+    record_timing(run, "evaluate", {"seconds": time.monotonic() - began})
     _print(result)
     return result
 

@@ -32,7 +32,7 @@ def export(recipe: Recipe) -> Path:
     """
     from ..training import checkpoint
 
-    began = time.time()
+    began = time.monotonic()
     run = Path(recipe.run)
     newest = checkpoint.newest_whole(run)
     if newest is None:
@@ -72,7 +72,7 @@ def export(recipe: Recipe) -> Path:
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
     console.print(f"{final}: step {step}, largest logit difference to ours {difference:.1e}")
-    record_timing(run, "export", {"seconds": time.time() - began})
+    record_timing(run, "export", {"seconds": time.monotonic() - began})
     return final
 
 

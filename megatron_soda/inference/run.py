@@ -16,12 +16,12 @@ def generate(target: str, overrides: list[str]) -> list[dict]:
 
     recipe = resolve(target, overrides)
     folder = model_folder(target, recipe)
-    began = time.time()
+    began = time.monotonic()
     model = load_model(folder)
     rows = held_out_rows(recipe.data_folder, recipe.generate.split, model)
     out = Path(recipe.run) / "samples"
     samples = run_tasks(model, recipe, rows, load_data_codec(folder), out)
-    record_timing(Path(recipe.run), "generate", {"seconds": time.time() - began})
+    record_timing(Path(recipe.run), "generate", {"seconds": time.monotonic() - began})
     for sample in read_json(out / "samples.json"):
         text = f": {sample['output_text']!r}" if sample["output_text"] is not None else ""
         print(f"{sample['task']:<11}{sample['id']:<28}{sample['note']}{text}")

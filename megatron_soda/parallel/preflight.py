@@ -165,7 +165,7 @@ def compare_ranks(recipe: Recipe, device: "torch.device") -> list[dict[str, Any]
 
     cpu = torch.device("cpu")
     gloo: Any = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
-    facts = [json.loads(text) for text in _gather(json.dumps(_facts(recipe, device)), cpu, gloo)]
+    facts = [json.loads(text) for text in gather(json.dumps(_facts(recipe, device)), cpu, gloo)]
     hosts = [fact["host"] for fact in facts]
     lines = [
         line
@@ -173,7 +173,7 @@ def compare_ranks(recipe: Recipe, device: "torch.device") -> list[dict[str, Any]
         if (line := _difference(name, [fact["versions"][name] for fact in facts], hosts))
     ]
     if len({fact["recipe"] for fact in facts}) > 1:  # all ranks see the same facts, so all take part in this
-        recipes = [json.loads(text) for text in _gather(json.dumps(_flat(recipe)), cpu, gloo)]
+        recipes = [json.loads(text) for text in gather(json.dumps(_flat(recipe)), cpu, gloo)]
         keys = dict.fromkeys(key for of_rank in recipes for key in of_rank)
         lines += [line for key in keys if (line := _difference(key, [of_rank.get(key) for of_rank in recipes], hosts))]
     if gloo is not None:
@@ -221,7 +221,7 @@ def check_ranks(recipe: Recipe, device: "torch.device") -> str:
         "data": state.get_data_parallel_rank(),
         "wrong": wrong,
     }
-    for fact, text in zip(facts, _gather(json.dumps(here), device), strict=True):
+    for fact, text in zip(facts, gather(json.dumps(here), device), strict=True):
         fact.update(json.loads(text))
     for name in groups:
         ranks = [rank for rank, fact in enumerate(facts) if name in fact["wrong"]]
@@ -287,7 +287,7 @@ def _flat(recipe: Recipe) -> dict[str, Any]:
     return flat
 
 
-def _gather(text: str, device: "torch.device", group: Any = None) -> list[str]:
+def gather(text: str, device: "torch.device", group: Any = None) -> list[str]:
     """The text of every rank, in their order. It goes as bytes, so nothing that another process sent is unpickled."""
     import torch
     import torch.distributed as dist

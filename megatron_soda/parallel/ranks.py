@@ -1,7 +1,11 @@
 """Process groups: torch.distributed and megatron-core's, on NCCL or gloo. Import this before `megatron`."""
 
+import contextlib
+import json
 import os
 import warnings
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -13,7 +17,9 @@ warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distri
 cpu.install()
 
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402
+from torch.distributed.distributed_c10d import default_pg_timeout  # noqa: E402
 
+from .. import files  # noqa: E402
 from ..config import Recipe  # noqa: E402
 from ..errors import SodaError  # noqa: E402
 from . import preflight  # noqa: E402
@@ -43,18 +49,41 @@ def init(recipe: Recipe) -> torch.device:
             torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        if world_size == 1:
-            dist.init_process_group(
-                backend,
-                store=dist.HashStore(),  # pyright: ignore[reportPrivateImportUsage]
-                rank=0,
-                world_size=1,
-            )
-        else:
-            dist.init_process_group(backend)
+        rank = 0 if world_size == 1 else int(os.environ["RANK"])
+        dist.init_process_group(backend, store=rendezvous_store(world_size), rank=rank, world_size=world_size)
     preflight.compare_ranks(recipe, device)  # ranks that want other groups than their peers would wait for ever
     layout(recipe)
     return device
+
+
+def rendezvous_store(world_size: int) -> dist.Store:
+    """Where the ranks of this attempt find each other.
+
+    torchrun keeps one store for all its attempts (`--max-restarts`), so that a second one would find the addresses of
+    processes that are gone: each attempt has a part of the store for itself.
+    """
+    if world_size == 1:
+        return dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+    store, _, _ = next(dist.rendezvous("env://", timeout=default_pg_timeout))  # pyright: ignore[reportPrivateImportUsage]
+    return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+@contextlib.contextmanager
+def locked(folder: Path, device: torch.device) -> Iterator[None]:
+    """The folder, made if need be, is this job's alone: the first rank holds the lock. SodaError, on all ranks, if
+    another process has it."""
+    with contextlib.ExitStack() as held:
+        refused = ""
+        if is_first():
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                held.enter_context(files.locked(folder))
+            except (SodaError, OSError) as error:
+                refused = str(error)
+        refused = json.loads(preflight.gather(json.dumps(refused), device)[0])
+        if refused:
+            raise SodaError(refused)
+        yield
 
 
 def layout(recipe: Recipe) -> None:

@@ -48,12 +48,17 @@ def train(recipe: Recipe) -> bool:
     """Runs the recipe from its newest whole checkpoint to its last step. False if it was asked to stop before.
 
     Raises SodaError for a layout or data that do not fit, a checkpoint of another model, vocabulary or optimizer,
-    ranks that disagree, and a loss that is not finite.
+    ranks that disagree, a run folder that another process trains in, and a loss that is not finite.
     """
     began = time.monotonic()
-    run, steps = Path(recipe.run), recipe.training.steps
     check_wandb(recipe)
     device = ranks.init(recipe)
+    with ranks.locked(Path(recipe.run), device):
+        return _train(recipe, device, began)
+
+
+def _train(recipe: Recipe, device: torch.device, began: float) -> bool:
+    run, steps = Path(recipe.run), recipe.training.steps
     rank_map = preflight.check_ranks(recipe, device)
     first = ranks.is_first()
 

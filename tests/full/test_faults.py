@@ -1,6 +1,5 @@
 """Ctrl-C, kill -9 and a full disk: a clear end, nothing lost, and the same command goes on."""
 
-import json
 import os
 import shutil
 import signal
@@ -12,51 +11,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.helpers import write_data
+from tests.full.runs import losses, start, wait_for_step
 from tests.voices import write_speech
 
 pytestmark = pytest.mark.full
 ROOT = Path(__file__).resolve().parents[2]
-TRAIN = [sys.executable, "-m", "torch.distributed.run", "--local-addr", "127.0.0.1", "--nproc-per-node"]
-
-
-@pytest.fixture
-def recipe(tmp_path) -> Path:
-    write_data(tmp_path / "run" / "data")
-    path = tmp_path / "recipe.yaml"
-    path.write_text(
-        f"run: {tmp_path}/run\ndata: {{sequence_length: 32}}\n"
-        "model: {num_layers: 4, hidden_size: 32, ffn_hidden_size: 64, head_dim: 16}\n"
-        "training: {steps: 1000, global_batch_size: 8, micro_batch_size: 2, save_every: 50, valid_every: 500,"
-        " log_every: 1, epsilon: 1.0e-8}\n"
-    )
-    return path
-
-
-def start(recipe: Path, *overrides: str, processes: int = 2) -> subprocess.Popen:
-    command = [*TRAIN, str(processes), "-m", "megatron_soda.train", str(recipe), *overrides]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True,
-    )  # fmt: skip
-
-
-def losses(recipe: Path) -> dict[int, float]:
-    lines = (recipe.parent / "run" / "metrics.jsonl").read_text().splitlines()
-    return {row["step"]: row["loss"] for line in lines if "loss" in (row := json.loads(line))}
-
-
-def wait_for_step(recipe: Path, step: int, process: subprocess.Popen) -> None:
-    path = recipe.parent / "run" / "metrics.jsonl"
-    for _ in range(600):
-        if path.is_file() and f'"step": {step},' in path.read_text():
-            return
-        if process.poll() is not None:
-            break
-        time.sleep(0.1)
-    process.kill()
-    raise AssertionError(f"step {step} did not come:\n{process.communicate()[0]}")
 
 
 @pytest.mark.parametrize("asynchronous", ["false", "true"])
@@ -65,32 +24,31 @@ def test_interrupted_and_killed_training_goes_on_bit_for_bit(recipe, tmp_path, a
     straight = start(recipe, f"run={tmp_path}/straight", f"data.path={tmp_path}/run/data")
     out = straight.communicate(timeout=300)[0]
     assert straight.returncode == 0, out
-    lines = (tmp_path / "straight" / "metrics.jsonl").read_text().splitlines()
-    expected = {row["step"]: row["loss"] for line in lines if "loss" in (row := json.loads(line))}
+    expected = losses(tmp_path / "straight")
 
     first = start(recipe)
-    wait_for_step(recipe, 30, first)
+    wait_for_step(tmp_path / "run", 30, first)
     os.killpg(first.pid, signal.SIGINT)
     out = first.communicate(timeout=120)[0]
     assert "saved. The same command goes on from there" in out
     assert first.returncode != 0
-    stopped = max(losses(recipe))
+    stopped = max(losses(tmp_path / "run"))
     assert stopped < 900
 
     second = start(recipe)
-    wait_for_step(recipe, stopped + 30, second)
+    wait_for_step(tmp_path / "run", stopped + 30, second)
     torchrun = psutil.Process(second.pid)
     for process in [*torchrun.children(recursive=True), torchrun]:  # ranks have sessions of their own
         process.kill()
     second.communicate(timeout=60)
-    assert max(losses(recipe)) < 1000
+    assert max(losses(tmp_path / "run")) < 1000
     with (recipe.parent / "run" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 999, "lo')  # what a kill can leave
 
     third = start(recipe)
     out = third.communicate(timeout=300)[0]
     assert third.returncode == 0, out
-    assert losses(recipe) == expected
+    assert losses(tmp_path / "run") == expected
 
 
 @pytest.fixture
