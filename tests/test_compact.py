@@ -1,5 +1,6 @@
 """The compact store: the tokens of .bin/.idx from a third of the bytes, in any token space; damage is named."""
 
+import os
 import re
 import shutil
 import struct
@@ -15,6 +16,7 @@ from megatron_soda.data import compact, indexed
 from megatron_soda.data.convert import convert_stores
 from megatron_soda.data.files import Output
 from megatron_soda.data.store import Store, convert, write_parts, write_store
+from megatron_soda.data.windows import Windows
 from megatron_soda.errors import SodaError
 from megatron_soda.files import locked
 from megatron_soda.vocab import TokenSpace
@@ -120,6 +122,28 @@ def test_stores_cut_at_every_byte(tmp_path, format):
             Store(tmp_path / "s")
         path.write_bytes(whole)
     assert Store(tmp_path / "s").document(2).tolist() == documents(3)[2].tolist()
+
+
+@pytest.mark.parametrize("format", ["megatron", "compact"])
+@pytest.mark.parametrize("left", [0, 1, 0.5, -1])
+def test_a_store_cut_short_while_it_is_open(tmp_path, format, left):
+    """What is no longer there would be zeros up to the end of a page, and a SIGBUS beyond."""
+    write_store(tmp_path / "s", documents(600), SPACE, format)
+    store = Store(tmp_path / "s")
+    ids = store.read(0, store.size)
+    windows = Windows(store, 32, 0)
+    for path in store.files.values():
+        whole = path.read_bytes()
+        os.truncate(path, int(left * len(whole)) if isinstance(left, float) else left % len(whole))
+        for read in (
+            lambda: store.read(store.size - 9, 9), lambda: windows[0], lambda: store.document(1),
+            lambda: store.offsets(0, 3), store.check_index, lambda: list(store.parts()),
+        ):  # fmt: skip
+            with pytest.raises(SodaError) as error:
+                read()
+            assert str(error.value).startswith(f"{path}: has {path.stat().st_size} bytes, but had {len(whole)} ")
+        path.write_bytes(whole)
+        assert np.array_equal(store.read(0, store.size), ids)
 
 
 @pytest.mark.parametrize("format", ["megatron", "compact"])

@@ -21,7 +21,7 @@ from torch import Tensor
 from .. import ops
 from ..errors import SodaError
 from ..vocab import TokenSpace
-from .files import Output, Parts, map_file, outputs, store_file
+from .files import MappedFile, Output, Parts, outputs, store_file
 
 SUFFIXES = ("spans", "text", "frames")
 MAGIC = b"SODASPAN"
@@ -115,7 +115,9 @@ class CompactTokens:
     def __init__(self, path: Path, space: TokenSpace, slots: int) -> None:
         self.path, self._slots = path, slots
         header = store_file(path, "spans")
-        data = map_file(header, "u1")
+        index, text_file, frames_file = (MappedFile(store_file(path, suffix), "u1") for suffix in SUFFIXES)
+        self.mapped = (index, text_file, frames_file)
+        data = index.array
         if len(data) < HEADER.size:
             raise SodaError(f"{header}: {len(data)} bytes are too few for a header")
         magic, version, *shape, tokens, documents, spans, frames = HEADER.unpack(bytes(data[: HEADER.size]))
@@ -129,8 +131,7 @@ class CompactTokens:
             )
         self.size, self.documents = tokens, documents
         frame = (slots * shape[1] + 7) // 8
-        self._text = map_file(store_file(path, "text"), "u1")
-        self._frames = map_file(store_file(path, "frames"), "u1")
+        self._text, self._frames = text_file.array, frames_file.array
         for name, found, expected in (
             ("spans", len(data), HEADER.size + 8 * (2 * spans + documents + 3)),
             ("frames", len(self._frames), frames * frame),

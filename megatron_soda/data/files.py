@@ -1,6 +1,7 @@
 """The files of a token store: they replace old ones when all of them are whole; checksums; mapping for reading."""
 
 import contextlib
+import mmap
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -63,10 +64,30 @@ def checksum(path: Path) -> str:
     return f"{crc:08x}"
 
 
-def map_file(path: Path, dtype: str) -> np.ndarray:
-    """The file as a read-only array, of which what is touched comes into memory. SodaError if it is not there."""
-    if not path.is_file():
-        raise SodaError(f"{path}: no such file. Run `soda prepare` to make the store.")
-    size = np.dtype(dtype).itemsize
-    count = path.stat().st_size // size
-    return np.memmap(path, dtype, "r", shape=(count,)) if count else np.zeros(0, dtype)
+class MappedFile:
+    """A file as a read-only array, of which what is touched comes into memory. SodaError if it is not there.
+
+    To touch what is no longer in the file would kill the process (SIGBUS), so `check` comes before a read.
+    """
+
+    def __init__(self, path: Path, dtype: str) -> None:
+        if not path.is_file():
+            raise SodaError(f"{path}: no such file. Run `soda prepare` to make the store.")
+        self.path = path
+        with open(path, "rb") as file:
+            self.bytes = os.fstat(file.fileno()).st_size
+            # mmap keeps a descriptor of its own, by which it can tell the size of the file as it is now.
+            self._map = mmap.mmap(file.fileno(), self.bytes, access=mmap.ACCESS_READ) if self.bytes else None
+        self.array = np.frombuffer(self._map or b"", dtype, self.bytes // np.dtype(dtype).itemsize)
+
+    def check(self) -> None:
+        """SodaError if the file is not as long as it was when it was opened. Costs about a microsecond."""
+        try:
+            now = self._map.size() if self._map is not None else 0
+        except OSError as error:
+            raise SodaError(f"{self.path}: can no longer be read ({error.strerror}). Is the disk there?") from None
+        if now != self.bytes:
+            raise SodaError(
+                f"{self.path}: has {now} bytes, but had {self.bytes} when it was opened: something has written to it "
+                "since. Put the whole file back (a copy, or `soda prepare` again) and run the same command again."
+            )

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..errors import SodaError
 from ..vocab import TokenSpace
-from .files import Output, Parts, map_file, outputs, store_file
+from .files import MappedFile, Output, Parts, outputs, store_file
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents + 1
@@ -61,18 +61,21 @@ class IndexedTokens:
         self.path = path
         self._map_index()
         expected = int(self._pointers[-1]) + 4 * int(self._lengths[-1]) if self.documents else 0
-        self._ids = map_file(store_file(path, "bin"), "<i4")
-        bytes_there = store_file(path, "bin").stat().st_size
+        ids = MappedFile(store_file(path, "bin"), "<i4")
+        bytes_there = ids.bytes
         if bytes_there != expected or bytes_there % 4:
             raise SodaError(
                 f"{store_file(path, 'bin')}: {bytes_there} bytes, but the index tells of {expected}. "
                 "The file was cut short or belongs to another index; run `soda prepare` again."
             )
+        self._ids = ids.array
         self.size = len(self._ids)
+        self.mapped = (self._index, ids)
 
     def _map_index(self) -> None:
         path = store_file(self.path, "idx")
-        data = map_file(path, "u1")
+        self._index = MappedFile(path, "u1")
+        data = self._index.array
         if len(data) < HEADER.size:
             raise SodaError(f"{path}: {len(data)} bytes are too few for an index")
         magic, version, dtype, count, documents = HEADER.unpack(bytes(data[: HEADER.size]))

@@ -69,7 +69,7 @@ class Store:
 
     Opening takes the same time for any number of documents: files are mapped, and of the index only the header and the
     end are looked at. Raises SodaError if a file is missing, cut short, or not of this format; `check_index` checks
-    the rest of the index.
+    the rest of the index. A file that is cut short while the store is open is a SodaError at the next read.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -102,12 +102,14 @@ class Store:
         """int32 (count,): tokens [start, start + count) of the stream."""
         if start < 0 or count < 0 or start + count > self.size:
             raise IndexError(f"tokens {start} to {start + count} of {self.size}")
+        self._check_files()
         return self._tokens.read(start, count)
 
     def document(self, index: int) -> np.ndarray:
         """int32: the tokens of one document."""
         if not 0 <= index < len(self):
             raise IndexError(f"document {index} of {len(self)}")
+        self._check_files()
         start, count = self._tokens.span(index)
         if start < 0 or count < 0 or start + count > self.size:
             raise SodaError(
@@ -117,11 +119,18 @@ class Store:
 
     def offsets(self, first: int, last: int) -> np.ndarray:
         """int64 (last - first + 1,): the tokens at which documents first to last - 1 begin, and that where they end."""
+        self._check_files()
         return self._tokens.offsets(first, last)
 
     def check_index(self) -> None:
         """SodaError if a document is empty, or does not begin where the one before it ends. Reads the whole index."""
+        self._check_files()
         self._tokens.check_index()
+
+    def _check_files(self) -> None:
+        """SodaError if a file was cut short since it was opened. (Between this and the read it may still be.)"""
+        for file in self._tokens.mapped:
+            file.check()
 
     def damage(self) -> Iterator[str]:
         """What is not as it was written: counts, sizes and checksums of the files, all of which are read."""
