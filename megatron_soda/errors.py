@@ -1,9 +1,12 @@
 """The one exception that users are meant to see."""
 
+import contextlib
 import errno
+import json
 import os
 import sys
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
 
@@ -42,6 +45,21 @@ def user_message(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS):
         return f"{error.filename}: may not be written or read ({error.strerror}). Choose another `run` folder."
     raise error
+
+
+def say(text: str) -> None:
+    """To standard error, if somebody still reads it."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
+def tell_torchrun(text: str) -> None:
+    """Puts the reason why this process ends where torchrun looks for it, to show it in its table of failures."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        extra = {"py_callstack": text, "timestamp": str(int(datetime.now().timestamp()))}  # the names are torchrun's
+        with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
+            json.dump({"message": {"message": text, "extraInfo": extra}}, file)
 
 
 def run_tool(main: Callable[..., None]) -> None:

@@ -1,35 +1,71 @@
 """torchrun entry:  torchrun --nproc-per-node N -m megatron_soda.train RECIPE key=value ..."""
 
+import contextlib
 import os
+import re
 import socket
 import sys
+import traceback
 
 from .config import load_recipe
-from .errors import SodaError, user_message
+from .errors import SodaError, say, tell_torchrun, user_message
 from .parallel.layout import check_layout
 from .parallel.preflight import check_rendezvous
+from .training.stop import listening
+
+_LOST = re.compile("(closed|reset) by peer|Broken pipe|Connection refused|remote process exited|recvBytes|Timed out")
 
 
 def run(recipe_path: str, overrides: list[str]) -> int:
-    """Exit status: 0 done, 130 stopped on request with everything saved, 2 for an error the user can mend."""
-    rank = int(os.environ.get("RANK", "0"))
-    alone = os.environ.get("LOCAL_RANK", "0") == "0"  # what is wrong with the recipe is said once on each host
+    """Exit status: 0 done, 130 stopped on request with everything saved, 2 for an error the user can mend, 1 for a
+    defect or because another rank ended."""
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    speaks = first  # what is wrong with the recipe is said once on each host
+    with listening() as stop:
+        try:
+            recipe = load_recipe(recipe_path, overrides)
+            check_layout(recipe, int(os.environ.get("WORLD_SIZE", "1")))  # before the seconds that the engine takes
+            check_rendezvous()
+            speaks = True
+
+            from .parallel import watch
+            from .training.loop import exit_quietly, train
+
+            done = train(recipe)
+            watch.stop()
+            exit_quietly()
+            return 0 if done else 130
+        except Exception as error:
+            stop.phase = "over"  # torchrun stops the other ranks as soon as one has failed; this one has yet to say why
+            return _failed(error, speaks)
+
+
+def _failed(error: Exception, speaks: bool) -> int:
+    """Says why this rank ends, unless that is because another one did, which says it. Returns the exit status."""
     try:
-        recipe = load_recipe(recipe_path, overrides)
-        check_layout(recipe, int(os.environ.get("WORLD_SIZE", "1")))  # before the seconds that the engine takes
-        check_rendezvous()
-        alone = True
-
-        from .training.loop import exit_quietly, train
-
-        done = train(recipe)
-        exit_quietly()
-        return 0 if done else 130
-    except (SodaError, OSError) as error:
-        if alone:
-            where = f" on rank {rank} ({socket.gethostname()})" if rank else ""
-            print(f"error{where}: {user_message(error)}", file=sys.stderr, flush=True)
-        return 2
+        message = user_message(error) if isinstance(error, (SodaError, OSError)) else ""
+    except OSError:
+        message = ""
+    text = message or f"{type(error).__name__}: {error}"
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    lost = several and bool(_LOST.search(text))
+    if lost:
+        message = text = f"another rank ended, and did not say why ({text.strip().splitlines()[-1]})"
+    watch = getattr(sys.modules.get("megatron_soda.parallel.watch"), "current", None)
+    where = f" on rank {os.environ.get('RANK', '0')} ({socket.gethostname()})" if several else ""
+    if watch is not None:
+        watch.over.set()
+        with contextlib.suppress(RuntimeError):  # torchrun's store is gone
+            cause = (watch.cause(5) if lost else None) or watch.fail(text)
+            if cause["rank"] != watch.rank and (lost or cause["message"] == text):
+                text, speaks = cause["message"], watch.speaks(cause)
+                where = f" on rank {cause['rank']} ({cause['host']})"
+    if not message:
+        traceback.print_exception(error)
+    if speaks:
+        say(f"error{where}: {text}")
+    tell_torchrun(f"error{where}: {text}")
+    return 2 if message and not lost else 1
 
 
 def main() -> None:

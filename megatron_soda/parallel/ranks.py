@@ -22,7 +22,7 @@ from torch.distributed.distributed_c10d import default_pg_timeout  # noqa: E402
 from .. import files  # noqa: E402
 from ..config import Recipe  # noqa: E402
 from ..errors import SodaError  # noqa: E402
-from . import preflight  # noqa: E402
+from . import preflight, watch  # noqa: E402
 from .layout import check_layout  # noqa: E402
 
 
@@ -50,7 +50,10 @@ def init(recipe: Recipe) -> torch.device:
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         rank = 0 if world_size == 1 else int(os.environ["RANK"])
-        dist.init_process_group(backend, store=rendezvous_store(world_size), rank=rank, world_size=world_size)
+        store = rendezvous_store(world_size)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+        if world_size > 1:
+            watch.start(store.clone(), rank, world_size)
     preflight.compare_ranks(recipe, device)  # ranks that want other groups than their peers would wait for ever
     layout(recipe)
     return device

@@ -1,10 +1,8 @@
 """The training loop: steps, metrics, checkpoints, resume, branching off another run, and a clean stop on Ctrl-C."""
 
 import math
-import signal
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,6 +12,7 @@ from ..config import Recipe, save_recipe
 from ..errors import SodaError
 from ..model.size import parameter_count, train_flops
 from ..parallel import preflight, ranks
+from ..parallel.watch import place
 from ..run_folder import record_environment, record_timing
 from . import checkpoint
 from .corpora import Corpora, first_store
@@ -21,27 +20,7 @@ from .metrics import Metrics, check_wandb, memory_gib, mfu, peak_tflops
 from .origin import Origin, branch_state, find_origin
 from .schedule import learning_rate
 from .step import Engine, StepResult, loss_of, nll_vector
-
-
-class StopRequest:
-    """Turns SIGINT and SIGTERM into a wish that all ranks learn of together, between two steps."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.flag = torch.zeros(1, device=device)
-        self.asked = False
-        self.previous = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def _ask(self, *_: Any) -> None:
-        self.asked = True
-
-    def agreed(self) -> bool:
-        self.flag.fill_(float(self.asked))
-        dist.all_reduce(self.flag, dist.ReduceOp.MAX)
-        return bool(self.flag.item())
-
-    def restore(self) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
+from .stop import listening
 
 
 def train(recipe: Recipe) -> bool:
@@ -139,18 +118,20 @@ class _Loop:
         self.tokens_per_step = self.t.global_batch_size * corpora.windows.length
         self.flops = train_flops(recipe.model, engine.space, corpora.windows.length)
         self.mark, self.marked = time.monotonic(), self.step
+        self.flag = torch.zeros(1, device=engine.device)
         columns = TextColumn("train"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}")
         self.progress = Progress(*columns, TimeRemainingColumn(), disable=self.metrics is None)
         self.bar = self.progress.add_task("train", total=self.t.steps, completed=self.step, note="")
 
     def run(self) -> int:
         """Returns the step that was reached and saved: the last one, unless it was asked to stop."""
-        stop = StopRequest(self.engine.device)
         try:
-            with self.progress:
+            with listening() as stop, self.progress:
+                stop.phase = "stepping"
+                place.move("between")
                 while self.step < self.t.steps:
                     self._train_step()
-                    stopping = stop.agreed()
+                    stopping = self._any_rank(stop.asked)
                     if self._due(self.t.valid_every):
                         self._validate()
                     with self.engine.seconds.of("save"):
@@ -159,12 +140,18 @@ class _Loop:
                             self._save()
                     if stopping:
                         break
+                place.move("ending")
                 self.saver.finish()
+                stop.phase = "over"
         finally:
-            stop.restore()
             if self.metrics:
                 self.metrics.close()
         return self.step
+
+    def _any_rank(self, wish: bool) -> bool:
+        self.flag.fill_(float(wish))
+        dist.all_reduce(self.flag, dist.ReduceOp.MAX)
+        return bool(self.flag.item())
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.t.steps
@@ -173,6 +160,7 @@ class _Loop:
         rate = self._rate(self.step)
         result = self.engine.train_step(self.corpora.windows, self.origin.first_sample(self.step), rate)
         self.step += 1
+        place.step = self.step
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
             self.saver.finish()  # what is being written is from before, and whole
             raise SodaError(

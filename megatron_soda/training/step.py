@@ -26,6 +26,7 @@ from ..model.gpt import build_model, forward, head_weight
 from ..model.head import head_loss
 from ..model.specs import choose_backend, is_packed
 from ..parallel.context import cut
+from ..parallel.watch import place
 from ..vocab import TokenSpace
 from .optimizer import Optimizer
 
@@ -46,7 +47,8 @@ class Seconds:
     def of(self, part: str) -> Iterator[None]:
         data = self.spent.get("data", 0.0)
         began = time.perf_counter()
-        yield
+        with place.of(part):
+            yield
         if part != "data" and torch.cuda.is_available():
             torch.cuda.synchronize()
         inner = self.spent.get("data", 0.0) - data if part != "data" else 0.0

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -11,17 +12,49 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
+RECIPE = """\
+run: {run}
+data: {{sequence_length: 32}}
+model: {{num_layers: 4, hidden_size: 32, ffn_hidden_size: 64, head_dim: 16}}
+training:
+  {{steps: 1000, global_batch_size: 8, micro_batch_size: 2, save_every: 50, valid_every: 500, log_every: 1,
+    epsilon: 1.0e-8}}
+"""
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 
 def start(
-    recipe: Path, *overrides: str, processes: int = 2, torchrun: Sequence[str] = ("--standalone",), **environment: str
+    recipe: Path,
+    *overrides: str,
+    processes: int = 2,
+    torchrun: Sequence[str] = ("--standalone",),
+    module: str = "megatron_soda.train",
+    **more,
 ) -> subprocess.Popen:
-    command = [*TORCHRUN, "--nproc-per-node", str(processes), *torchrun, "-m", "megatron_soda.train", str(recipe)]
-    return subprocess.Popen(
-        [*command, *overrides], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
+    """torchrun, with all that it prints in a pipe. `more` is environment, or settings of Popen in small letters."""
+    command = [*TORCHRUN, "--nproc-per-node", str(processes), *torchrun, "-m", module, str(recipe), *overrides]
+    return _start(command, recipe, **more)
+
+
+def launch(recipe: Path, *overrides: str, **more) -> subprocess.Popen:
+    """The same by launch.sh, two processes."""
+    environment = {"PYTHON": sys.executable, "NPROC_PER_NODE": "2", "MASTER_PORT": str(free_port())}
+    return _start(["bash", "examples/pretrain/launch.sh", str(recipe), *overrides], recipe, **environment, **more)
+
+
+def _start(command: list[str], recipe: Path, **more) -> subprocess.Popen:
+    environment = {name: value for name, value in more.items() if name.isupper()}
+    settings = {
+        "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "start_new_session": True,
+        **{name: value for name, value in more.items() if not name.isupper()},
+    }  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TEST_RECIPE": str(recipe), **environment}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **settings)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -31,12 +64,12 @@ def losses(run: Path) -> dict[int, float]:
 
 def wait_for_step(run: Path, step: int, launcher: subprocess.Popen) -> None:
     path = run / "metrics.jsonl"
-    for _ in range(1200):
+    for _ in range(2400):
         if path.is_file() and f'"step": {step},' in path.read_text():
             return
         if launcher.poll() is not None:
             break
-        time.sleep(0.1)
+        time.sleep(0.05)
     launcher.kill()
     raise AssertionError(f"step {step} did not come:\n{launcher.communicate()[0]}")
 
@@ -47,3 +80,30 @@ def trainer(launcher: subprocess.Popen, rank: int) -> psutil.Process:
         if process.environ().get("RANK") == str(rank):
             return process
     raise AssertionError(f"no process of rank {rank}")
+
+
+def alive(recipe: Path) -> list[psutil.Process]:
+    """All processes that were started for a recipe, by whatever parent."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("TEST_RECIPE") == str(recipe) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def survivors(recipe: Path, seconds: float) -> list[str]:
+    """What is still there after so many seconds; it is killed."""
+    until = time.monotonic() + seconds
+    while (left := alive(recipe)) and time.monotonic() < until:
+        time.sleep(0.1)
+    lines = []
+    for process in left:
+        try:
+            lines.append(f"{process.pid} of {process.ppid()}: {' '.join(process.cmdline())}")
+            process.kill()
+        except psutil.Error:
+            continue
+    return lines

@@ -1,0 +1,234 @@
+"""A rank that is gone ends the job within a minute and by name, not after the half hour that gloo waits.
+
+Every rank has a thread that writes into the rendezvous store, again and again, that it lives and where its main thread
+is. Rank 0 looks at all of them, the others look at rank 0. There are two ways to be gone:
+
+- No sign of life for `SILENCE` seconds (a stopped process, a dead host, a cut cable): the job ends.
+- Signs of life, but no main thread has moved for `SILENCE` seconds (a disk that does not answer): a warning says where
+  every rank is, and after ten times as long the job ends.
+
+A rank that starts, validates or saves may take `PATIENCE`. Clocks of different hosts are never compared.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch.distributed as dist
+
+from ..errors import say, tell_torchrun
+
+SILENCE = float(os.environ.get("SODA_WATCH_SECONDS", "60"))
+PATIENCE = 10 * SILENCE
+_SLOW = ("starting", "validate", "save", "ending")
+_COLLECTIVES = ("torch/distributed/", "megatron/core/")  # a main thread that is in there waits for others
+
+
+class Place:
+    """Where the main thread of this process is."""
+
+    def __init__(self) -> None:
+        self.step = 0  # the last that this process has done
+        self.part, self.moved, self.longest = "starting", time.monotonic(), 0.0
+
+    def move(self, part: str) -> None:
+        now = time.monotonic()
+        if not self.slow:
+            self.longest = max(self.longest, now - self.moved)
+        self.part, self.moved = part, now
+
+    @contextlib.contextmanager
+    def of(self, part: str) -> Iterator[None]:
+        outer = self.part
+        self.move(part)
+        try:
+            yield
+        finally:
+            self.move(outer)
+
+    @property
+    def slow(self) -> bool:
+        return self.step == 0 or self.part in _SLOW
+
+    @property
+    def patience(self) -> float:
+        """Seconds that this part of the work may take: ten times the slowest part of a step so far is no fault yet."""
+        return PATIENCE if self.slow else max(SILENCE, 10 * self.longest)
+
+
+place = Place()  # a process is one rank
+
+
+class Watch:
+    """The thread of a rank, which ends the process if it must. `store` is for nothing else: a wait blocks it."""
+
+    def __init__(self, store: dist.Store, rank: int, world: int) -> None:
+        self.store, self.rank, self.world = dist.PrefixStore("watch", store), rank, world
+        self.host, self.main = socket.gethostname(), threading.main_thread().ident
+        self.beats, self.warned = 0, -1.0
+        self.ticked = self.awake = time.monotonic()  # the last tick, and the first one after a pause of the process
+        self.reports: dict[int, dict[str, Any]] = {}  # the last of each rank that is looked at
+        self.heard: dict[int, float] = {}  # when it came, on our clock
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self._run, daemon=True, name="watch")
+
+    def stop(self) -> None:
+        """The work is done: nobody is to wait for this rank any more."""
+        self.over.set()
+        self.thread.join(SILENCE)
+
+    def _run(self) -> None:
+        while not self.over.wait(SILENCE / 12):
+            try:
+                self.tick(time.monotonic())
+            except RuntimeError:  # the store is gone, and with it what could be known
+                self.heard.clear()
+        with contextlib.suppress(RuntimeError):
+            self._publish(time.monotonic(), done=True)
+
+    def tick(self, now: float) -> None:
+        """Gives a sign of life and looks at those of others."""
+        if now - self.ticked > SILENCE / 3:  # this process was stopped itself, or the store was
+            self.heard.clear()
+            self.awake = now
+        self.ticked = now
+        self._publish(now)
+        still = now - max(place.moved, self.awake)
+        cause = self.cause()
+        if cause:
+            if still > SILENCE / 6:  # else the main thread has noticed, and ends by itself
+                self._end(cause)
+            return
+        self._listen(now)
+        silent = [report for rank, report in self.reports.items() if self._is_silent(report, now - self.heard[rank])]
+        if silent:
+            self._end(self.fail(" ".join(self._about_silent(report, now) for report in silent) + self._here()))
+        elif self.rank == 0 and still > place.patience:
+            self._about_stuck(still)
+
+    def _report(self) -> dict[str, Any]:
+        here = {"rank": self.rank, "host": self.host, "pid": os.getpid()}
+        return {**here, "step": place.step, "part": place.part, "at": _where(self.main)}
+
+    def _publish(self, now: float, done: bool = False) -> None:
+        self.beats += 1
+        silence = PATIENCE if place.slow else SILENCE
+        self.store.set(
+            str(self.rank), json.dumps({**self._report(), "beat": self.beats, "silence": silence, "done": done})
+        )
+
+    def _listen(self, now: float) -> None:
+        ranks = [r for r in (range(self.world) if self.rank == 0 else (0,)) if r != self.rank]
+        known = [str(r) for r in ranks if r in self.reports or self.store.check([str(r)])]
+        for text in self.store.multi_get(known) if known else []:
+            report = json.loads(text)
+            rank = report["rank"]
+            if rank not in self.heard or report["beat"] != self.reports[rank]["beat"]:
+                self.heard[rank] = now
+            self.reports[rank] = report
+
+    @staticmethod
+    def _is_silent(report: dict[str, Any], seconds: float) -> bool:
+        return not report["done"] and seconds > report["silence"]
+
+    def _about_silent(self, report: dict[str, Any], now: float) -> str:
+        return (
+            f"rank {report['rank']} ({report['host']}, process {report['pid']}) has given no sign of life for "
+            f"{now - self.heard[report['rank']]:.0f} s: it was stopped or killed, or its host cannot be reached. It "
+            f"was last seen at {_describe(report)}."
+        )
+
+    def _here(self) -> str:
+        return (
+            f" Rank {self.rank} ({self.host}) is at {_describe(self._report())}. The same command goes on from the "
+            "last checkpoint."
+        )
+
+    def _about_stuck(self, seconds: float) -> None:
+        """The odd ones out are named first: those that are in no collective, then the fewest."""
+        groups: dict[str, list[dict[str, Any]]] = {}
+        for report in [self._report(), *self.reports.values()]:
+            groups.setdefault(_describe(report), []).append(report)
+        texts = []
+        for text, reports in sorted(groups.items(), key=lambda group: ("waiting" in group[0], len(group[1]))):
+            names = [f"{report['rank']} ({report['host']})" for report in sorted(reports, key=lambda r: r["rank"])]
+            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+            texts.append(f"Rank{'s' if len(names) > 1 else ''} {', '.join(names[:4])}{more}: {text}.")
+        message = f"nothing has gone on for {seconds:.0f} s. {' '.join(texts)}"
+        if seconds > 10 * place.patience:
+            self._end(self.fail(message))
+        elif self.warned != place.moved:
+            self.warned = place.moved
+            say(f"warning: {message}")
+
+    def fail(self, message: str) -> dict[str, Any]:
+        """Tells all ranks why this one ends. Returns the first failure of the job: this one, or another rank's."""
+        mine = {"rank": self.rank, "host": self.host, "message": message}
+        return json.loads(self.store.compare_set("end", "", json.dumps(mine)))
+
+    def cause(self, seconds: float = 0) -> dict[str, Any] | None:
+        """The first failure of the job, if one is told of within so many seconds."""
+        until = time.monotonic() + seconds
+        while not self.store.check(["end"]):
+            if time.monotonic() >= until:
+                return None
+            time.sleep(0.1)
+        return json.loads(self.store.get("end"))
+
+    def speaks(self, cause: dict[str, Any]) -> bool:
+        """Is it for this rank to print it? Once on every host is enough."""
+        return cause["rank"] == self.rank or (cause["host"] != self.host and os.environ.get("LOCAL_RANK", "0") == "0")
+
+    def _end(self, cause: dict[str, Any]) -> None:
+        """Ends this process from outside its main thread, which hangs."""
+        text = f"error on rank {cause['rank']} ({cause['host']}): {cause['message']}"
+        if self.speaks(cause):
+            say(text)
+        tell_torchrun(text)
+        if cause["rank"] == self.rank:
+            time.sleep(SILENCE / 6)  # the others look at the store, too
+        os._exit(2)
+
+
+current: Watch | None = None
+
+
+def start(store: dist.Store, rank: int, world: int) -> None:
+    """Watches this job from now on, until `stop`."""
+    global current
+    current = Watch(store, rank, world)
+    current.thread.start()
+
+
+def stop() -> None:
+    global current
+    if current is not None:
+        current.stop()
+        current = None
+
+
+def _describe(report: dict[str, Any]) -> str:
+    step = "" if report["part"] == "starting" else f"step {report['step'] + 1}, "
+    return f"{step}{report['part']}, {report['at']}"
+
+
+def _where(thread: int | None) -> str:
+    """`waiting in all_reduce (loop.py:140, _any_rank)`: what this thread does, and our line that made it do so."""
+    frame = sys._current_frames().get(thread or 0)
+    inner, ours, waiting = "", "", False
+    while frame is not None and not ours:
+        file, name = frame.f_code.co_filename, frame.f_code.co_name
+        if not inner:
+            waiting = any(part in file for part in _COLLECTIVES)
+        if not inner and not (waiting and (name.startswith("_") or name == "wrapper")):
+            inner = name
+        if "megatron_soda" in file:
+            ours = f" ({os.path.basename(file)}:{frame.f_lineno}, {name})"
+        frame = frame.f_back
+    return f"{'waiting in' if waiting else 'in'} {inner}{ours}"
