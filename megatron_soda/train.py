@@ -37,6 +37,8 @@ def run(recipe_path: str, overrides: list[str]) -> int:
             return 0 if done else 130
         except Exception as error:
             stop.phase = "over"  # torchrun stops the other ranks as soon as one has failed; this one has yet to say why
+            if not speaks:
+                stop.wait(5)  # until the rank that speaks has spoken
             return _failed(error, speaks)
 
 

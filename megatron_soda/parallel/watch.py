@@ -76,21 +76,41 @@ class Watch:
         self.reports: dict[int, dict[str, Any]] = {}  # the last of each rank that is looked at
         self.heard: dict[int, float] = {}  # when it came, on our clock
         self.over = threading.Event()
-        self.thread = threading.Thread(target=self._run, daemon=True, name="watch")
+        self.threads = [threading.Thread(target=run, daemon=True, name="watch") for run in (self._run, self._guard)]
+
+    def start(self) -> None:
+        for thread in self.threads:
+            thread.start()
 
     def stop(self) -> None:
         """The work is done: nobody is to wait for this rank any more."""
         self.over.set()
-        self.thread.join(SILENCE)
+        self.threads[0].join(SILENCE)
 
     def _run(self) -> None:
         while not self.over.wait(SILENCE / 12):
             try:
                 self.tick(time.monotonic())
             except RuntimeError:  # the store is gone, and with it what could be known
-                self.heard.clear()
+                return
         with contextlib.suppress(RuntimeError):
             self._publish(time.monotonic(), done=True)
+
+    def _guard(self) -> None:
+        """A store that does not answer blocks the other thread: node 0 has it, and is what is gone then. Training goes
+        on without the store (torchrun alone may have been stopped), as long as the main thread does."""
+        last = awake = time.monotonic()
+        while not self.over.wait(SILENCE / 12):
+            now = time.monotonic()
+            awake = now if now - last > SILENCE / 3 else awake
+            last = now
+            waited, still = now - max(self.ticked, awake), now - max(place.moved, awake)
+            if waited > SILENCE and still > place.patience:
+                text = (
+                    f"node 0 ({os.environ.get('MASTER_ADDR', 'unknown')}) has not answered for {waited:.0f} s, and "
+                    f"nothing goes on here: it was stopped, or cannot be reached.{self._here()}"
+                )
+                self._end({"rank": self.rank, "host": self.host, "message": text})
 
     def tick(self, now: float) -> None:
         """Gives a sign of life and looks at those of others."""
@@ -203,7 +223,7 @@ def start(store: dist.Store, rank: int, world: int) -> None:
     """Watches this job from now on, until `stop`."""
     global current
     current = Watch(store, rank, world)
-    current.thread.start()
+    current.start()
 
 
 def stop() -> None:

@@ -24,7 +24,7 @@ class Stop:
     """A request to stop, which this process may get at any time."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.request = threading.Event()
         self.phase = "starting"  # "stepping": a request saves; "over": it changes nothing
         self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else 0  # torchrun
 
@@ -44,9 +44,16 @@ class Stop:
         if self.phase == "starting":
             self._say(f"{why}: stopped before the first step; nothing was changed.")
             os._exit(130)
-        if self.phase == "stepping" and not self.asked:
+        if self.phase == "stepping" and not self.request.is_set():
             self._say(f"{why}: stopping after this step. Wait for the checkpoint.")
-        self.asked = True
+        self.request.set()
+
+    @property
+    def asked(self) -> bool:
+        return self.request.is_set()
+
+    def wait(self, seconds: float) -> None:
+        self.request.wait(seconds)
 
     def _say(self, text: str) -> None:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once on each host

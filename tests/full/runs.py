@@ -36,10 +36,10 @@ def start(
     return _start(command, recipe, **more)
 
 
-def launch(recipe: Path, *overrides: str, **more) -> subprocess.Popen:
+def launch(recipe: Path, *overrides: str, script: str = "examples/pretrain/launch.sh", **more) -> subprocess.Popen:
     """The same by launch.sh, two processes."""
     environment = {"PYTHON": sys.executable, "NPROC_PER_NODE": "2", "MASTER_PORT": str(free_port())}
-    return _start(["bash", "examples/pretrain/launch.sh", str(recipe), *overrides], recipe, **environment, **more)
+    return _start(["bash", script, str(recipe), *overrides], recipe, **environment, **more)
 
 
 def _start(command: list[str], recipe: Path, **more) -> subprocess.Popen:

@@ -127,6 +127,26 @@ def test_a_rank_that_is_continued_in_time_goes_on(recipe, run):
     assert launcher.returncode == 0, out
 
 
+def test_a_host_that_is_gone_with_the_store(recipe, run):
+    """torchrun alone may be stopped (Ctrl-Z): its trainers go on. With rank 0 it is a host that is gone."""
+    launcher = start(recipe, "training.steps=100000", SODA_WATCH_SECONDS="4")
+    wait_for_step(run, 20, launcher)
+    first, second = trainer(launcher, 0), trainer(launcher, 1)
+    os.kill(launcher.pid, signal.SIGSTOP)
+    time.sleep(8)
+    wait_for_step(run, max(losses(run)) + 20, launcher)
+    first.suspend()
+    for _ in range(300):
+        if second.status() == psutil.STATUS_ZOMBIE:
+            break
+        time.sleep(0.1)
+    first.kill()
+    os.kill(launcher.pid, signal.SIGCONT)
+    out = launcher.communicate(timeout=60)[0]
+    said = r"rank 1 \(.*\): node 0 \(\S+\) has not answered for \d+ s, and nothing goes on here"
+    assert re.search(f"traceback : error on {said}", out), out
+
+
 def test_a_dead_disk_is_not_taken_for_a_stopped_rank(recipe, run):
     """All ranks live, and nothing goes on: a warning names the one that waits for no other."""
     launcher = start(recipe, "training.steps=100000", module="tests.full.frozen", SODA_WATCH_SECONDS="2")
@@ -160,6 +180,40 @@ def test_sigterm_after_a_periodic_save(recipe, run, straight, starter, asynchron
     assert 45 <= reached < 400
     assert f"Stopped at step {reached}, saved. The same command goes on from there." in out
     assert (run / "checkpoints" / f"step_{reached:08d}" / "manifest.json").is_file()
+    assert survivors(recipe, 5) == []
+    goes_on(recipe, run, straight, reached)
+
+
+def test_slurm_warns_before_the_time_is_up(recipe, run, straight, tmp_path):
+    """scancel signals every process of the step: torchrun, its trainers, and what they have started."""
+    signal_all = (
+        "import os, psutil, signal\n"
+        "for p in psutil.process_iter():\n"
+        "    try:\n"
+        "        if p.environ().get('STEP_OF') == os.environ['LOG']: p.send_signal(signal.SIGTERM)\n"
+        "    except psutil.Error: pass\n"
+    )
+    (tmp_path / "all.py").write_text(signal_all)
+    programs = {
+        "scontrol": 'if [ "$1" = show ]; then echo 127.0.0.1; else echo "scontrol $*" >>"$LOG"; fi',
+        "scancel": f'echo "scancel $*" >>"$LOG"; "$PYTHON" {tmp_path}/all.py',
+        "srun": 'shift 2; export STEP_OF=$LOG SLURM_NODEID=0; exec "$@"',
+    }
+    for name, script in programs.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "node-a", "SLURM_JOB_NUM_NODES": "1"}
+    batch = launch(
+        recipe, STEPS, SAVE, script="examples/pretrain/slurm.sbatch", LOG=str(tmp_path / "log"),
+        PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}", **job,
+    )  # fmt: skip
+    wait_for_step(run, 45, batch)
+    batch.send_signal(signal.SIGUSR1)
+    out = batch.communicate(timeout=120)[0]
+    assert batch.returncode == 0, out
+    assert (tmp_path / "log").read_text() == "scancel --signal=TERM 17\nscontrol requeue 17\n"
+    reached = max(losses(run))
+    assert f"Stopped at step {reached}, saved." in out, out
     assert survivors(recipe, 5) == []
     goes_on(recipe, run, straight, reached)
 
