@@ -1,6 +1,7 @@
 """Files: writing, so that a reader sees the whole file or none of it, and reading what somebody else may have made."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os

@@ -8,7 +8,7 @@ import sys
 import traceback
 
 from .config import load_recipe
-from .errors import SodaError, say, tell_torchrun, user_message
+from .errors import say, tell_torchrun, user_message
 from .parallel.layout import check_layout
 from .parallel.preflight import check_rendezvous
 from .training.stop import listening
@@ -44,9 +44,10 @@ def run(recipe_path: str, overrides: list[str]) -> int:
 
 def _failed(error: Exception, speaks: bool) -> int:
     """Says why this rank ends, unless that is because another one did, which says it. Returns the exit status."""
+    trace = error.__traceback__
     try:
-        message = user_message(error) if isinstance(error, (SodaError, OSError)) else ""
-    except OSError:
+        message = user_message(error)
+    except Exception:  # it is none that a user can mend
         message = ""
     text = message or f"{type(error).__name__}: {error}"
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
@@ -63,7 +64,7 @@ def _failed(error: Exception, speaks: bool) -> int:
                 text, speaks = cause["message"], watch.speaks(cause)
                 where = f" on rank {cause['rank']} ({cause['host']})"
     if not message:
-        traceback.print_exception(error)
+        traceback.print_exception(error.with_traceback(trace))
     if speaks:
         say(f"error{where}: {text}")
     tell_torchrun(f"error{where}: {text}")

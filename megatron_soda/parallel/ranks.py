@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,9 @@ warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distri
 cpu.install()
 
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402
+from torch.distributed import HashStore, PrefixStore  # noqa: E402 # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.distributed_c10d import default_pg_timeout  # noqa: E402
+from torch.distributed.rendezvous import rendezvous  # noqa: E402
 
 from .. import files  # noqa: E402
 from ..config import Recipe  # noqa: E402
@@ -59,16 +62,16 @@ def init(recipe: Recipe) -> torch.device:
     return device
 
 
-def rendezvous_store(world_size: int) -> dist.Store:
+def rendezvous_store(world_size: int) -> Any:
     """Where the ranks of this attempt find each other.
 
     torchrun keeps one store for all its attempts (`--max-restarts`), so that a second one would find the addresses of
     processes that are gone: each attempt has a part of the store for itself.
     """
     if world_size == 1:
-        return dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
-    store, _, _ = next(dist.rendezvous("env://", timeout=default_pg_timeout))  # pyright: ignore[reportPrivateImportUsage]
-    return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        return HashStore()
+    store, _, _ = next(rendezvous("env://", timeout=default_pg_timeout))
+    return PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 @contextlib.contextmanager

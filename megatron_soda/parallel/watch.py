@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import torch.distributed as dist
+from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage]
 
 from ..errors import say, tell_torchrun
 
@@ -68,8 +68,8 @@ place = Place()  # a process is one rank
 class Watch:
     """The thread of a rank, which ends the process if it must. `store` is for nothing else: a wait blocks it."""
 
-    def __init__(self, store: dist.Store, rank: int, world: int) -> None:
-        self.store, self.rank, self.world = dist.PrefixStore("watch", store), rank, world
+    def __init__(self, store: Any, rank: int, world: int) -> None:
+        self.store, self.rank, self.world = PrefixStore("watch", store), rank, world
         self.host, self.main = socket.gethostname(), threading.main_thread().ident
         self.beats, self.warned = 0, -1.0
         self.ticked = self.awake = time.monotonic()  # the last tick, and the first one after a pause of the process
@@ -219,7 +219,7 @@ class Watch:
 current: Watch | None = None
 
 
-def start(store: dist.Store, rank: int, world: int) -> None:
+def start(store: Any, rank: int, world: int) -> None:
     """Watches this job from now on, until `stop`."""
     global current
     current = Watch(store, rank, world)
