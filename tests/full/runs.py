@@ -20,25 +20,26 @@ training:
   {{steps: 1000, global_batch_size: 8, micro_batch_size: 2, save_every: 50, valid_every: 500, log_every: 1,
     epsilon: 1.0e-8}}
 """
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--local-addr", "127.0.0.1"]
 
 
 def start(
     recipe: Path,
     *overrides: str,
     processes: int = 2,
-    torchrun: Sequence[str] = ("--standalone",),
+    torchrun: Sequence[str] = (),
     module: str = "megatron_soda.train",
     **more,
 ) -> subprocess.Popen:
     """torchrun, with all that it prints in a pipe. `more` is environment, or settings of Popen in small letters."""
-    command = [*TORCHRUN, "--nproc-per-node", str(processes), *torchrun, "-m", module, str(recipe), *overrides]
+    where = [*torchrun] if "--standalone" in torchrun else ["--master-port", str(free_port()), *torchrun]
+    command = [*TORCHRUN, "--nproc-per-node", str(processes), *where, "-m", module, str(recipe), *overrides]
     return _start(command, recipe, **more)
 
 
 def launch(recipe: Path, *overrides: str, script: str = "examples/pretrain/launch.sh", **more) -> subprocess.Popen:
     """The same by launch.sh, two processes."""
-    environment = {"PYTHON": sys.executable, "NPROC_PER_NODE": "2", "MASTER_PORT": str(free_port())}
+    environment = {"SODA_PYTHON": sys.executable, "NPROC_PER_NODE": "2", "MASTER_PORT": str(free_port())}
     return _start(["bash", script, str(recipe), *overrides], recipe, **environment, **more)
 
 

@@ -54,7 +54,7 @@ def goes_on(recipe: Path, run: Path, straight: dict[int, float], step: int) -> N
 
 def test_a_second_attempt_goes_on_bit_for_bit(recipe, tmp_path, straight):
     """One store for all attempts: `launch.sh` uses torchrun's static rendezvous, `--standalone` the c10d one."""
-    for how in (["--standalone"], ["--master-addr", "127.0.0.1", "--master-port", "29517"]):
+    for how in (["--standalone"], ["--master-addr", "127.0.0.1"]):
         run = tmp_path / how[0]
         launcher = start(
             recipe, f"run={run}", f"data.path={tmp_path}/run/data", STEPS,
@@ -196,7 +196,7 @@ def test_slurm_warns_before_the_time_is_up(recipe, run, straight, tmp_path):
     (tmp_path / "all.py").write_text(signal_all)
     programs = {
         "scontrol": 'if [ "$1" = show ]; then echo 127.0.0.1; else echo "scontrol $*" >>"$LOG"; fi',
-        "scancel": f'echo "scancel $*" >>"$LOG"; "$PYTHON" {tmp_path}/all.py',
+        "scancel": f'echo "scancel $*" >>"$LOG"; "$SODA_PYTHON" {tmp_path}/all.py',
         "srun": 'shift 2; export STEP_OF=$LOG SLURM_NODEID=0; exec "$@"',
     }
     for name, script in programs.items():
