@@ -134,6 +134,15 @@ def test_another_model_or_optimizer_is_refused(pool, data, saved, tmp_path, over
         pool.run(1, train, str(run), str(data), [*FLAT, "training.steps=30", *overrides])
 
 
+@pytest.mark.parametrize("start", ["model.init=levanter", "model.init_std=0.1"])
+def test_how_weights_were_drawn_is_forgotten_after_the_start(pool, data, saved, tmp_path, start):
+    folder = tmp_path / "run"
+    shutil.copytree(saved, folder)
+    before = losses(folder)
+    pool.run(1, train, str(folder), str(data), ["training.steps=21", start])
+    assert losses(folder)[:-1] == before
+
+
 def test_another_vocabulary_is_refused(pool, saved, tmp_path):
     from dataclasses import replace
 
