@@ -12,7 +12,14 @@ from rich.console import Console
 from megatron_soda.config import Recipe
 from megatron_soda.errors import SodaError
 from megatron_soda.files import atomic_path, read_json, write_json, write_text
-from megatron_soda.tokenizer import TextTokenizer, clean_text, train_sentencepiece
+from megatron_soda.tokenizer import (
+    NAMES,
+    TextTokenizer,
+    clean_text,
+    data_tokenizer,
+    train_sentencepiece,
+    write_byte_tokenizer,
+)
 from megatron_soda.vocab import TokenSpace
 
 from .audio import read_audio
@@ -127,9 +134,9 @@ def choose_tokenizer(
     folder: Path,
     sizes: tuple[int, int],
 ) -> TextTokenizer:
-    """Copies or trains the text tokenizer into FOLDER. transcripts, lines: (id, text) of the training side; `key`
-    changes with them: what was trained with the same one is kept. sizes: codebooks and entries, which say what letters
-    a text cannot have."""
+    """Copies or trains the text tokenizer into FOLDER; without any text it is one of bytes. transcripts, lines: (id,
+    text) of the training side; `key` changes with them: what was trained with the same one is kept. sizes: codebooks
+    and entries, which say what letters a text cannot have."""
     p, stamp = recipe.prepare, folder / "text_tokenizer.key"
     if p.tokenizer:
         source = TextTokenizer(p.tokenizer)
@@ -138,19 +145,21 @@ def choose_tokenizer(
         with atomic_path(path) as temporary:
             temporary.write_bytes(model)
         return TextTokenizer(path)
-    path = folder / "text_tokenizer.model"
     key = digest(key, p.text_pieces, sizes)
-    if not (path.is_file() and stamp.is_file() and stamp.read_text() == key):
-        _forget(folder)
-        spoken = _some(transcripts, TOKENIZER_SENTENCES)
-        some = _some(lines, max(200, len(spoken) // 4))
-        if not spoken and not some:
-            raise SodaError("no transcript and no text to train a tokenizer on: set prepare.tokenizer")
+    if any((folder / name).is_file() for name in NAMES) and stamp.is_file() and stamp.read_text() == key:
+        return data_tokenizer(folder)
+    _forget(folder)
+    spoken = _some(transcripts, TOKENIZER_SENTENCES)
+    some = _some(lines, max(200, len(spoken) // 4) if spoken else TOKENIZER_SENTENCES)
+    if spoken or some:
         with console.status("training the text tokenizer"):
             cleaned = [clean_text(text, TokenSpace(0, 0, 0, *sizes)) for text in sorted(spoken) + some]
-            train_sentencepiece(path, cleaned, p.text_pieces)
-        write_text(stamp, key)
-    return TextTokenizer(path)
+            train_sentencepiece(folder / NAMES[0], cleaned, p.text_pieces)
+    else:
+        console.print("no transcript and no text: the text tokenizer, which a model must have, is one of bytes")
+        write_byte_tokenizer(folder / NAMES[1])
+    write_text(stamp, key)
+    return data_tokenizer(folder)
 
 
 def _forget(folder: Path) -> None:

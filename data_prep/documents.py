@@ -6,10 +6,10 @@ import functools
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -27,10 +27,11 @@ from .executor import Job, Result
 from .index import Shard, digest, read_index, side, split_key
 from .strings import to_ids
 from .units import Row, read_shard, unit_codec
-from .utterance import Reject
+from .utterance import Reject, Utterance
 
 SIDES = ("train", "valid", "test")
 ROWS_AT_ONCE = 64  # of a released corpus: its documents are of up to an hour
+S = TypeVar("S", Row, Utterance)
 Made = Iterator[tuple[str, np.ndarray] | Reject]  # split key, ids
 
 
@@ -156,7 +157,7 @@ def of_units(
         codes = np.where(good[:, None], codes, 0)
     audio = space.audio_ids(codes)
     semantic = audio.reshape(-1, space.codebooks)[:, 0]
-    plans: list[tuple[str, str, interleave.Plan, list[Row]]] = []
+    plans: list[Planned[Row]] = []
     for _, group in groupby(enumerate(rows), key=lambda r: r[1].recording or r[0]):
         usable: list[Row] = []
         for _, row in group:
@@ -165,37 +166,60 @@ def of_units(
             elif not good[row.start : row.end].all():
                 yield Reject(row.id, f"code out of range: the codebooks have {space.entries} entries")
             else:
-                usable.append(_cleaned(row, space))
+                usable.append(cleaned(row, space))
         used: set[str] = set()
-        with_text = [row for row in usable if row.text]
-        for order in orders:
-            some = usable if order in interleave.WITHOUT_TEXT else with_text
-            try:
-                plan = interleave.ORDERS[order](some) if some else []
-            except interleave.CannotPlan as error:
-                yield Reject(some[0].id, f"{error} (for {order})")
-                continue
-            if plan:
-                plans.append((split_key(some[0]), order, plan, some))
-                used |= {row.id for row in some}
+        for planned in plan_documents(usable, orders):
+            if isinstance(planned, Reject):
+                yield planned
+            else:
+                plans.append(planned)
+                used |= {row.id for row in planned.spoken}
         for row in usable:
             if row.id in used:
                 entry = languages.setdefault(row.language or "?", [0, 0.0])
                 entry[0], entry[1] = entry[0] + 1, entry[1] + row.seconds
-            if not row.text and not interleave.WITHOUT_TEXT.issuperset(orders):
-                yield Reject(row.id, "no transcript")
-    ids = _text_ids((text for _, _, plan, _ in plans for text in interleave.texts_of(plan)), tokenizer)
-    for key, order, plan, usable in plans:
-        if order == "semantic-only":
-            parts = [semantic[row.start : row.end] for row in usable]
+    ids = _text_ids((text for planned in plans for text in interleave.texts_of(planned.plan)), tokenizer)
+    for planned in plans:
+        if planned.order == "semantic-only":
+            parts = [semantic[row.start : row.end] for row in planned.spoken]
         else:
-            parts = [audio[row.start * space.codebooks : row.end * space.codebooks] for row in usable]
-        yield key, interleave.document(plan, ids, parts, space)
+            parts = [audio[row.start * space.codebooks : row.end * space.codebooks] for row in planned.spoken]
+        yield planned.key, interleave.document(planned.plan, ids, parts, space)
 
 
-def _cleaned(row: Row, space: TokenSpace) -> Row:
-    text = clean_text(row.text, space)
-    return row if text == row.text else Row(**{**vars(row), "text": text})
+@dataclass
+class Planned(Generic[S]):
+    """A document to be: its split key, its order, its parts, and the utterances that they count."""
+
+    key: str
+    order: str
+    plan: interleave.Plan
+    spoken: list[S]
+
+
+def plan_documents(group: list[S], orders: Sequence[str]) -> Iterator[Planned[S] | Reject]:
+    """The documents of the utterances of one recording, a Reject for each that these cannot make, and one for each
+    utterance that lacks a transcript which an order needs. The dry run counts what this gives."""
+    with_text = [one for one in group if one.text]
+    for order in orders:
+        some = group if order in interleave.WITHOUT_TEXT else with_text
+        try:
+            plan = interleave.ORDERS[order](some) if some else []
+        except interleave.CannotPlan as error:
+            yield Reject(some[0].id, f"{error} (for {order})")
+            continue
+        if plan:
+            yield Planned(split_key(some[0]), order, plan, some)
+    if not interleave.WITHOUT_TEXT.issuperset(orders):
+        for one in group:
+            if not one.text:
+                without = ", ".join(order for order in orders if order in interleave.WITHOUT_TEXT)
+                yield Reject(one.id, "no transcript" + (f": used for {without} alone" if without else ""))
+
+
+def cleaned(one: S, space: TokenSpace) -> S:
+    text = clean_text(one.text, space)
+    return one if text == one.text else replace(one, text=text)
 
 
 def _text_ids(texts: Iterable[str], tokenizer: TextTokenizer) -> dict[str, np.ndarray]:

@@ -10,9 +10,11 @@ from rich.markup import escape
 
 from megatron_soda.config import Recipe
 from megatron_soda.errors import SodaError
+from megatron_soda.tokenizer import TextTokenizer
 
 from . import asterisk, sources
 from .index import Index, make_index, read_index
+from .interleave import needs_text
 from .show import Rejects, console, progress
 from .texts import read_texts
 from .utterance import Reject, Sound, Utterance, prompt_key
@@ -28,10 +30,18 @@ class Inputs:
     repeated_texts: int  # left out: they were there already
     released: list[Path]
 
+    @property
+    def bounds(self) -> tuple[str, str]:
+        return self.speech.bounds if self.speech.utterances else self.texts.bounds
+
 
 def read_inputs(recipe: Recipe, work: Path, rejects: Rejects) -> Inputs:
-    """Makes the indices in WORK. SodaError if there is nothing to prepare."""
+    """Makes the indices in WORK. SodaError if there is nothing to prepare, if more is rejected than
+    prepare.max_rejects, or if what is there cannot be split. A dry run reads its inputs here too, so it finds the same.
+    """
     p = recipe.prepare
+    if p.tokenizer:
+        TextTokenizer(p.tokenizer)  # it is needed at the end; that it is missing can be said now
     shares = {"valid_share": p.valid_share, "test_share": p.test_share}
     texts, no_text = _text_patterns(recipe)
     with progress("utterances", None if p.speech and not p.units else 0) as advance:
@@ -40,6 +50,9 @@ def read_inputs(recipe: Recipe, work: Path, rejects: Rejects) -> Inputs:
             source, work / "index", shard_size=p.shard_size, reject=rejects.add, advance=advance, **shares
         )
     speech_rejects, repeats = rejects.count, 0
+    check_rejects(recipe, speech_rejects, index.utterances + speech_rejects, rejects)
+    if p.speech and not p.units and not index.utterances:
+        raise SodaError(f"{p.speech}: there is no utterance in it")
     for reject in no_text:
         rejects.add(reject)
 
@@ -61,21 +74,55 @@ def read_inputs(recipe: Recipe, work: Path, rejects: Rejects) -> Inputs:
         )
     corpora = files(p.released, "prepare.released")
     if not index.utterances and not text_index.utterances and not corpora and not p.units:
-        raise SodaError(f"there is nothing to prepare: {rejects.count} inputs, all rejected, see {rejects.path}")
-    if p.speech and not p.units and not index.utterances:
-        raise SodaError(f"{p.speech}: not one usable utterance; {rejects.count} rejected, see {rejects.path}")
+        raise SodaError(f"there is nothing to prepare: {rejects.count} inputs, all rejected.{rejects.keep()}")
     if index.cut_recordings:
         console.print(
             f"[yellow]{index.cut_recordings} recordings[/] become more than one document: they are very long, or their "
             "utterances do not follow one another in the source"
         )
-    return Inputs(index, speech_rejects, text_index, repeats, corpora)
+    found = Inputs(index, speech_rejects, text_index, repeats, corpora)
+    if not corpora and not p.units and (empty := _empty_side(found.bounds)):
+        raise SodaError(too_little(empty, rejects))
+    return found
+
+
+def check_rejects(recipe: Recipe, bad: int, total: int, rejects: Rejects, stopped_early: bool = False) -> None:
+    """SodaError if more of `total` utterances cannot be used than prepare.max_rejects allows, or none can."""
+    p = recipe.prepare
+    if bad <= p.max_rejects * total and (bad < total or not total):
+        return
+    more = ", and there may be more" if stopped_early else ""
+    advice = ""
+    if rejects.reasons["no transcript"] and needs_text(p.orders):
+        advice = (
+            f" The documents of prepare.orders=[{', '.join(p.orders)}] need a transcript of every recording: give a "
+            "manifest.jsonl, or X.txt beside X.wav; or train on the sound alone, with prepare.orders=[audio-only]."
+        )
+    raise SodaError(
+        f"stopped: {bad} of {total} utterances cannot be used{more} ({rejects.in_words()}); the limit is "
+        f"prepare.max_rejects={p.max_rejects:g}.{rejects.keep()}{advice}"
+    )
+
+
+def too_little(side: str, rejects: Rejects) -> str:
+    """What to say of a store that would be empty."""
+    why = f" Left out: {rejects.in_words()}." if rejects.count else ""
+    return (
+        f"no document is left for the {side} store: what is usable is too little to split. Give more, or change "
+        f"prepare.valid_share and prepare.test_share.{why}{rejects.keep()}"
+    )
+
+
+def _empty_side(bounds: tuple[str, str]) -> str:
+    """The side of which the bounds (see index.side) say that nothing is on it; train may be empty all the same."""
+    test, valid = bounds
+    return "test" if not test else "valid" if valid <= test else ""
 
 
 def _source(recipe: Recipe, work: Path) -> Iterator[Utterance | Reject]:
     p = recipe.prepare
     if p.speech != "asterisk":
-        return sources.read(p.speech, p.layout, work / "scratch")
+        return sources.read(p.speech, p.layout, work / "scratch", needs_text(p.orders))
     folder = Path(p.downloads) / "asterisk"
     with console.status("fetching the Asterisk prompts"):
         asterisk.fetch(folder, p.languages)

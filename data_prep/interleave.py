@@ -69,6 +69,8 @@ def _tts(spoken: Sequence[Spoken]) -> Plan:
 
 
 def _conversational(spoken: Sequence[Spoken]) -> Plan:
+    if len(spoken) > 1 and not all(s.speaker for s in spoken):
+        raise CannotPlan("no speaker: a conversation needs one for every utterance")
     numbers: dict[str, int] = {}
     plan: Plan = []
     for i, s in enumerate(spoken):
@@ -99,6 +101,11 @@ ORDERS: dict[str, Callable[[Sequence[Spoken]], Plan]] = {
 
 
 WITHOUT_TEXT = {"audio-only", "semantic-only"}
+
+
+def needs_text(orders: Iterable[str]) -> bool:
+    """Whether an utterance without a transcript is of no use, because all of these orders write text."""
+    return WITHOUT_TEXT.isdisjoint(orders)
 
 
 def texts_of(plan: Plan) -> list[str]:

@@ -6,7 +6,6 @@ RUN/data/work holds the index and the parts; RUN/data/units the codes, which are
 """
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +24,7 @@ from . import choose, documents, encode
 from .documents import SIDES
 from .executor import Job, Result, run_jobs
 from .index import Index, digest, index_of_units, side, split_key
-from .inputs import files, items, read_inputs
+from .inputs import check_rejects, files, items, read_inputs
 from .show import Rejects, console, progress
 from .stores import write_stores
 from .units import check_schema, read_columns, unit_codec, unit_key
@@ -59,7 +58,7 @@ def _prepare(recipe: Recipe) -> dict[str, Any]:
 
     p, folder = recipe.prepare, recipe.data_folder
     work, parts = folder / "work", folder / "work" / "parts"
-    rejects = Rejects(work / "rejects.jsonl")
+    rejects = Rejects(work / "rejects.jsonl", folder / "rejects.jsonl")
     found = read_inputs(recipe, work, rejects)
     index, texts = found.speech, found.texts
     lap("index")
@@ -75,6 +74,8 @@ def _prepare(recipe: Recipe) -> dict[str, Any]:
         units, unit_keys = _encode(recipe, index, codec, folder, rejects, found.speech_rejects)
     else:
         units, unit_keys = [], []
+        for name in ("codec.json", "valid.parquet", "test.parquet"):
+            (folder / name).unlink(missing_ok=True)  # of other data in this folder
     lap("encode")
 
     bounds = index.bounds if units else texts.bounds
@@ -117,9 +118,8 @@ def _prepare(recipe: Recipe) -> dict[str, Any]:
     for job in [*jobs["speech"], *jobs["text"]]:
         _collect(Path(job["out"]), rejects)
     lap("documents")
-    rejects.close()
-    os.replace(rejects.path, folder / "rejects.jsonl")
-    summary = write_stores(recipe, jobs, units, bounds, tokenizer, space, codec)
+    rejects.keep()
+    summary = write_stores(recipe, jobs, units, bounds, tokenizer, space, codec, rejects)
     lap("stores")
     timings["seconds"] = time.monotonic() - began
     summary.update(
@@ -173,28 +173,18 @@ def _encode(
     for old in units.glob("part-*"):
         if f"{old.name.split('.')[0]}.parquet" not in wanted:
             old.unlink()
-    total, before = index.utterances + bad, rejects.count - bad
-    most = p.max_rejects * total
-    if bad <= most:
-        gpu = p.codec != "embedded" and _has_gpu()
-        for result in _run("encode", encode.encode_shard, jobs, encode.is_done, recipe, gpu):
-            bad += result["rejects"]
-            if bad > most:
-                break
+    total, before, early = index.utterances + bad, rejects.count - bad, False
+    gpu = p.codec != "embedded" and _has_gpu()
+    for result in _run("encode", encode.encode_shard, jobs, encode.is_done, recipe, gpu):
+        bad += result["rejects"]
+        if early := bad > p.max_rejects * total:
+            break
     for job in jobs:
         if encode.is_done(job):
             _collect(Path(job["out"]), rejects)
-    listed = folder / "rejects.jsonl"
     if rejects.count > 5:
-        console.print(f"[yellow]and {rejects.count - 5} more[/], see {listed}")
-    bad = rejects.count - before
-    if bad > most:
-        rejects.close()
-        os.replace(rejects.path, listed)
-        raise SodaError(
-            f"stopped: {bad} of {total} utterances cannot be used, and there may be more (limit: "
-            f"prepare.max_rejects={p.max_rejects:g}); {listed} lists each with its reason."
-        )
+        console.print(f"[yellow]and {rejects.count - 5} more[/], see {rejects.kept}")
+    check_rejects(recipe, rejects.count - before, total, rejects, early)
     return [Path(job["out"]) for job in jobs], [job["key"] for job in jobs]
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -27,9 +28,11 @@ console = Console(stderr=True)
 
 @dataclass
 class Rejects:
-    """What was left out, in a file and in numbers."""
+    """What was left out, in a file and in numbers. The file is `path` while the work goes on, and `kept` at its end,
+    also where it ends with an error; without `kept` (a dry run) it is not meant to stay."""
 
     path: Path
+    kept: Path | None = None
     count: int = 0
     reasons: Counter = field(default_factory=Counter)
 
@@ -47,6 +50,19 @@ class Rejects:
 
     def close(self) -> None:
         self._file.close()
+
+    def keep(self) -> str:
+        """Closes the file and puts it where it stays. -> words on where that is, for the end of an error."""
+        self.close()
+        if self.kept is None:
+            return ""
+        if self.path.is_file():
+            os.replace(self.path, self.kept)
+        return f" {self.kept} lists what could not be used, and why."
+
+    def in_words(self) -> str:
+        """The reasons with their counts, the most frequent first: "no transcript: 12, no file: 1"."""
+        return ", ".join(f"{reason}: {count}" for reason, count in self.reasons.most_common(5))
 
 
 @contextlib.contextmanager

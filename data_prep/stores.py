@@ -20,7 +20,8 @@ from . import documents
 from .documents import SIDES
 from .executor import Job
 from .index import side
-from .show import console, progress
+from .inputs import too_little
+from .show import Rejects, console, progress
 from .units import SCHEMA
 
 HELD_OUT_ROWS = 20_000  # utterances kept beside the valid and the test store, to speak and transcribe
@@ -34,6 +35,7 @@ def write_stores(
     tokenizer: TextTokenizer,
     space: TokenSpace,
     codec: dict[str, Any] | None,
+    rejects: Rejects,
 ) -> dict[str, Any]:
     """Writes the three stores and the held-out units, and returns what prepare.json says of them. `jobs`: those of the
     parts, by `speech` and `text`. SodaError if a store would be empty."""
@@ -53,11 +55,7 @@ def write_stores(
             tokens[name] = write_parts(folder / name, counted, space, p.store, **provenance)
             written[name] = counted.documents
             if not tokens[name]:
-                raise SodaError(
-                    f"no document is left for the {name} store: what is usable is too little to split. Give more, or "
-                    f"change prepare.valid_share and prepare.test_share. {folder / 'rejects.jsonl'} lists what could "
-                    "not be used, and why."
-                )
+                raise SodaError(too_little(name, rejects))
             classes.update(counted.classes)
             if name != "train" and units:
                 _held_out(folder / f"{name}.parquet", units, name, bounds)

@@ -22,7 +22,7 @@ class Prepare:
 
     # Speech: `asterisk`, the free prompts, fetched; or a folder, a manifest or a glob; empty: none.
     speech: str = "asterisk"
-    layout: str = "auto"  # auto | manifest | pairs | librispeech | ljspeech | commonvoice | emilia | webdataset | hf
+    layout: str = "auto"  # see data_prep/sources: manifest, audio, pairs, librispeech, ..
     languages: list[str] = field(default_factory=lambda: ["en", "es", "fr"])  # of the prompts
     downloads: str = "downloads"  # where fetched material is kept
     units: list[str] = field(default_factory=list)  # unit shards (globs) made before, instead of speech
@@ -71,7 +71,7 @@ class Model:
     rope_scaling_factor: float = 8.0  # Llama-3's, with its other constants
 
 
-LAYOUTS = ("auto", "manifest", "pairs", "librispeech", "ljspeech", "commonvoice", "emilia", "webdataset", "hf")
+LAYOUTS = ("auto", "manifest", "audio", "pairs", "librispeech", "ljspeech", "commonvoice", "emilia", "webdataset", "hf")
 ORDERS = (
     *("text-first", "audio-first", "audio-only", "semantic-only", "text-only", "asr", "tts", "conversational"),
     "translation",

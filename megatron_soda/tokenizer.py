@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from .errors import SodaError
-from .files import atomic_path
+from .files import atomic_path, write_text
 from .vocab import BOS, EOS, FIRST_AUDIO_CHARACTER, MARKERS, TokenSpace
 
 NAMES = ("text_tokenizer.model", "text_tokenizer.json")  # in a data folder, an export or an extended tokenizer
@@ -219,6 +219,19 @@ def _sentencepiece_spec(path: Path) -> dict[str, Any]:
         ]
     )
     return json.loads(tokenizer.to_str())
+
+
+def write_byte_tokenizer(path: Path) -> None:
+    """Writes a tokenizer.json whose ids are the bytes of UTF-8, BOS and EOS: it writes any text, and needs none to be
+    trained on."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())  # what stands for a byte that is no letter
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([BOS, EOS])
+    write_text(path, tokenizer.to_str())
 
 
 def train_sentencepiece(path: Path, sentences: Iterable[str], pieces: int) -> None:

@@ -16,6 +16,7 @@ from .rows import SOUND_SUFFIXES
 EXAMPLES = {
     "manifest": "a file .jsonl, .csv, .tsv or .parquet (also .gz), or a folder with manifest.jsonl, manifest.csv, "
     "manifest.tsv or manifest.parquet",
+    "audio": "a folder of sound files alone; prepare.orders=[audio-only] needs no transcripts",
     "pairs": "a folder of sound files with X.txt beside X.wav",
     "librispeech": "84/121123/84-121123.trans.txt beside 84/121123/84-121123-0000.flac",
     "ljspeech": "metadata.csv with lines `LJ001-0001|The text.|The text.` beside wavs/LJ001-0001.wav",
@@ -27,17 +28,19 @@ EXAMPLES = {
 LAYOUTS = ("auto", *EXAMPLES)
 
 
-def read(pattern: str, layout: str, scratch: Path) -> Iterator[Utterance | Reject]:
+def read(pattern: str, layout: str, scratch: Path, needs_text: bool = True) -> Iterator[Utterance | Reject]:
     """The utterances of what `pattern` names: a folder, a file or a glob (`**`: any number of folders).
 
-    The order is fixed: by file, and in a file by line. A line or file that is not usable is a Reject. Memory does not
-    grow with the number of utterances. Ids are not checked to be unique here. What must be unpacked goes to `scratch`.
+    The order is fixed: by file, and in a file by line. A line or file that is not usable is a Reject; if `needs_text`,
+    that includes one without a transcript. Memory does not grow with the number of utterances. Ids are not checked to
+    be unique here. What must be unpacked goes to `scratch`.
 
     Layout "auto" goes by names, from the top folder down. What save_to_disk writes is "hf", manifest.* a manifest,
     metadata.csv beside wavs/ "ljspeech", validated.tsv or train.tsv beside clips/ "commonvoice", a .trans.txt
     "librispeech". Tars are "emilia" where the first sound is called like RECORDING_W000000 and else "webdataset". A
     .parquet or .arrow in a folder is "hf", a sound with X.json beside it "emilia", with X.txt "pairs". The first folder
-    with any of it decides for the folder named. A file that was named is told by its suffix and what is beside it.
+    with any of it decides for the folder named; where there is none of it, but sounds, it is "audio". A file that was
+    named is told by its suffix and what is beside it.
 
     Raises SodaError, some of it before the first utterance: the pattern names nothing, nothing there is of a known
     layout, a table has the wrong columns.
@@ -55,26 +58,26 @@ def read(pattern: str, layout: str, scratch: Path) -> Iterator[Utterance | Rejec
     unknown = layouts.pop("", [])
     if not layouts:
         raise SodaError(f"{pattern}: nothing here is of a known layout. The layouts:\n{_listing()}\n{manifest.EXAMPLE}")
-    return _read(root, layouts, unknown, Path(scratch))
+    return _read(root, layouts, unknown, Path(scratch), needs_text)
 
 
 def _read(
-    root: Path, layouts: dict[str, list[Path]], unknown: list[Path], scratch: Path
+    root: Path, layouts: dict[str, list[Path]], unknown: list[Path], scratch: Path, needs_text: bool
 ) -> Iterator[Utterance | Reject]:
     for layout, places in layouts.items():
-        yield from _reader(layout)(root, places, scratch)
+        yield from _reader(layout)(root, places, scratch, needs_text)
     yield from (Reject(files.relative(place, root), "of no known layout") for place in unknown)
 
 
-def _reader(layout: str) -> Callable[[Path, list[Path], Path], Iterator[Utterance | Reject]]:
-    def emilia(root: Path, places: list[Path], scratch: Path) -> Iterator[Utterance | Reject]:
+def _reader(layout: str) -> Callable[[Path, list[Path], Path, bool], Iterator[Utterance | Reject]]:
+    def emilia(root: Path, places: list[Path], scratch: Path, needs_text: bool) -> Iterator[Utterance | Reject]:
         packed = [place for place in places if place.is_dir() or tars.is_tar(place)]
         loose = [place for place in places if place.is_dir() or not tars.is_tar(place)]
-        yield from tars.read(root, packed, scratch, emilia=True)
-        yield from folders.read("emilia", root, loose)
+        yield from tars.read(root, packed, scratch, needs_text, emilia=True)
+        yield from folders.read("emilia", root, loose, needs_text)
 
     special = {"manifest": manifest.read, "webdataset": tars.read, "hf": saved.read, "emilia": emilia}
-    return special.get(layout) or (lambda root, places, scratch: folders.read(layout, root, places))
+    return special.get(layout) or (lambda root, places, _, needs_text: folders.read(layout, root, places, needs_text))
 
 
 def _suffix(place: Path) -> str:
@@ -88,9 +91,12 @@ def _listing() -> str:
 def _detect(place: Path) -> str:
     """The layout of a folder or a file; empty where none fits."""
     if place.is_dir():
-        failed: list[Reject] = []
-        found = (_of_folder(folder, subfolders, names) for folder, subfolders, names in files.walk(place, failed))
-        return next(filter(None, found), "")
+        found, sounds = "", False
+        for folder, subfolders, names in files.walk(place, []):
+            if found := _of_folder(folder, subfolders, names):
+                break
+            sounds = sounds or any(map(folders.is_sound, names))
+        return found or ("audio" if sounds else "")
     suffix = _suffix(place)
     if suffix == ".tar":
         return "emilia" if tars.looks_like_emilia(place) else "webdataset"
@@ -108,7 +114,7 @@ def _detect(place: Path) -> str:
         sounds = (place.with_suffix(sound).is_file() for sound in SOUND_SUFFIXES)
         return folders.BESIDE[suffix] if any(sounds) else ""
     if folders.is_sound(place.name):
-        return _of_sound(place.name, lambda name: (place.parent / name).is_file())
+        return _of_sound(place.name, lambda name: (place.parent / name).is_file()) or "audio"
     return ""
 
 

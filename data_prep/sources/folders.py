@@ -1,4 +1,5 @@
-"""Corpora that are folders of sound files: X.txt or X.json beside X.wav, LibriSpeech, LJSpeech, Common Voice, Emilia.
+"""Corpora that are folders of sound files: alone, with X.txt or X.json beside X.wav, LibriSpeech, LJSpeech, Common
+Voice, Emilia.
 
 Every id is the sound's path without suffix, from the folder that was named, so it is unique.
 """
@@ -22,7 +23,7 @@ Rows = Iterator[tuple[str, Row | BadLine]]
 Transcripts = Callable[[Path, list[str], bool], Rows]
 
 
-def read(layout: str, root: Path, places: list[Path]) -> Found:
+def read(layout: str, root: Path, places: list[Path], needs_text: bool) -> Found:
     """The utterances of folders (and all folders in them) or of single files, in one of LAYOUTS."""
     transcripts, wanted, closed = LAYOUTS[layout]
     failed: list[Reject] = []
@@ -36,7 +37,7 @@ def read(layout: str, root: Path, places: list[Path]) -> Found:
             path, _ = rows.inside(folder, audio)
             id = files.stem(files.relative(path, root))
             recording = emilia_recording(id) if layout == "emilia" else ""
-            return rows.utterance({**row, "recording": recording}, Sound(str(path)), id, needs_text=True)
+            return rows.utterance({**row, "recording": recording}, Sound(str(path)), id, needs_text)
 
         found = transcripts(folder, names, whole)
         yield from rows.collect(((prefix + where, row) for where, row in found), make)
@@ -57,6 +58,11 @@ def _listed(places: list[Path], closed: str, failed: list[Reject]) -> Iterator[t
             yield here, names, True
             if closed in folders:  # it may hold millions of files, and another file tells which
                 folders.remove(closed)
+
+
+def _audio(folder: Path, names: list[str], whole: bool) -> Rows:
+    """Sounds, whatever else is there."""
+    yield from ((name, {"audio": name}) for name in filter(is_sound, names))
 
 
 def _pairs(folder: Path, names: list[str], whole: bool) -> Rows:
@@ -89,7 +95,7 @@ def _beside(folder: Path, name: str, suffix: str) -> Row | BadLine:
     except BadLine as error:
         return error
     except FileNotFoundError:
-        return BadLine(f"no transcript: {path.name} is not there")
+        return {"audio": name, rows.NO_TEXT: f"{path.name} is not there"}
     except UnicodeDecodeError:
         return BadLine(f"not UTF-8: {path.name}")
     except OSError as error:
@@ -112,7 +118,7 @@ def _librispeech(folder: Path, names: list[str], whole: bool) -> Rows:
             yield f"{name}:{number}", row
     for name in filter(is_sound, names):
         if name not in seen:
-            yield name, BadLine("no transcript: no .trans.txt beside it names this file")
+            yield name, {"audio": name, rows.NO_TEXT: "no .trans.txt beside it names this file"}
 
 
 def _ljspeech(folder: Path, names: list[str], whole: bool) -> Rows:
@@ -149,6 +155,7 @@ def _commonvoice(folder: Path, names: list[str], whole: bool) -> Rows:
 
 # The layout's function, the ends of its files' names, and a folder of sound files that is not looked through.
 LAYOUTS: dict[str, tuple[Transcripts, tuple[str, ...], str]] = {
+    "audio": (_audio, SOUND_SUFFIXES, ""),
     "pairs": (_pairs, (*SOUND_SUFFIXES, ".txt"), ""),
     "emilia": (_emilia, (*SOUND_SUFFIXES, ".json"), ""),
     "librispeech": (_librispeech, (".trans.txt", ".flac"), ""),

@@ -27,12 +27,11 @@ EXAMPLE = """Example of a manifest.jsonl (UTF-8), beside the sound files:
 {"audio": "wavs/b.flac", "text": "Guten Morgen.", "speaker": "bert", "language": "de"}"""
 
 
-def read(root: Path, places: list[Path], scratch: Path) -> Found:
+def read(root: Path, places: list[Path], scratch: Path, needs_text: bool) -> Found:
     """Manifest files, and the manifest.* of folders and of the folders in them.
 
     The sound files are only checked to exist inside the manifest's folder; a symbolic link in it may point anywhere.
     An id that is not given is the sound's path without suffix, after the manifest's name where there are several.
-    A manifest without any text column gives utterances without text; of a jsonl, the lines up to there tell.
     Raises SodaError for columns that do not fit, two manifests in a folder, a single file that is none.
     """
     failed: list[Reject] = []
@@ -44,9 +43,9 @@ def read(root: Path, places: list[Path], scratch: Path) -> Found:
                 raise SodaError(f"{file}: a manifest's name ends in .jsonl, .csv or .tsv, or .parquet.\n{EXAMPLE}")
             yield Reject(name, f"not a manifest: its name does not end in {', '.join(KINDS)}")
         elif files.kind(file) == ".parquet":
-            yield from parquet(file, name, scratch, len(manifests) > 1)
+            yield from parquet(file, name, scratch, len(manifests) > 1, needs_text)
         else:
-            yield from _text(file, name, len(manifests) > 1)
+            yield from _text(file, name, len(manifests) > 1, needs_text)
     yield from failed
 
 
@@ -60,13 +59,10 @@ def _of_folder(folder: Path, failed: list[Reject]) -> Iterator[Path]:
             yield here / present[0]
 
 
-def _text(file: Path, name: str, several: bool) -> Found:
+def _text(file: Path, name: str, several: bool, needs_text: bool) -> Found:
     prefix = f"{files.stem(name)}:" if several else ""
-    needs_text = False
 
     def make(row: Row) -> Utterance:
-        nonlocal needs_text
-        needs_text = needs_text or rows.has_text(row)
         return of_path(row, file.parent, prefix, needs_text)
 
     yield from rows.collect(records(file, name), make)
@@ -136,7 +132,7 @@ def _table_parser(manifest: Path, header: str) -> Callable[[str], Row]:
 # --- Parquet ---
 
 
-def parquet(file: Path, name: str, scratch: Path, several: bool) -> Found:
+def parquet(file: Path, name: str, scratch: Path, several: bool, needs_text: bool) -> Found:
     """Rows with the path of a sound file, or with the sound itself in a struct column {bytes, path}, not read here.
 
     A start and end beside the sound itself say where it was cut from: they are not looked at.
@@ -145,14 +141,11 @@ def parquet(file: Path, name: str, scratch: Path, several: bool) -> Found:
     try:
         source = files.unpacked(file, scratch) if file.suffix.lower() == ".gz" else file
         table = pq.ParquetFile(source)
-        names = table.schema_arrow.names
+        sound = sound_column(file, table.schema_arrow)
     except (pa.ArrowException, OSError, ValueError) as error:
         yield Reject(name, f"not Parquet: or it is cut short ({error})")
         return
     with table:
-        schema = table.schema_arrow
-        sound = sound_column(file, schema)
-        needs_text = rows.has_text(dict.fromkeys(names))
         prefix = f"{files.stem(name)}:" if several else ""
 
         def make(row: Row) -> Utterance:

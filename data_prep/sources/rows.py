@@ -19,6 +19,7 @@ NAMES = {  # of several that are there, the first that has something in it
     "language": ("language", "lang", "locale"),
     **{name: (name,) for name in ("id", "recording", "prompt", "start", "end", "offset", "duration")},
 }
+NO_TEXT = "\0no text"  # beside a row's columns: why it has no text
 ALL_NAMES = frozenset(name for names in NAMES.values() for name in names)
 
 
@@ -39,13 +40,8 @@ def string(row: Row, column: str) -> str:
     return found.strip()
 
 
-def has_text(row: Row) -> bool:
-    """Whether a row has a text column, which may be empty."""
-    return any(name in row for name in NAMES["text"])
-
-
 def utterance(row: Row, sound: Sound, id: str, needs_text: bool) -> Utterance:
-    """Raises BadLine for a value that is no string, and for an empty text where there should be one."""
+    """Raises BadLine for a value that is no string and, if `needs_text`, where there is no text."""
     text, speaker, language, recording, prompt = (
         string(row, column) for column in ("text", "speaker", "language", "recording", "prompt")
     )
@@ -53,7 +49,7 @@ def utterance(row: Row, sound: Sound, id: str, needs_text: bool) -> Utterance:
         raise BadLine("not valid Unicode: the name")
     text = one_line(text)
     if not text and needs_text:
-        raise BadLine("no transcript")
+        raise BadLine(f"no transcript: {row[NO_TEXT]}" if NO_TEXT in row else "no transcript")
     return Utterance(id, sound, text, speaker, language, prompt or prompt_key(text, otherwise=id), recording)
 
 

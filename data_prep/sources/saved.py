@@ -21,7 +21,7 @@ from .rows import Found, Row
 STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
 
 
-def read(root: Path, places: list[Path], scratch: Path) -> Found:
+def read(root: Path, places: list[Path], scratch: Path, needs_text: bool) -> Found:
     """Datasets, their .arrow files or Parquet shards, and all of those in folders.
 
     An id is the id column's, after its split's or folder's name for an Arrow dataset; without such a column it is the
@@ -35,9 +35,10 @@ def read(root: Path, places: list[Path], scratch: Path) -> Found:
                 continue
             name = files.relative(file, root)
             if files.kind(file) == ".parquet":
-                yield from manifest.parquet(file, name, scratch, several=True)
+                yield from manifest.parquet(file, name, scratch, True, needs_text)
             elif file.suffix.lower() == ".arrow":
-                yield from _arrow(file, name, "" if folder == root else f"{files.relative(folder, root)}/")
+                prefix = "" if folder == root else f"{files.relative(folder, root)}/"
+                yield from _arrow(file, name, prefix, needs_text)
             else:
                 yield Reject(name, "not a dataset: its name does not end in .arrow or .parquet")
     yield from failed
@@ -79,7 +80,7 @@ def _strings(path: Path, get: Callable[[Any], list[object]]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _arrow(file: Path, name: str, prefix: str) -> Found:
+def _arrow(file: Path, name: str, prefix: str, needs_text: bool) -> Found:
     number = 0
     try:
         with pa.memory_map(str(file)) as mapped:
@@ -89,12 +90,10 @@ def _arrow(file: Path, name: str, prefix: str) -> Found:
         return
     try:
         stream = pa.ipc.open_stream(whole)
-        names = stream.schema.names
+        column = manifest.sound_column(file, stream.schema)
     except (pa.ArrowException, OSError, ValueError) as error:
         yield Reject(name, f"not an Arrow stream: or it is cut short ({error})")
         return
-    column = manifest.sound_column(file, stream.schema)
-    needs_text = rows.has_text(dict.fromkeys(names))
 
     def make(row: Row) -> Utterance:
         others = rows.numbers_as_names({key: found for key, found in row.items() if key != column})

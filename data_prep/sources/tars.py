@@ -18,17 +18,17 @@ from .rows import Found, Row
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
 
 
-def read(root: Path, places: list[Path], scratch: Path, emilia: bool = False) -> Found:
+def read(root: Path, places: list[Path], scratch: Path, needs_text: bool, emilia: bool = False) -> Found:
     """The tars that are named, and those in folders. An id is TAR/MEMBER without suffixes.
 
-    Text and speaker are sought in X.txt and X.json, under the names of a manifest's columns. Where a tar had none up to
-    there, an utterance has no text. A start and end say where a member was cut from: they are not looked at.
+    Text and speaker are sought in X.txt and X.json, under the names of a manifest's columns. A start and end say where
+    a member was cut from: they are not looked at.
     With `emilia`, those of a tar are sorted so that a recording's follow each other, and one tar's are held in memory.
     """
     failed: list[Reject] = []
     for place in places:
         for tar in _of_folder(place, failed) if place.is_dir() else [place]:
-            found = _utterances(tar, files.relative(tar, root), scratch, emilia)
+            found = _utterances(tar, files.relative(tar, root), scratch, needs_text, emilia)
             if not emilia:
                 yield from found
                 continue
@@ -66,7 +66,7 @@ def _of_folder(folder: Path, failed: list[Reject]) -> Iterator[Path]:
         yield from (here / name for name in names if is_tar(name))
 
 
-def _utterances(tar: Path, name: str, scratch: Path, emilia: bool) -> Found:
+def _utterances(tar: Path, name: str, scratch: Path, needs_text: bool, emilia: bool) -> Found:
     try:
         plain = tar if tar.suffix.lower() == ".tar" else files.unpacked(tar, scratch)
         file = open(plain, "rb")  # noqa: SIM115
@@ -77,11 +77,8 @@ def _utterances(tar: Path, name: str, scratch: Path, emilia: bool) -> Found:
         yield Reject(name, f"cannot be read: {error.strerror or error}")
         return
     stem = name[: -len(next(suffix for suffix in SUFFIXES if name.lower().endswith(suffix)))] if is_tar(name) else name
-    needs_text = False
 
     def make(row: Row) -> Utterance:
-        nonlocal needs_text
-        needs_text = needs_text or rows.has_text(row)
         sound = row[SOUND]
         assert isinstance(sound, tarfile.TarInfo)
         key = _key(sound.name)

@@ -2,7 +2,8 @@
 # The main job, end to end: real speech -> tokens -> a trained model -> evaluation, speech, Hugging Face, a page.
 #
 #   bash examples/quickstart/run.sh                      free telephone prompts, fetched
-#   bash examples/quickstart/run.sh --speech DIR         your own audio: DIR has a manifest.jsonl (audio, text)
+#   bash examples/quickstart/run.sh --speech DIR         your own audio: DIR has a manifest.jsonl (audio, text);
+#                                                        sound files alone: add prepare.orders=[audio-only]
 #   bash examples/quickstart/run.sh --layout tp2         tp2 | pp2 | dp2 (default, the fastest on two cores); pp2 has 4 layers, not 3
 #   bash examples/quickstart/run.sh training.steps=200   any setting of recipe.yaml, as key=value
 #
@@ -13,7 +14,7 @@ layout=dp2
 overrides=()
 while [ $# -gt 0 ]; do
   case $1 in
-    -h | --help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    -h | --help) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 0 ;;
     --speech)
       [ $# -ge 2 ] || { echo "error: --speech needs a folder" >&2; exit 2; }
       [ -e "$2" ] || { echo "error: --speech $2: no such folder" >&2; exit 2; }

@@ -26,10 +26,12 @@ from data_prep.utterance import Reject, Sound, Utterance
 from megatron_soda.errors import SodaError
 
 
-def read(path: Path | str, layout: str = "auto", scratch: Path | None = None) -> tuple[list[Utterance], dict[str, str]]:
+def read(
+    path: Path | str, layout: str = "auto", scratch: Path | None = None, needs_text: bool = True
+) -> tuple[list[Utterance], dict[str, str]]:
     found: list[Utterance] = []
     rejects: dict[str, str] = {}
-    for one in sources.read(str(path), layout, scratch or Path("/nonexistent")):
+    for one in sources.read(str(path), layout, scratch or Path("/nonexistent"), needs_text):
         if isinstance(one, Utterance):
             found.append(one)
         else:
@@ -38,11 +40,11 @@ def read(path: Path | str, layout: str = "auto", scratch: Path | None = None) ->
     return found, rejects
 
 
-def both(path: Path | str, layout: str, scratch: Path | None = None) -> list[Utterance]:
+def both(path: Path | str, layout: str, scratch: Path | None = None, needs_text: bool = True) -> list[Utterance]:
     """The same by name and by auto, and not one reject."""
-    found, rejects = read(path, layout, scratch)
+    found, rejects = read(path, layout, scratch, needs_text)
     assert rejects == {}
-    assert read(path, "auto", scratch) == (found, {})
+    assert read(path, "auto", scratch, needs_text) == (found, {})
     return found
 
 
@@ -111,16 +113,49 @@ def test_columns_and_segments(tmp_path: Path) -> None:
     assert len(rejects) == len(bad)
 
 
-def test_no_text_column_is_no_text(tmp_path: Path) -> None:
+def test_no_text_is_told_where_one_is_needed(tmp_path: Path) -> None:
     put(tmp_path / "a.wav", 0.1)
     put(tmp_path / "x.csv", "wav,speaker\na.wav,s\n")
-    assert [(u.text, u.prompt, u.speaker) for u in both(tmp_path / "x.csv", "manifest")] == [("", "a", "s")]
+    found = both(tmp_path / "x.csv", "manifest", needs_text=False)
+    assert [(u.text, u.prompt, u.speaker) for u in found] == [("", "a", "s")]
     put(tmp_path / "x.csv", "wav,text\na.wav,\na.wav\n")
     assert read(tmp_path / "x.csv") == ([], {"x.csv:2": "no transcript", "x.csv:3": "no transcript"})
-    put(tmp_path / "x.jsonl", '{"wav": "a.wav"}\n{"wav": "a.wav", "text": ""}\n{"wav": "a.wav"}\n')
+    assert len(read(tmp_path / "x.csv", needs_text=False)[0]) == 2
+    put(tmp_path / "x.jsonl", '{"wav": "a.wav"}\n{"wav": "a.wav", "text": ""}\n{"wav": "a.wav", "text": "t"}\n')
+    assert len(read(tmp_path / "x.jsonl", needs_text=False)[0]) == 3
     found, rejects = read(tmp_path / "x.jsonl")
-    assert len(found) == 1
-    assert list(rejects) == ["x.jsonl:2", "x.jsonl:3"]
+    assert ([u.text for u in found], set(rejects)) == (["t"], {"x.jsonl:1", "x.jsonl:2"})
+
+
+def test_sounds_alone_are_a_layout(tmp_path: Path) -> None:
+    put(tmp_path / "b/two.flac", 0.2)
+    put(tmp_path / "one.wav", 0.1)
+    put(tmp_path / "notes.pdf", b"x")
+    put(tmp_path / ".hidden.wav", 0.3)
+    found = both(tmp_path, "audio", needs_text=False)
+    assert [(u.id, level(u.audio), u.text) for u in found] == [("one", 0.1, ""), ("b/two", 0.2, "")]
+    assert [u.id for u in both(tmp_path / "one.wav", "audio", needs_text=False)] == ["one"]
+    assert read(tmp_path) == ([], {"one.wav": "no transcript", "b/two.flac": "no transcript"})
+    # One sound with its text beside it, and it is another layout.
+    put(tmp_path / "b/two.txt", "two")
+    assert read(tmp_path) == read(tmp_path, "pairs")
+    assert [(u.id, u.text) for u in read(tmp_path, needs_text=False)[0]] == [("one", ""), ("b/two", "two")]
+
+
+@pytest.mark.parametrize("layout", ["pairs", "emilia", "librispeech"])
+def test_sounds_without_text_in_layouts_of_text(tmp_path: Path, layout: str) -> None:
+    suffix, beside, text = {
+        "pairs": (".wav", "A_W1.txt", "said"),
+        "emilia": (".mp3", "A_W1.json", '{"text": "said"}'),
+        "librispeech": (".flac", "A.trans.txt", "A_W1 said"),
+    }[layout]
+    for name in ("A_W1", "A_W2"):
+        put(tmp_path / f"{name}{suffix}", sound_bytes(0.1))
+    put(tmp_path / beside, text)
+    found, rejects = read(tmp_path)
+    assert [u.text for u in found] == ["said"]
+    assert [(where, reason.split(":")[0]) for where, reason in rejects.items()] == [(f"A_W2{suffix}", "no transcript")]
+    assert [(u.id, u.text) for u in both(tmp_path, layout, needs_text=False)] == [("A_W1", "said"), ("A_W2", "")]
 
 
 def test_several_manifests_in_order_with_ids_of_their_own(tmp_path: Path) -> None:
@@ -239,7 +274,7 @@ def test_bytes_of_parquet_are_not_read(tmp_path: Path) -> None:
     put(path, bytes(whole))
     with pytest.raises(OSError, match=r"."):
         pq.read_table(path)
-    assert "".join(u.id for u in both(path, "manifest")) == "abcdefghijklmnopqrst"
+    assert "".join(u.id for u in both(path, "manifest", needs_text=False)) == "abcdefghijklmnopqrst"
 
 
 def test_parquet_that_does_not_fit(tmp_path: Path) -> None:
@@ -441,9 +476,11 @@ def test_tar_of_sounds_alone(tmp_path: Path) -> None:
     path = make_tar(
         tmp_path / "a.tar", [("x.wav", b"1"), ("y.wav", b"2"), ("z.wav", b"3"), ("z.txt", "t"), ("w.wav", b"4")]
     )
+    found, rejects = read(path, needs_text=False)
+    assert ([u.text for u in found], rejects) == (["", "", "t", ""], {})
     found, rejects = read(path)
-    assert [u.text for u in found] == ["", "", "t"]
-    assert rejects == {"a.tar:w.wav": "no transcript"}  # a tar with texts
+    assert [u.text for u in found] == ["t"]
+    assert rejects == dict.fromkeys(("a.tar:x.wav", "a.tar:y.wav", "a.tar:w.wav"), "no transcript")
 
 
 def test_hostile_tar(tmp_path: Path) -> None:

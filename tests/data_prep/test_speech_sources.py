@@ -187,10 +187,9 @@ def test_nothing_usable(speech: Path, tmp_path: Path) -> None:
 
     assert "no such folder" in message(tmp_path / "none")
     (tmp_path / "empty").mkdir()
-    for path in (tmp_path / "empty", speech, speech / "wavs/a.wav"):  # nothing at all; sound files without text
-        text = message(path)
-        for part in ("manifest.jsonl", "manifest.csv", "manifest.tsv", "X.txt beside X.wav", '{"audio": "wavs/a.wav"'):
-            assert part in text
+    text = message(tmp_path / "empty")
+    for part in ("manifest.jsonl", "manifest.csv", "manifest.tsv", "X.txt beside X.wav", '{"audio": "wavs/a.wav"'):
+        assert part in text
     assert reasons(read(speech, "pairs")[1])["wavs/a.wav"] == "no transcript: a.txt is not there"
     (speech / "manifest.jsonl").write_text('{"audio": "none.wav", "text": "x"}\n')
     assert read(speech) == ([], [Reject("manifest.jsonl:1", "no file: 'none.wav'")])
