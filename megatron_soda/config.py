@@ -117,6 +117,8 @@ class Data:
     # rotary positions are relative, so the two differ by rounding alone. Transformer Engine always resets.
     reset_positions: bool = False
     align_windows: bool = False  # no window begins inside an audio frame; costs codebooks - 1 tokens a window
+    # What may be another than the model was trained with, because you know: codec, tokenizer, validation.
+    accept: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -429,6 +431,8 @@ def _check(recipe: Recipe) -> None:
         len(d.corpora) < 2 or bool(d.mix),
         f"data.corpora has {len(d.corpora)} corpora; data.mix must say their shares",
     )
+    for name in d.accept:
+        choice("data.accept", name, ("codec", "tokenizer", "validation"))
     need(bool(d.corpora) or not d.mix, "data.mix has shares, but data.corpora no corpora")
 
 

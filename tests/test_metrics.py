@@ -38,6 +38,7 @@ def test_files_and_weights_and_biases(tmp_path, monkeypatch):
     fake.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
     fake.init = lambda **settings: logged.append(settings["project"]) or run  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
     check_wandb(recipe)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n{"step": 5, "loss": 2.0}\n{"st')
     metrics = Metrics(recipe, 1)
@@ -56,3 +57,40 @@ def test_without_weights_and_biases(tmp_path):
     metrics.write(1, {"loss": 1.0})
     metrics.close()
     assert metrics.wandb is None
+
+
+def test_weights_and_biases_without_a_login(tmp_path, monkeypatch):
+    recipe = load_recipe(None, [f"run={tmp_path}", "training.wandb_project=soda"])
+
+    def fail(**settings):
+        raise ValueError("no such project")
+
+    fake = types.ModuleType("wandb")
+    fake.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
+    fake.init = fail  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_MODE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    login = tmp_path / "netrc"
+    monkeypatch.setenv("NETRC", str(login))
+    with pytest.raises(SodaError, match=r"no login on this host.*WANDB_MODE=offline"):
+        check_wandb(recipe)
+    login.write_text("machine elsewhere.org login user password secret\n")
+    with pytest.raises(SodaError, match="no login"):
+        check_wandb(recipe)
+    for mode in ("offline", "disabled"):
+        monkeypatch.setenv("WANDB_MODE", mode)
+        check_wandb(recipe)
+    monkeypatch.delenv("WANDB_MODE")
+    login.write_text("machine api.wandb.ai login user password secret\n")
+    check_wandb(recipe)
+    with pytest.raises(SodaError, match=r"does not start \(no such project\)"):
+        Metrics(recipe, 0)
+
+
+def test_lines_are_json(tmp_path):
+    metrics = Metrics(load_recipe(None, [f"run={tmp_path}"]), 0)
+    metrics.write(1, {"loss": None, "valid_loss": float("nan"), "nll": {"text": float("inf")}})
+    metrics.close()
+    line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
+    assert line == {"step": 1, "loss": None, "valid_loss": None, "nll": {"text": None}}

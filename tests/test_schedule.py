@@ -3,7 +3,7 @@ from itertools import pairwise
 
 import pytest
 
-from megatron_soda.training.schedule import learning_rate
+from megatron_soda.training.schedule import learning_rate, rate_at, stable_steps
 
 
 def rates(count: int, **settings) -> list[float]:
@@ -63,3 +63,12 @@ def test_a_leg_that_branched_off():
     assert found[:5] == pytest.approx([2.0 * i / 5 for i in range(5)])
     assert found[5:41] == [2.0] * 36
     assert found[40:] == pytest.approx([2.0 * (10 - i) / 10 for i in range(11)])
+
+
+@pytest.mark.parametrize("branched_at", [0, 40])
+def test_stable_steps_are_those_at_the_peak(branched_at):
+    settings = {"schedule": "wsd", "steps": 140, "learning_rate": 2.0, "warmup_share": 0.1, "decay_share": 0.2}
+    last_rates = {s: rate_at(s - 1, settings, branched_at) for s in range(branched_at + 1, 141)}
+    assert [s for s, rate in last_rates.items() if rate == 2.0] == list(stable_steps(settings, branched_at))
+    assert not stable_steps({**settings, "schedule": "cosine"})
+    assert not stable_steps({**settings, "schedule": "decay"}, 40)

@@ -10,7 +10,6 @@ takes beyond what it found: weights, their gradients and the inputs. On a CPU th
     python tools/bench_head.py --tokens 4096 --repeats 5 --threads 2
 """
 
-import json
 import os
 import statistics
 import sys
@@ -31,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_soda.config import choice, load_recipe
 from megatron_soda.errors import run_tool
+from megatron_soda.files import to_json
 from megatron_soda.training.metrics import memory_gib
 from megatron_soda.vocab import LLAMA3
 
@@ -184,7 +184,7 @@ def main(
     console.print(table)
     facts = {"tokens": tokens, "memory_tokens": memory_tokens, "hidden_size": hidden_size, "vocabulary": LLAMA3.size}
     how = {"repeats": repeats, "threads": threads, "precision": precision}
-    print(json.dumps({**facts, **how, "rows": rows, "times_faster": faster, "times_smaller": smaller}))
+    print(to_json({**facts, **how, "rows": rows, "times_faster": faster, "times_smaller": smaller}))
 
 
 if __name__ == "__main__":

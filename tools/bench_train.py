@@ -17,7 +17,6 @@ settings; transformers runs as it comes, or with these too (--same-malloc).
     python tools/bench_train.py --preset 4b --layers 18 --sequence-length 4096 --precision fp8 --steps 20 --warmup 5
 """
 
-import json
 import os
 import statistics
 import sys
@@ -43,6 +42,7 @@ from megatron_soda.config import Recipe, choice, load_recipe
 from megatron_soda.data.batch import Batch, Batcher
 from megatron_soda.data.windows import Window
 from megatron_soda.errors import run_tool
+from megatron_soda.files import to_json
 from megatron_soda.model.size import parameter_count, train_flops
 from megatron_soda.training.metrics import memory_gib, mfu, peak_tflops
 from megatron_soda.vocab import LLAMA3
@@ -121,6 +121,7 @@ def ours(recipe: Recipe, documents: int, _same_malloc: bool) -> Callable[[int], 
         result = engine.train_step(windows, number * recipe.training.global_batch_size, RATE)
         clock.lap("step")
         seconds = engine.seconds.take()
+        assert result.loss is not None
         return {
             "loss": result.loss,
             FORWARD_BACKWARD: clock.parts["step"] - seconds[OPTIMIZER],
@@ -426,7 +427,7 @@ def main(
     how = {"tokens": tokens, "sequence_length": recipe.data.sequence_length, "documents": documents, "device": where}
     how |= {"precision": precision, "fp8_recipe": fp8_recipe if precision == "fp8" else None, "threads": threads}
     how |= {"steps": steps, "rounds": 1 if together else rounds, "same_malloc": same_malloc, "torch": torch.__version__}
-    print(json.dumps({**facts, **how, "rows": rows}))
+    print(to_json({**facts, **how, "rows": rows}))
 
 
 if __name__ == "__main__":

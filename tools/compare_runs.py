@@ -6,7 +6,6 @@ class; then the largest gap of the loss, gradient norms and speed.
     python tools/compare_runs.py runs/bf16 runs/fp8 --out gap.png
 """
 
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -21,7 +20,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_soda.errors import SodaError, run_tool
-from megatron_soda.files import atomic_path
+from megatron_soda.files import atomic_path, to_json
 from megatron_soda.report.reading import as_dict, read_metrics
 from megatron_soda.report.words import finite
 
@@ -135,7 +134,7 @@ def main(
     if out is not None:
         draw(a, b, (run_a.name or "A", run_b.name or "B"), out)
         console.print(f"picture: {out}")
-    print(json.dumps({"a": str(run_a), "b": str(run_b), **found}))
+    print(to_json({"a": str(run_a), "b": str(run_b), **found}))
 
 
 if __name__ == "__main__":

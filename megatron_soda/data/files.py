@@ -64,6 +64,20 @@ def checksum(path: Path) -> str:
     return f"{crc:08x}"
 
 
+def sampled_checksum(path: Path, blocks: int = 64, size: int = 1 << 16) -> str:
+    """The CRC-32 of `blocks` blocks of `size` bytes spread evenly over a file, its two ends among them, or of all of a
+    file no longer than that. Takes milliseconds whatever the file's size."""
+    length = path.stat().st_size
+    if length <= blocks * size:
+        return checksum(path)
+    crc = 0
+    with open(path, "rb") as file:
+        for block in range(blocks):
+            file.seek((length - size) * block // (blocks - 1))
+            crc = zlib.crc32(file.read(size), crc)
+    return f"{crc:08x}"
+
+
 class MappedFile:
     """A file as a read-only array, of which what is touched comes into memory. SodaError if it is not there.
 

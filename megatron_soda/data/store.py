@@ -7,8 +7,11 @@ NAME.frames, .text, .spans    `compact`: a third of the size (compact.py)
 """
 
 import glob
+import hashlib
+import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+import zlib
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,10 @@ from . import compact, indexed
 from .files import Parts, checksum, store_file
 
 _DOCUMENTS_AT_ONCE = 1 << 16
+_PREPARE_WITH = {
+    "codec": "prepare.codec and prepare.codec_path",
+    "tokenizer": "prepare.tokenizer=FILE, which lies beside the stores of the model",
+}
 FORMATS = {
     "megatron": (indexed.SUFFIXES, indexed.IndexedTokens, indexed.write_indexed),
     "compact": (compact.SUFFIXES, compact.CompactTokens, compact.write_compact),
@@ -45,20 +52,30 @@ def write_parts(path: str | Path, parts: Parts, space: TokenSpace, format: str =
     """
     path = Path(path)
     counts = {"tokens": 0, "documents": 0}
+    ids_crc = 0
 
     def checked() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        nonlocal ids_crc
         for ids, lengths in parts:
             if lengths.sum() != len(ids) or lengths.min(initial=1) < 1:
                 raise ValueError("a document must have at least one token, and the lengths must sum to the ids")
             counts["tokens"] += len(ids)
             counts["documents"] += len(lengths)
+            ids_crc = zlib.crc32(np.ascontiguousarray(ids, dtype="<i4").data, ids_crc)
             yield ids, lengths
 
     files = FORMATS[format][2](path, checked(), space, int(provenance.get("slots", space.codebooks)))
     sums = {suffix: {"bytes": file.bytes, "crc32": f"{file.crc:08x}"} for suffix, file in sorted(files.items())}
     write_sealed(
         store_file(path, "json"),
-        {"format": format, **counts, "space": space.to_dict(), **provenance, "files": sums},
+        {
+            "format": format,
+            **counts,
+            "space": space.to_dict(),
+            **provenance,
+            "ids_crc32": f"{ids_crc:08x}",  # the same in every format
+            "files": sums,
+        },
     )
     remove_others(path, format)
     return counts["tokens"]
@@ -93,6 +110,20 @@ class Store:
     def files(self) -> dict[str, Path]:
         """The files that hold the tokens, by suffix."""
         return {suffix: store_file(self.path, suffix) for suffix in FORMATS[self.format][0]}
+
+    @property
+    def made_by(self) -> dict[str, str]:
+        """Fingerprints of the `codec` and the `tokenizer` that made the ids; text has no codec."""
+        return {kind: str(self.meta[kind]) for kind in ("codec", "tokenizer") if self.meta.get(kind)}
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the ids and what they mean, as .json has it; converting the store to another format does not change it."""
+        files = self.meta.get("files") or {}
+        # Stores of earlier versions: .bin is the ids themselves.
+        ids = self.meta.get("ids_crc32") or files.get("bin", {}).get("crc32") or files
+        known = {key: self.meta.get(key) for key in ("space", "slots", "tokens", "documents", "codec", "tokenizer")}
+        return hashlib.sha256(json.dumps({**known, "ids": ids}, sort_keys=True).encode()).hexdigest()[:16]
 
     def __len__(self) -> int:
         """Number of documents."""
@@ -174,6 +205,17 @@ class Store:
                 "Use the data folder that the model was trained on, or prepare the data again."
             )
 
+    def check_made_by(self, known: dict[str, str], whose: str, accept: Collection[str] = ()) -> None:
+        """SodaError if the ids were made by another codec or tokenizer than `known`, unless `accept` names that kind.
+        What either side does not say is not compared."""
+        for kind, fingerprint in self.made_by.items():
+            if kind not in accept and known.get(kind, fingerprint) != fingerprint:
+                raise SodaError(
+                    f"{self.path}: its ids were made by {kind} {fingerprint}, {whose} has {kind} {known[kind]}: the "
+                    f"same ids mean something else. Prepare the data with that {kind} ({_PREPARE_WITH[kind]}); if this "
+                    f"is what you want, say so: data.accept=[{kind}]"
+                )
+
 
 def _space(values: dict[str, Any]) -> TokenSpace:
     """The token space of a file. ValueError if there cannot be such a one."""
@@ -207,7 +249,7 @@ def convert(store: Store, path: str | Path, format: str, advance: Callable[[int]
 def _convert(store: Store, path: Path, format: str, advance: Callable[[int], None]) -> None:
     store = Store(store.path)  # as it is now that nobody else writes
     store.verify()
-    about_files = ("format", "tokens", "documents", "space", "files", "crc32")
+    about_files = ("format", "tokens", "documents", "space", "ids_crc32", "files", "crc32")
     provenance = {key: value for key, value in store.meta.items() if key not in about_files}
     made = path.with_name(f".{path.name}.new")
 

@@ -19,6 +19,7 @@ def evaluate(target: str, overrides: list[str]) -> dict:
     test, train = Store(recipe.data_folder / e.split), Store(recipe.data_folder / "train")
     for store in (test, train):
         store.check_space(model.space, str(folder))
+        store.check_made_by(model.made_by, f"the model {folder}", recipe.data.accept)
         store.verify()  # or the figures would be those of the damage
     result: dict = {"model": model.name, "step": model.step, "split": e.split, "documents": e.documents or len(test)}
     path = run / "eval.json"

@@ -47,7 +47,9 @@ def export(recipe: Recipe) -> Path:
     quiet_transformers()
     with console.status("exporting"):
         store = Store(recipe.data_folder / "test")
-        checkpoint.read_description(newest, recipe.model, store.space)
+        saved = checkpoint.read_description(newest, recipe.model, store.space)
+        made_by = saved.get("made_by") or store.made_by
+        store.check_made_by(made_by, f"the model ({newest})", recipe.data.accept)
         recipe.parallel = Parallel()
         if recipe.training.precision == "fp8":  # its weights are bf16, and documents are of any length
             recipe.training.precision = "bf16"
@@ -67,7 +69,13 @@ def export(recipe: Recipe) -> Path:
         save_recipe(recipe, temporary / "recipe.yaml")
         write_json(
             temporary / "soda.json",
-            {"name": recipe.name, "step": step, "space": store.space.to_dict(), "max_logit_difference": difference},
+            {
+                "name": recipe.name,
+                "step": step,
+                "space": store.space.to_dict(),
+                "made_by": made_by,
+                "max_logit_difference": difference,
+            },
         )
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)

@@ -20,6 +20,7 @@ class Model:
     step: int
     model: Any  # transformers' Qwen3ForCausalLM, in eval mode
     space: TokenSpace
+    made_by: dict[str, str]  # fingerprints of the codec and the tokenizer of its ids
     text: TextTokenizer
     device: torch.device
 
@@ -74,4 +75,12 @@ def load_model(folder: Path) -> Model:
     if device.type == "cpu" and model.num_parameters() < 100e6:
         torch.set_num_threads(1)  # a token at a time, threads cost such a model more than they give
     space = TokenSpace(**described["space"])
-    return Model(folder, described["name"], described["step"], model, space, data_tokenizer(folder), device)
+    text = data_tokenizer(folder)
+    made_by = described.get("made_by") or _made_by(folder, text)
+    return Model(folder, described["name"], described["step"], model, space, made_by, text, device)
+
+
+def _made_by(folder: Path, text: TextTokenizer) -> dict[str, str]:
+    """Of an export of an earlier version, which did not say it: what lies in the folder."""
+    codec = {"codec": read_json(folder / "codec.json")["fingerprint"]} if (folder / "codec.json").is_file() else {}
+    return {**codec, "tokenizer": text.fingerprint}

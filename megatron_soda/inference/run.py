@@ -18,7 +18,7 @@ def generate(target: str, overrides: list[str]) -> list[dict]:
     folder = model_folder(target, recipe)
     began = time.monotonic()
     model = load_model(folder)
-    rows = held_out_rows(recipe.data_folder, recipe.generate.split, model)
+    rows = held_out_rows(recipe.data_folder, recipe.generate.split, model, recipe.data.accept)
     out = Path(recipe.run) / "samples"
     samples = run_tasks(model, recipe, rows, load_data_codec(folder), out)
     record_timing(Path(recipe.run), "generate", {"seconds": time.monotonic() - began})

@@ -1,5 +1,6 @@
 """The tasks as prompts (paper, section 8): continue, speak, transcribe."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from rich.progress import track
 from ..config import Recipe
 from ..data.store import Store
 from ..errors import SodaError
-from ..files import atomic_path, read_json, write_json
+from ..files import atomic_path, write_json
 from ..hf.load import Model
 from ..vocab import TokenSpace
 from .sample import Constraint, sample
@@ -120,17 +121,13 @@ def generate(model: Model, recipe: Recipe, held_out: list[dict], codec: Any, out
     return samples
 
 
-def held_out_rows(folder: Path, split: str, model: Model) -> list[dict]:
+def held_out_rows(folder: Path, split: str, model: Model, accept: Collection[str] = ()) -> list[dict]:
     """Utterances of a split of a data folder, made with the codec and for the token space of the model."""
     from data_prep.units import read_units
 
-    Store(folder / split).check_space(model.space, str(model.folder))
-    made_with = read_json(folder / "codec.json")["fingerprint"]
-    wanted = read_json(model.folder / "codec.json")["fingerprint"]
-    if made_with != wanted:
-        raise SodaError(
-            f"{folder}: its codes are of codec {made_with}, the model {model.folder} was trained on {wanted}"
-        )
+    store = Store(folder / split)
+    store.check_space(model.space, str(model.folder))
+    store.check_made_by(model.made_by, f"the model {model.folder}", accept)
     path = folder / f"{split}.parquet"
     if not path.is_file():
         raise SodaError(f"{path}: no such file; was the data prepared by `soda prepare`?")

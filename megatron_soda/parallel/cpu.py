@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.utils._device
 
 _CPU = torch.device("cpu")
@@ -51,10 +52,14 @@ def install() -> None:
         _wrap_factory(name)
     _wrap_tensor_methods()
 
+    import megatron.core.distributed.param_and_grad_buffer as megatron_buffer
     import megatron.core.optimizer.clip_grads as megatron_clip
     import megatron.core.tensor_parallel.random as megatron_random
 
     megatron_clip.multi_tensor_scale_impl = _scale_in_place
+    megatron_buffer.dist_reduce_scatter_func = _reduce_scatter_in_place
+    megatron_buffer.dist_all_gather_func = _all_gather_in_place
+    megatron_buffer._coalescing_manager = lambda *a, **k: contextlib.nullcontext()  # it has nothing to gather then
     megatron_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
 
 
@@ -65,6 +70,32 @@ def _keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
         mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+
+
+def return_freed_memory() -> None:
+    """Gives back what is free now, once. While the engine is made, the distributed optimizer copies all weights into a
+    buffer of its own, and the pages of the first ones would stay with the process."""
+    if _installed:
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+def _reduce_scatter_in_place(part: torch.Tensor, whole: torch.Tensor, op: Any, group: Any, async_op: bool) -> None:
+    """For the distributed optimizer, where `part` is this rank's part of `whole`: gloo's own copies `whole`."""
+    assert not async_op
+    parts = whole.chunk(dist.get_world_size(group))
+    assert part.data_ptr() == parts[dist.get_rank(group)].data_ptr()
+    for rank, one in enumerate(parts):
+        dist.reduce(one, group_dst=rank, op=op, group=group)
+
+
+def _all_gather_in_place(whole: torch.Tensor, part: torch.Tensor, group: Any, async_op: bool) -> None:
+    """As above: gloo's own gathers into a copy of `whole`."""
+    assert not async_op
+    parts = whole.chunk(dist.get_world_size(group))
+    assert part.data_ptr() == parts[dist.get_rank(group)].data_ptr()
+    for rank, one in enumerate(parts):
+        dist.broadcast(one, group_src=rank, group=group)
 
 
 def _scale_in_place(_chunk: int, _overflow: Any, tensors: list[list[torch.Tensor]], scale: Any) -> None:

@@ -7,6 +7,7 @@ python -m megatron_soda.parallel.preflight    what examples/pretrain/launch.sh a
 """
 
 import argparse
+import contextlib
 import errno
 import hashlib
 import ipaddress
@@ -15,13 +16,13 @@ import os
 import platform
 import socket
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from ..config import Recipe
-from ..errors import SodaError
+from ..errors import SodaError, user_message
 
 if TYPE_CHECKING:
     import torch
@@ -231,6 +232,45 @@ def check_ranks(recipe: Recipe, device: "torch.device") -> str:
                 "What these hosts send each other is damaged: leave them out, and test them (nccl-tests)."
             )
     return rank_map(facts)
+
+
+@contextlib.contextmanager
+def together(device: "torch.device") -> Iterator[None]:
+    """What goes wrong inside on some rank is a SodaError on all of them, which would wait for that rank otherwise."""
+    problem = ""
+    try:
+        yield
+    except (SodaError, OSError) as error:
+        problem = user_message(error)
+    share_problem(problem, device)
+
+
+def share_problem(problem: str, device: "torch.device") -> None:
+    """SodaError on all ranks if one has a problem to tell; empty: none."""
+    import torch
+    import torch.distributed as dist
+
+    found = torch.tensor([float(bool(problem))], device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    if not found.item():
+        return
+    told = [json.loads(text) for text in gather(json.dumps([socket.gethostname(), problem]), device)]
+    hosts, problems = [host for host, _ in told], [text for _, text in told]
+    first = next(filter(None, problems))
+    whose = [rank for rank, text in enumerate(problems) if text == first]
+    raise SodaError(first if len(whose) == len(told) else f"{first} (Seen by {_who(whose, hosts)}.)")
+
+
+def compare_stores(stores: dict[str, Any], device: "torch.device") -> None:
+    """SodaError, on all ranks, if they do not see the same stores. `stores`: what each is, by name."""
+    told = [json.loads(t) for t in gather(json.dumps([socket.gethostname(), stores], sort_keys=True), device)]
+    hosts = [host for host, _ in told]
+    lines = [_difference(name, [seen.get(name) for _, seen in told], hosts) for name in stores]
+    if any(lines):
+        raise SodaError(
+            "the ranks of this job do not see the same data:\n  " + "\n  ".join(filter(None, lines)) + "\nThe stores "
+            "must be the same on every host: put them on a shared disk, or copy them again."
+        )
 
 
 def rank_map(facts: list[dict[str, Any]]) -> str:

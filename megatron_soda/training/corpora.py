@@ -1,48 +1,125 @@
 """The stores that a run trains and validates on, and whether they are those that its checkpoint was trained on."""
 
+import os
 import zlib
+from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from ..config import Recipe
+from ..data.files import checksum, sampled_checksum, store_file
 from ..data.mixture import Mixture, Stage
 from ..data.store import Store
 from ..data.windows import Windows
-from ..errors import SodaError
+from ..errors import SodaError, user_message
+from ..parallel import preflight, ranks
+from ..vocab import TokenSpace
 from .origin import Origin
 
-
-def first_store(recipe: Recipe) -> Store:
-    """Any one of the training stores: they all have one token space."""
-    return next(iter(_training_stores(recipe).values()))
+_READ_WHOLE = 1 << 30  # bytes: up to here every byte of a store is checked at start, above it samples are
 
 
-def _training_stores(recipe: Recipe) -> dict[str, Store]:
-    named = {name: Store(path) for name, path in recipe.data.corpora.items()}
-    return named or {"train": Store(recipe.data_folder / "train")}
+@dataclass
+class Stores:
+    train: dict[str, Store]  # by corpus
+    valid: Store
+
+    @property
+    def space(self) -> TokenSpace:
+        return self.valid.space
+
+    @property
+    def made_by(self) -> dict[str, str]:
+        """Fingerprints of the codec and the tokenizer; Mixture has checked that the corpora agree on them."""
+        return {kind: value for store in self.train.values() for kind, value in store.made_by.items()}
+
+    def all(self) -> list[Store]:
+        return [*self.train.values(), self.valid]
+
+
+def open_stores(recipe: Recipe, device: torch.device) -> Stores:
+    """All ranks call this. SodaError, on all of them, if one cannot read a store or sees another one than the others,
+    and if bytes of a store were changed since it was written."""
+    with preflight.together(device):
+        named = recipe.data.corpora or {"train": str(recipe.data_folder / "train")}
+        stores = Stores({name: Store(path) for name, path in named.items()}, Store(recipe.data_folder / "valid"))
+        for store in stores.train.values():
+            store.check_space(stores.space, f"the validation data ({stores.valid.path})")
+        stores.valid.check_made_by(stores.made_by, "the training data", recipe.data.accept)
+    preflight.compare_stores({str(store.path): _identity(store) for store in stores.all()}, device)
+    with preflight.together(device):
+        for store in stores.all() if ranks.is_first() else ():
+            if problem := _changed_bytes(store):
+                raise SodaError(problem)
+    return stores
+
+
+def _identity(store: Store) -> dict[str, str]:
+    """Which store it is, and a checksum of samples of its bytes."""
+    samples = [sampled_checksum(path) for _, path in sorted(store.files.items())]
+    found = {"fingerprint": store.fingerprint, "format": store.format, "sampled": "-".join(samples)}
+    return {**found, **store.made_by}
+
+
+def _difference(was: dict[str, str], now: dict[str, str]) -> str:
+    """Empty if both are of the same ids, in whatever format; else words that go before `than ..`."""
+    for kind in ("codec", "tokenizer"):
+        if was.get(kind) != now.get(kind):
+            return f"made by another {kind} ({now.get(kind)}, was {was.get(kind)})"
+    if was["fingerprint"] != now["fingerprint"]:
+        return f"another store (fingerprint {now['fingerprint']}, was {was['fingerprint']})"
+    if was["format"] == now["format"] and was["sampled"] != now["sampled"]:
+        return "a store with other bytes, though its .json is the same (see `soda validate`),"
+    return ""
+
+
+def _changed_bytes(store: Store) -> str:
+    """What of a small store is not as it was written; a large one is left to `soda validate`."""
+    written = store.meta.get("files") or {}  # early stores have none
+    if sum(path.stat().st_size for path in store.files.values()) > _READ_WHOLE:
+        return ""
+    for suffix, path in store.files.items():
+        if suffix in written and checksum(path) != written[suffix]["crc32"]:
+            return (
+                f"{path}: its bytes have changed since it was written. Put the file back as it was, or run "
+                "`soda prepare` again."
+            )
+    return ""
 
 
 class Corpora:
     """`windows` is the stream of training samples, `valid` what is validated on, `description` what of this belongs in
     a checkpoint."""
 
-    def __init__(self, recipe: Recipe, origin: Origin) -> None:
+    def __init__(self, recipe: Recipe, stores: Stores, origin: Origin) -> None:
         d = recipe.data
-        self.windows = _open_mixture(recipe, origin)
-        self.valid = Windows(Store(recipe.data_folder / "valid"), d.sequence_length, recipe.seed)
-        self.valid.store.check_space(self._any_store.space, "the training data")
+        self.stores = stores
+        self.windows = _open_mixture(recipe, stores, origin)
+        self.valid = Windows(stores.valid, d.sequence_length, recipe.seed)
+        wanted = recipe.training.valid_windows
+        self.valid_count = min(wanted, self.valid.count)
+        self.notes: list[str] = []  # what the user should hear of
+        if self.valid_count < wanted:
+            self.notes.append(
+                f"validation is over the {self.valid_count} windows that {stores.valid.path} has, not over "
+                f"training.valid_windows={wanted}."
+            )
+        self.made_by = {**origin.saved.get("made_by", {}), **stores.made_by}
+        order = {"seed": recipe.seed, "sequence_length": d.sequence_length, "align_windows": d.align_windows}
+        now = {n: {**_identity(s), "tokens": s.size, **order} for n, s in stores.train.items()}
+        # What is no longer in the mix has been used up all the same, and may come back.
         self.description: dict[str, Any] = {
-            "seed": recipe.seed,
-            "data.sequence_length": d.sequence_length,
-            "data.align_windows": d.align_windows,
-            "tokens": {name: corpus.store.size for name, corpus in self.windows.corpora.items()},
+            "corpora": {**_saved_corpora(origin), **now},
+            "valid": _identity(stores.valid),
         }
-
-    @property
-    def _any_store(self) -> Store:
-        return next(iter(self.windows.corpora.values())).store
+        self._seen = {store.path: (_stamp(store), _identity(store)) for store in stores.all()}
 
     def check_same(self, recipe: Recipe, origin: Origin) -> None:
-        """The steps behind us must have used up what the recipe says they have, or data would be lost or repeated."""
+        """The steps behind us must have used up what the recipe says they have, or data would be lost or repeated; and
+        the model must know what the ids mean."""
+        if origin.folder is None:
+            return
         saved, samples = origin.saved, origin.first_sample(origin.step)
         if saved["samples"] != samples:
             raise SodaError(
@@ -58,26 +135,103 @@ class Corpora:
                 f"{now} samples, but the checkpoint says {before}. Leave the stages that are done as they were, and "
                 f"add one with from_step: {saved['step']} or later"
             )
-        was = saved.get("data", self.description)
-        for key, value in self.description.items():
-            pairs = [(key, was[key], value)]
-            if key == "tokens":  # of corpora that are new, or were never used, nothing can be repeated
-                pairs = [(f"corpus {n}: tokens", was[key][n], value[n]) for n in value if n in was[key] and n in before]
-            for what, old, new in pairs:
-                if old != new:
-                    raise SodaError(
-                        f"{what} was {old} when the checkpoint of step {saved['step']} was written, and is {new}: the "
-                        "data would come in another order, and some again. Set it back, or start a new run."
-                    )
+        for name, store in self.stores.train.items():
+            if before.get(name):  # of the others nothing can be repeated
+                self._check_corpus(name, origin)
+            store.check_made_by(saved.get("made_by", {}), f"the model ({origin.folder})", recipe.data.accept)
+        if "valid" not in saved.get("data", {}):
+            self.notes.append(
+                f"{origin.folder} does not say which stores it was trained on (it was written by an earlier version): "
+                "those of the recipe are taken unseen."
+            )
+            return
+        problem = _difference(saved["data"]["valid"], self.description["valid"])
+        if not problem:
+            return
+        told = f"{self.stores.valid.path} is {problem} than {origin.folder} was validated on: losses do not compare"
+        if origin.branching or "validation" in recipe.data.accept:
+            self.notes.append(f"{told}.")
+            return
+        raise SodaError(
+            f"{told}, and documents of the one may be in the training data of the other. Put it back, or say that you "
+            "know: data.accept=[validation]"
+        )
+
+    def _check_corpus(self, name: str, origin: Origin) -> None:
+        """The windows that are used up must be the first ones in the order that this recipe gives."""
+        now: dict[str, Any] = self.description["corpora"][name]
+        was = {**now, **_saved_corpora(origin).get(name, {})}  # an earlier version did not say all of it
+        saved = f"when the checkpoint of step {origin.step} was written"
+        for key, setting in _ORDER.items():
+            if was[key] != now[key]:
+                raise SodaError(
+                    f"{setting} was {was[key]} {saved}, and is {now[key]}: corpus {name} would be cut into other "
+                    f"windows or come in another order, and nobody could say which are used up. {_WAYS_OUT}"
+                )
+        problem = _difference(was, now)
+        if was["tokens"] != now["tokens"]:
+            problem = f"another store ({now['tokens']:,} tokens, was {was['tokens']:,})"
+        if problem:
+            raise SodaError(
+                f"corpus {name}: {self.stores.train[name].path} is {problem} than {origin.folder} was trained on: data "
+                f"would be repeated or left out. {_WAYS_OUT}"
+            )
+
+    def overwritten(self) -> str:
+        """What was done to a store since the run began; empty: nothing. Costs a few calls of stat, unless it was."""
+        for store in self.stores.all():
+            stamp, identity = self._seen[store.path]
+            if (now := _stamp(store)) == stamp:
+                continue
+            try:
+                again = Store(store.path)
+                problem = _difference(identity, _identity(again)) or _changed_bytes(again)
+            except (SodaError, OSError) as error:
+                problem = user_message(error)
+            if problem:
+                return f"{store.path} was written to while the run was training on it: {problem}"
+            self._seen[store.path] = now, identity
+        return ""
 
 
-def _open_mixture(recipe: Recipe, origin: Origin) -> Mixture:
+_ORDER = {
+    "seed": "seed",
+    "sequence_length": "data.sequence_length",
+    "align_windows": "data.align_windows",
+}  # of checkpoint.json: settings
+_WAYS_OUT = (
+    "Set it back. To go on from this checkpoint with other data, give them a name of their own in data.corpora and "
+    "branch off in a run folder of its own (training.branch_from)."
+)
+
+
+def _saved_corpora(origin: Origin) -> dict[str, dict[str, Any]]:
+    """By name, what the checkpoint says of the corpora it was trained on."""
+    data = origin.saved.get("data", {})
+    if "corpora" in data:
+        return data["corpora"]
+    order = {key: data[setting] for key, setting in _ORDER.items() if setting in data}  # an earlier version's
+    return {name: {"tokens": tokens, **order} for name, tokens in data.get("tokens", {}).items()}
+
+
+def _stamp(store: Store) -> list[tuple[int, int, int] | None]:
+    stamps: list[tuple[int, int, int] | None] = []
+    for path in (store_file(store.path, "json"), *store.files.values()):
+        try:
+            found = os.stat(path)
+            stamps.append((found.st_ino, found.st_mtime_ns, found.st_size))
+        except FileNotFoundError:
+            stamps.append(None)
+    return stamps
+
+
+def _open_mixture(recipe: Recipe, stores: Stores, origin: Origin) -> Mixture:
     """The training data as a stream of samples, from the recipe's corpora in their shares."""
     d, branch = recipe.data, origin.branch
     corpora = {
         # Corpora of one size must not go through their windows in the same order: they may be of the same documents.
         name: Windows(store, d.sequence_length, recipe.seed + zlib.crc32(name.encode()), d.align_windows)
-        for name, store in _training_stores(recipe).items()
+        for name, store in stores.train.items()
     }
     # Stages are counted from step 0 of the run branched off, so that the same mix goes on with the same samples.
     stages = [Stage(origin.first_sample(stage.from_step), stage.shares) for stage in d.mix]

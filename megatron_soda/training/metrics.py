@@ -3,17 +3,20 @@
 import importlib
 import importlib.util
 import json
+import netrc
+import os
 import resource
 import sys
 import zlib
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 
 from ..config import Recipe
 from ..errors import SodaError
-from ..files import write_text
+from ..files import to_json, write_text
 
 # Dense BF16 TFLOP/s of one device, by a part of its name (NVIDIA's data sheets). FP8 runs are measured against it too.
 PEAK_TFLOPS = {
@@ -49,12 +52,35 @@ def memory_gib() -> float:
 
 
 def check_wandb(recipe: Recipe) -> None:
-    """SodaError if Weights & Biases is asked for and is not there: before the training, not after."""
-    if recipe.training.wandb_project and not _installed("wandb"):
+    """SodaError if Weights & Biases is asked for and is not installed, or has no login: before the model is built."""
+    if not recipe.training.wandb_project:
+        return
+    where = f"training.wandb_project={recipe.training.wandb_project}"
+    if not _installed("wandb"):
         raise SodaError(
-            f"training.wandb_project={recipe.training.wandb_project}: the package wandb is not installed. "
+            f"{where}: the package wandb is not installed. "
             "Install it (pip install wandb), or leave the key empty: metrics.jsonl and TensorBoard are always written."
         )
+    if os.environ.get("WANDB_MODE") not in ("offline", "dryrun", "disabled") and not _has_login():
+        raise SodaError(
+            f"{where}: Weights & Biases has no login on this host. Run `wandb login`, or set WANDB_API_KEY, or set "
+            "WANDB_MODE=offline to keep the numbers in the run folder (`wandb sync` uploads them later)."
+        )
+
+
+def _has_login() -> bool:
+    """As wandb looks for one: in the environment, then in netrc."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    named = os.environ.get("NETRC")
+    for path in [Path(named)] if named else [Path.home() / ".netrc", Path.home() / "_netrc"]:
+        try:
+            if netrc.netrc(path).authenticators(host):
+                return True
+        except (OSError, netrc.NetrcParseError):
+            continue
+    return False
 
 
 def _installed(name: str) -> bool:
@@ -86,12 +112,19 @@ class Metrics:
         self.wandb: Any = None
         if recipe.training.wandb_project:
             identity = f"{recipe.name}-{zlib.crc32(str(run.resolve()).encode()):08x}"  # a resumed run is the same run
-            self.wandb = importlib.import_module("wandb").init(
-                project=recipe.training.wandb_project, name=recipe.name, id=identity, dir=str(run), resume="allow"
-            )
+            project = recipe.training.wandb_project
+            try:
+                self.wandb = importlib.import_module("wandb").init(
+                    project=project, name=recipe.name, id=identity, dir=str(run), resume="allow"
+                )
+            except Exception as error:  # wandb raises many kinds: a wrong key, no network, no such project
+                raise SodaError(
+                    f"training.wandb_project={project}: Weights & Biases does not start ({error}). WANDB_MODE=offline "
+                    "keeps the numbers in the run folder."
+                ) from None
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.file.write(to_json({"step": step, **values}) + "\n")
         self.file.flush()
         flat = {}
         for key, value in values.items():

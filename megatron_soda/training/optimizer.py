@@ -1,7 +1,7 @@
 """AdamW, or Cautious AdamW, on megatron-core's optimizers, plain or distributed, and two repairs these need."""
 
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ from megatron.core.optimizer import distrib_optimizer as megatron_distributed
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer.optimizer_config import ParamPredicate
+from torch import Tensor
 
 from ..config import Recipe
 from ..vocab import TokenSpace
@@ -75,6 +76,14 @@ class Optimizer:
         outcome: Any = self.inner.step()
         _, norm, _ = outcome
         return float(norm) if norm is not None else float("nan")
+
+    def state(self) -> Iterator[Tensor]:
+        """The tensors of this rank that Adam updates, and those that it keeps for them."""
+        for part in _parts(self.inner):
+            for group in part.optimizer.param_groups:
+                for parameter in group["params"]:
+                    yield parameter
+                    yield from (v for v in part.optimizer.state[parameter].values() if isinstance(v, Tensor))
 
 
 def choose_adam(cautious: bool) -> tuple[str, Callable[..., torch.optim.Optimizer], bool]:

@@ -1,5 +1,6 @@
 """What a run goes on from: its own newest checkpoint, one of another run that it branches off, or nothing."""
 
+import hashlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ class Branch:
 
     step: int = 0
     samples: int = 0
+    tokens: int = 0
     consumed: dict[str, int] = field(default_factory=dict)  # samples of each corpus
     origin: str = ""  # the checkpoint
+    identity: str = ""  # and which one it is, wherever it is moved to
 
 
 @dataclass
@@ -27,6 +30,7 @@ class Origin:
     branching: bool  # the run has no checkpoint of its own yet
     saved: dict[str, Any]  # checkpoint.json
     batch: int  # samples of a step
+    length: int  # tokens of a sample
 
     @property
     def step(self) -> int:
@@ -36,11 +40,15 @@ class Origin:
     def first_sample(self, of_step: int) -> int:
         return self.branch.samples + (of_step - self.branch.step) * self.batch
 
+    def tokens(self, at_step: int) -> int:
+        """Tokens trained on in the steps before, those of the run branched off included."""
+        return self.branch.tokens + (at_step - self.branch.step) * self.batch * self.length
+
 
 def find_origin(recipe: Recipe, space: TokenSpace, description: dict[str, Any]) -> Origin:
     """All ranks call this. `description` is checkpoint.describe's. SodaError if what is there is of another model,
     vocabulary or optimizer, or the run did not branch off where the recipe says it did."""
-    run, t = Path(recipe.run), recipe.training
+    run, t, length = Path(recipe.run), recipe.training, recipe.data.sequence_length
     folder = checkpoint.newest_whole(run)
     branching = folder is None and bool(t.branch_from)
     if branching:
@@ -53,19 +61,38 @@ def find_origin(recipe: Recipe, space: TokenSpace, description: dict[str, Any]) 
         saved = checkpoint.read_description(folder, recipe.model, space, description["optimizer"])
     branch = Branch(**saved["branch"])
     if branching:
-        branch = Branch(saved["step"], saved["samples"], saved["consumed"], t.branch_from)
-    if t.branch_from and branch.origin != t.branch_from:
+        at = saved["step"], saved["samples"], saved["tokens"], saved["consumed"]
+        branch = Branch(*at, t.branch_from, _identity(t.branch_from))
+    elif "tokens" not in saved["branch"]:  # an earlier version, which had windows of one length
+        branch.tokens = branch.samples * length
+    if t.branch_from and not _is_origin(t.branch_from, branch):
         raise SodaError(
             f"{run} has checkpoints already, and they did not branch off training.branch_from={t.branch_from} but off "
             f"{branch.origin or 'nothing'}. Give the leg a `run` folder of its own."
         )
-    origin = Origin(folder, branch, branching, saved, t.global_batch_size)
+    origin = Origin(folder, branch, branching, saved, t.global_batch_size, length)
     if branching and origin.step >= t.steps:
         raise SodaError(
             f"training.steps={t.steps} is not past step {origin.step}, where the run branches off. Steps count on: for "
             f"1000 more set training.steps={origin.step + 1000}"
         )
     return origin
+
+
+def _identity(folder: str) -> str:
+    """Of a checkpoint: a hash of its manifest, and so of its files. Empty if there is none."""
+    try:
+        return hashlib.sha256((Path(folder) / "manifest.json").read_bytes()).hexdigest()
+    except OSError:
+        return ""
+
+
+def _is_origin(folder: str, branch: Branch) -> bool:
+    """Whether a run branched off this checkpoint: it may be named otherwise, or have moved, or be gone since."""
+    if not branch.origin:
+        return False
+    same_place = Path(folder).resolve() == Path(branch.origin).resolve()
+    return same_place or (bool(branch.identity) and _identity(folder) == branch.identity)
 
 
 def branch_state(branch: Branch) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """The learning rate of a step (paper, section 4; decay legs: section 5.5), to the step as Levanter has it."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 
 def learning_rate(
@@ -25,3 +27,19 @@ def learning_rate(
     if step < steps - decay:
         return peak
     return peak * max(0, steps - step) / max(1, decay)
+
+
+def rate_at(step: int, settings: Mapping[str, Any], branched_at: int = 0) -> float:
+    """`learning_rate` by the settings of a recipe's `training`."""
+    names = ("schedule", "steps", "warmup_share", "decay_share")
+    shape = {name: settings[name] for name in names}
+    return learning_rate(step, peak=settings["learning_rate"], branched_at=branched_at, **shape)
+
+
+def stable_steps(settings: Mapping[str, Any], branched_at: int = 0) -> range:
+    """After which steps a run stands at its peak rate: where a checkpoint can be trained on from. Only wsd has such."""
+    if settings["schedule"] != "wsd":
+        return range(0)
+    steps = settings["steps"] - branched_at
+    warmup, decay = (int(settings[name] * steps) for name in ("warmup_share", "decay_share"))
+    return range(branched_at + warmup + 1, settings["steps"] - max(0, decay - 1) + 1)

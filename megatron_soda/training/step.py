@@ -25,6 +25,7 @@ from ..errors import SodaError
 from ..model.gpt import build_model, forward, head_weight
 from ..model.head import head_loss
 from ..model.specs import choose_backend, is_packed
+from ..parallel import cpu
 from ..parallel.context import cut
 from ..parallel.watch import place
 from ..vocab import TokenSpace
@@ -64,15 +65,17 @@ class Seconds:
 class StepResult:
     sums: Tensor  # float64 (2, classes): weighted NLL and weights, over the whole global batch; same on every rank
     grad_norm: float
+    skipped: bool = False  # no label of the batch had a weight: nothing was updated
 
     @property
-    def loss(self) -> float:
+    def loss(self) -> float | None:
         return loss_of(self.sums)
 
 
-def loss_of(sums: Tensor) -> float:
-    """Mean NLL in nats over all weights."""
-    return float(sums[0].sum() / sums[1].sum())
+def loss_of(sums: Tensor) -> float | None:
+    """Mean NLL in nats over all weights; None if they are all 0."""
+    total, weight = sums.sum(1).tolist()
+    return total / weight if weight else None
 
 
 def nll_vector(sums: Tensor, names: list[str]) -> dict[str, float]:
@@ -114,6 +117,7 @@ class Engine:
         data_parallel = parallel_state.get_data_parallel_world_size()
         self.micro_batches = recipe.training.global_batch_size // (recipe.training.micro_batch_size * data_parallel)
         self.seconds = Seconds()
+        cpu.return_freed_memory()
 
     def _finalize(self, model: list, _count: Tensor | None, pg_collection: Any = None, **kwargs: Any) -> None:
         """Divides by the global sum of loss weights; megatron-core's own count is an integer."""
@@ -188,7 +192,8 @@ class Engine:
     def train_step(self, windows: Source, first_sample: int, rate: float) -> StepResult:
         """One step on the samples from `first_sample` on, at a learning rate.
 
-        The gradient is that of sum(weight * loss) / sum(weight), over the global batch.
+        The gradient is that of sum(weight * loss) / sum(weight), over the global batch. Where all weights are 0 there
+        is none, and parameters and Adam's state stay as they are.
         """
         with self.seconds.of("forward_backward"):
             for ddp in self.ddp:
@@ -196,9 +201,24 @@ class Engine:
                 ddp.zero_grad_buffer()
             self.optimizer.inner.zero_grad()
             sums = self._run(windows, first_sample, self.micro_batches, False)
+        if not sums[1].any():
+            return StepResult(sums, 0.0, skipped=True)
         with self.seconds.of("optimizer"):
             grad_norm = self.optimizer.step(rate)
         return StepResult(sums, grad_norm)
+
+    @torch.no_grad()
+    def is_finite(self) -> bool:
+        """Whether all parameters and all of Adam's state are, on every rank. Each is read once, and nothing copied."""
+        ends = [end.float() for tensor in self._state() for end in torch.aminmax(tensor)]  # they pass NaN on
+        finite = torch.isfinite(torch.stack(ends)).all().float().to(self.device)
+        dist.all_reduce(finite, dist.ReduceOp.MIN)
+        return bool(finite.item())
+
+    def _state(self) -> Iterator[Tensor]:
+        for tensor in (*(p for model in self.models for p in model.parameters()), *self.optimizer.state()):
+            if tensor.is_floating_point() and tensor.numel():
+                yield tensor
 
     @torch.no_grad()
     def validate(self, windows: Windows, count: int) -> Tensor:

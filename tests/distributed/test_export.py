@@ -131,3 +131,42 @@ def test_no_checkpoint_and_another_model(pool, real_text_data, tmp_path):
         pool.run(1, export, str(tmp_path), str(real_text_data), ["model.num_layers=2"])
     with pytest.raises(RuntimeError, match=r"a checkpoint of another model: its model\.hidden_size"):
         pool.run(1, train, str(tmp_path), str(real_text_data), ["model.hidden_size=64"])
+
+
+def test_stores_of_another_codec_are_refused(pool, real_text_data, tmp_path):
+    """All sizes agree, and every id means something else."""
+    import shutil
+
+    from megatron_soda.data.store import Store, write_store
+    from megatron_soda.errors import SodaError
+    from megatron_soda.evaluation.run import evaluate
+    from megatron_soda.hf.load import load_model
+    from megatron_soda.inference.tasks import held_out_rows
+
+    one_step = ["training.steps=1"]
+    pool.run(1, train, str(tmp_path / "run"), str(real_text_data), one_step)
+    (folder,) = pool.run(1, export, str(tmp_path / "run"), str(real_text_data), one_step)
+    made_by = {"codec": "none", "tokenizer": "none"}
+    assert json.loads((Path(folder) / "soda.json").read_text())["made_by"] == made_by
+    model = load_model(Path(folder))
+    assert model.made_by == made_by
+    for kind in made_by:
+        other = tmp_path / kind
+        shutil.copytree(real_text_data, other)
+        for side in ("train", "test"):
+            store = Store(real_text_data / side)
+            made = [store.document(i) for i in range(len(store))]
+            write_store(other / side, made, store.space, **{**made_by, kind: "fresh"})
+        said = f"made by {kind} fresh, the model .* has {kind} none"
+        with pytest.raises(SodaError, match=said):
+            evaluate(folder, [f"data.path={other}", "evaluate.suite=[nll]"])
+        with pytest.raises(SodaError, match=said):
+            held_out_rows(other, "test", model)
+        again = tmp_path / f"run of {kind}"
+        shutil.copytree(tmp_path / "run" / "checkpoints", again / "checkpoints")
+        with pytest.raises(RuntimeError, match=said):
+            pool.run(1, export, str(again), str(other), one_step)
+    # An export of an earlier version says nothing of it: what lies in the folder does.
+    write_json(Path(folder) / "soda.json", {"name": "x", "step": 1, "space": model.space.to_dict()})
+    known = {"codec": "none", "tokenizer": TextTokenizer(real_text_data / "text_tokenizer.model").fingerprint}
+    assert load_model(Path(folder)).made_by == known

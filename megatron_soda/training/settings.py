@@ -1,0 +1,72 @@
+"""The settings that a checkpoint was trained with: recorded in it, and compared when a run goes on from it."""
+
+from pathlib import Path
+from typing import Any
+
+from ..config import Recipe
+from ..errors import SodaError
+from . import checkpoint
+from .origin import Branch, Origin
+from .schedule import rate_at, stable_steps
+
+NAMES = (
+    *("learning_rate", "schedule", "steps", "warmup_share", "decay_share"),
+    *("weight_decay", "beta1", "beta2", "epsilon", "clip_grad", "z_loss", "loss_weights", "precision", "cautious_mask"),
+)
+_JUMP = 1.1  # times the rate before
+
+
+def settings_of(recipe: Recipe) -> dict[str, Any]:
+    return {name: getattr(recipe.training, name) for name in NAMES}
+
+
+def compare_settings(recipe: Recipe, origin: Origin) -> list[str]:
+    """What has changed since the checkpoint, a line each. SodaError if the learning rate would jump up in the middle of
+    a run: after a decay that undoes what it reached."""
+    if origin.folder is None:
+        return []
+    was, now = origin.saved.get("training"), settings_of(recipe)
+    if was is None:
+        return [f"{origin.folder} does not say with which settings it was trained (an earlier version wrote it)."]
+    changed = [name for name in NAMES if was.get(name) != now[name]]
+    notes = [
+        f"training.{name} was {was.get(name)} up to step {origin.step}, and is {now[name]} from now on."
+        for name in changed
+    ]
+    if origin.branching or not changed:
+        return notes
+    step, branched_at = origin.step, origin.branch.step
+    old, new = rate_at(step - 1, was, branched_at), rate_at(step, now, branched_at)
+    if new > _JUMP * max(old, rate_at(step, was, branched_at)):
+        lines = "\n  ".join(notes)
+        raise SodaError(
+            f"the learning rate would jump from {old:.3g} to {new:.3g} at step {step + 1}, in the middle of the run:\n"
+            f"  {lines}\nSet them back. {ways_on(recipe, origin.branch, was)}"
+        )
+    if new < old / _JUMP and new != rate_at(step, was, branched_at):
+        notes.append(f"the learning rate falls from {old:.3g} to {new:.3g} at step {step + 1}.")
+    return notes
+
+
+def ways_on(recipe: Recipe, branch: Branch, was: dict[str, Any]) -> str:
+    """How to train longer than the schedule `was`, by which the run was trained so far."""
+    run, steps = Path(recipe.run), was["steps"]
+    if was["schedule"] == "wsd" and not int(was["decay_share"] * (steps - branch.step)):
+        return "To train longer, raise training.steps."
+    saved = checkpoint.saved_steps(run)
+    if was["schedule"] == "decay":
+        start = f"make the leg anew from where it began ({branch.origin})"
+        settings = {"branch_from": branch.origin, "schedule": "decay", "steps": 2 * steps - branch.step}
+    elif stable := [step for step in saved if step in stable_steps(was, branch.step)]:
+        start = "branch off the last checkpoint before the decay, at the peak rate"
+        settings = {"branch_from": checkpoint.folder_of(run, stable[-1]), "warmup_share": 0, "steps": 2 * steps}
+    else:
+        why = "a cosine has no stable phase" if was["schedule"] == "cosine" else "none from before the decay is left"
+        start = f"branch off the last checkpoint with a new warm-up ({why})"
+        settings = {"branch_from": checkpoint.folder_of(run, saved[-1]), "steps": 2 * steps}
+    keys = [f"run={run}-longer", *(f"training.{name}={value}" for name, value in settings.items())]
+    if not recipe.data.path:
+        keys.append(f"data.path={recipe.data_folder}")
+    return (
+        f"To train longer, {start}, in a run folder of its own, by these settings (docs/training.md): {' '.join(keys)}"
+    )
