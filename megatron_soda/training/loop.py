@@ -236,10 +236,11 @@ class _Loop:
         told = f"step {self.step}: {what}."
         at_start = self.origin.folder is not None and self.step - self.started <= _FIRST_STEPS
         if at_start and not self.origin.branching and len(self.returns) < _MOST_RETURNS:
-            before = checkpoint.newest_whole(self.run_folder, before=self.started)
-            if before is not None:
-                self._go_back(before, told)
-                return
+            with place.of("starting"):
+                before = checkpoint.newest_whole(self.run_folder, before=self.started)
+                if before is not None:
+                    self._go_back(before, told)
+                    return
         lower = f"a lower training.learning_rate (now {self.t.learning_rate:g})"
         if not at_start:
             saved = checkpoint.saved_steps(self.run_folder)
