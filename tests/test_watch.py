@@ -1,5 +1,6 @@
 """Who is behind is found out from signs of life in a store; the clocks are the test's own."""
 
+import threading
 import time
 
 import pytest
@@ -149,15 +150,29 @@ def test_the_first_failure_is_the_cause(ranks):
 
 
 def test_where_names_the_collective_and_our_line():
-    import threading
-
-    go = threading.Event()
-    thread = threading.Thread(target=go.wait)
-    thread.start()
-    time.sleep(0.05)
-    assert watch._where(thread.ident) == "in wait"
-    go.set()
-    thread.join()
+    """Not a helper inside the collective, nor what lies between the two; and no collective where there is none."""
+    names: dict = {}
+    for file, code in (
+        ("/lib/torch/distributed/c10d.py", "def _manager(done):\n    while not done: sleep(0.01)"),
+        ("/lib/python3/contextlib.py", "def __exit__(done): _manager(done)"),
+        ("/lib/megatron/core/distributed/buffers.py", "def start_grad_sync(done): __exit__(done)"),
+        ("/src/megatron_soda/training/step.py", "def _finalize(done): start_grad_sync(done)"),
+        ("/src/megatron_soda/data/store.py", "def read(done):\n    while not done: sleep(0.01)"),
+    ):
+        exec(compile(code, file, "exec"), names)
+    names["sleep"] = time.sleep
+    for function, where in (
+        ("_finalize", "waiting in start_grad_sync (step.py:1, _finalize)"),
+        ("read", "in read (store.py:2, read)"),
+    ):
+        done: list = []
+        thread = threading.Thread(target=names[function], args=(done,))
+        thread.start()
+        time.sleep(0.1)
+        assert watch._where(thread.ident) == where
+        done.append(True)
+        thread.join()
+    assert watch._where(None) == "at its end"
 
 
 def test_the_slowest_part_is_of_whole_steps():

@@ -241,14 +241,16 @@ def _describe(report: dict[str, Any]) -> str:
 def _where(thread: int | None) -> str:
     """`waiting in all_reduce (loop.py:140, _any_rank)`: what this thread does, and our line that made it do so."""
     frame = sys._current_frames().get(thread or 0)
-    inner, ours, waiting = "", "", False
+    if frame is None:
+        return "at its end"
+    waiting = any(part in frame.f_code.co_filename for part in _COLLECTIVES)
+    doing, ours = frame.f_code.co_name, ""
+    named = not waiting
     while frame is not None and not ours:
         file, name = frame.f_code.co_filename, frame.f_code.co_name
-        if not inner:
-            waiting = any(part in file for part in _COLLECTIVES)
-        if not inner and not (waiting and (name.startswith("_") or name == "wrapper")):
-            inner = name
+        if not named and name != "wrapper" and name[0] != "_" and any(part in file for part in _COLLECTIVES):
+            doing, named = name, True  # not the helper inside it
         if "megatron_soda" in file:
             ours = f" ({os.path.basename(file)}:{frame.f_lineno}, {name})"
         frame = frame.f_back
-    return f"{'waiting in' if waiting else 'in'} {inner}{ours}"
+    return f"{'waiting in' if waiting else 'in'} {doing}{ours}"

@@ -90,13 +90,13 @@ def test_a_run_folder_belongs_to_one_job(recipe, run):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_stopped_rank_is_named(recipe, run, rank):
     """gloo would wait for half an hour."""
-    launcher = start(recipe, "training.steps=100000", SODA_WATCH_SECONDS="6")
+    launcher = start(recipe, "training.steps=100000", SODA_WATCH_SECONDS="15")
     wait_for_step(run, 20, launcher)
     stopped, other = trainer(launcher, rank), trainer(launcher, 1 - rank)
     stopped.suspend()
     began = time.monotonic()
-    other.wait(timeout=30)
-    assert time.monotonic() - began < 20
+    other.wait(timeout=120)
+    assert time.monotonic() - began < 60  # 15, and what a busy machine adds
     stopped.kill()  # torchrun does, after another half minute
     out = launcher.communicate(timeout=60)[0]
     assert launcher.returncode == 1
@@ -111,16 +111,16 @@ def test_a_stopped_rank_is_named(recipe, run, rank):
 
 
 def test_a_rank_that_is_continued_in_time_goes_on(recipe, run):
-    launcher = start(recipe, STEPS, SODA_WATCH_SECONDS="6")
+    launcher = start(recipe, STEPS, SODA_WATCH_SECONDS="15")
     wait_for_step(run, 20, launcher)
     both = [trainer(launcher, rank) for rank in (0, 1)]
     both[1].suspend()
-    time.sleep(3)
+    time.sleep(5)
     both[1].resume()
     wait_for_step(run, 40, launcher)
     for process in both:  # the whole job, for longer than a rank alone may be
         process.suspend()
-    time.sleep(9)
+    time.sleep(20)
     for process in both:
         process.resume()
     out = launcher.communicate(timeout=300)[0]
