@@ -186,6 +186,7 @@ class Evaluate:
 class Generate:
     tasks: list[str] = field(default_factory=lambda: ["continue", "speak", "transcribe"])
     samples: int = 2  # of each task
+    candidates: int = 5  # drawn for each sample; the best and the median of them are kept
     split: str = "test"
     text: str = ""  # speak this instead of held-out sentences
     temperature: float = 0.9
@@ -342,7 +343,7 @@ def _check(recipe: Recipe) -> None:
         (t, ("steps", "global_batch_size", "micro_batch_size", "epsilon", "log_every", "save_every")),
         (t, ("valid_every", "valid_windows")),
         (w, ("tensor", "pipeline", "virtual_pipeline", "context")),
-        (recipe.generate, ("temperature", "top_p", "max_seconds", "prompt_seconds")),
+        (recipe.generate, ("candidates", "temperature", "top_p", "max_seconds", "prompt_seconds")),
     ):
         for name in names:
             value = getattr(section, name)

@@ -12,14 +12,17 @@ console = Console(stderr=True)
 ROWS_AT_ONCE = 50
 
 
-def evaluate_grammar(model: Model, codec: Any, count: int, max_tokens: int, seed: int) -> dict[str, Any]:
+def evaluate_grammar(
+    model: Model, codec: Any, count: int, max_tokens: int, seed: int, slots: int = 0
+) -> dict[str, Any]:
     """`count` documents sampled from BOS at temperature 1 under the grammar, and `count` without.
 
     valid: whole documents by TokenSpace.check. duration_exact: every audio span decodes to frames x samples per frame.
     ended_by_itself: the token budget never had to force the end. legal_mass: the probability that the model gives to
-    the legal tokens, a mean over all steps.
+    the legal tokens, a mean over all steps. Without a codec (text alone, or frames of the semantic code alone: `slots`)
+    no duration is measured.
     """
-    constraint = Constraint(model.space, model.device)
+    constraint = Constraint(model.space, model.device, slots)
     arguments: dict[str, Any] = {"max_tokens": max_tokens, "stop": set()}
     valid = exact = ended = spans = 0
     mass: list[float] = []
@@ -34,9 +37,11 @@ def evaluate_grammar(model: Model, codec: Any, count: int, max_tokens: int, seed
                 **arguments,
             )
             for row in rows:
-                valid += model.space.check(np.array(row.ids)) is None
+                valid += model.space.check(np.array(row.ids), slots) is None
                 ended += row.ended and not row.forced
                 mass += row.legal_mass
+                if codec is None:
+                    continue
                 codes = audio_spans(row.ids, model)
                 waves = codec.decode(codes)
                 spans += len(codes)
@@ -44,8 +49,7 @@ def evaluate_grammar(model: Model, codec: Any, count: int, max_tokens: int, seed
     result = {
         "generations": count,
         "valid": valid,
-        "duration_exact": exact,
-        "audio_spans": spans,
+        **({} if codec is None else {"duration_exact": exact, "audio_spans": spans}),
         "ended_by_itself": ended,
         "legal_mass_mean": float(np.mean(mass)),
     }

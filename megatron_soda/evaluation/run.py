@@ -35,7 +35,9 @@ def evaluate(target: str, overrides: list[str]) -> dict:
 
         from .grammar import evaluate_grammar
 
-        result["grammar"] = evaluate_grammar(model, load_data_codec(folder), e.generations, e.max_tokens, recipe.seed)
+        heard = test.slots == test.space.codebooks and (folder / "codec.json").is_file()  # else no sound can be made
+        codec = load_data_codec(folder) if heard else None
+        result["grammar"] = evaluate_grammar(model, codec, e.generations, e.max_tokens, recipe.seed, test.slots)
     write_json(path, result)
     record_timing(run, "evaluate", {"seconds": time.monotonic() - began})
     _print(result)
@@ -53,7 +55,8 @@ def _print(result: dict) -> None:
     if "grammar" in result:
         g = result["grammar"]
         print(
-            f"{g['valid']} of {g['generations']} generations valid, {g['duration_exact']} of exact duration, "
-            f"{g['ended_by_itself']} ended by themselves; legal mass {g['legal_mass_mean']:.4f}. "
+            f"{g['valid']} of {g['generations']} generations valid, "
+            + (f"{g['duration_exact']} of exact duration, " if "duration_exact" in g else "")
+            + f"{g['ended_by_itself']} ended by themselves; legal mass {g['legal_mass_mean']:.4f}. "
             f"Without the grammar: {g['free_valid']} valid, legal mass {g['free_legal_mass_mean']:.4f}"
         )

@@ -15,13 +15,14 @@ class Sampled:
     forced: bool = False  # the token budget took legal tokens away, to close the document in time
     valid: bool = True  # every token was legal
     legal_mass: list[float] = field(default_factory=list)  # probability of the legal tokens, before each token
+    nats: list[float] = field(default_factory=list)  # -log p of each token, at temperature 1 and without the grammar
 
 
 class Constraint:
     """The legal tokens of every grammar state, and of every state with few tokens left, as tables on a device."""
 
-    def __init__(self, space: TokenSpace, device: torch.device) -> None:
-        self.grammar = Grammar(space)
+    def __init__(self, space: TokenSpace, device: torch.device, slots: int = 0) -> None:
+        self.grammar = Grammar(space, slots)
         self.legal = torch.from_numpy(self.grammar.legal()).to(device)  # bool (states, size)
         self.kinds = torch.from_numpy(space.kind_table()).long().to(device)  # (size,)
         following = torch.full((self.grammar.states, int(self.kinds.max()) + 1), -1)
@@ -90,7 +91,8 @@ def sample(
     cache = DynamicCache()
     for step in range(max_tokens):
         logits = model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
-        mass = (logits.softmax(-1) * constraint.legal[states]).sum(-1)
+        whole = logits.log_softmax(-1)
+        mass = (whole.exp() * constraint.legal[states]).sum(-1)
         fewer = torch.zeros_like(active)
         if constrained:
             mask, fewer = constraint.within(states, max_tokens - step)
@@ -98,12 +100,15 @@ def sample(
         chosen = _draw(logits, temperature, top_p, generator)
         after = constraint.following[states, constraint.kinds[chosen]]
         ended = torch.isin(chosen, stops) | (after == Grammar.END)
-        record = zip(
-            active.tolist(), chosen.tolist(), mass.tolist(), fewer.tolist(), after.tolist(), ended.tolist(), strict=True
-        )
-        for row, (is_active, token, row_mass, row_fewer, row_after, row_ended) in zip(rows, record, strict=True):
+        nats = -whole.gather(1, chosen[:, None])[:, 0]
+        columns = (active, chosen, nats, mass, fewer, after, ended)
+        record = zip(*(column.tolist() for column in columns), strict=True)
+        for row, (is_active, token, row_nats, row_mass, row_fewer, row_after, row_ended) in zip(
+            rows, record, strict=True
+        ):
             if is_active:
                 row.ids.append(token)
+                row.nats.append(row_nats)
                 row.legal_mass.append(row_mass)
                 row.forced |= row_fewer
                 row.valid = row_after >= 0

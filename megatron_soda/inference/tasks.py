@@ -16,8 +16,11 @@ from ..errors import SodaError
 from ..files import atomic_path, write_json
 from ..hf.load import Model
 from ..vocab import TokenSpace
-from .sample import Constraint, sample
+from .earlier import earlier_models
+from .judge import Verdict, best_and_median, judge, level_of
+from .sample import Constraint, Sampled, sample
 
+PROGRESS_SECONDS = 3.0  # of a sample of an earlier checkpoint
 console = Console(stderr=True)
 
 
@@ -51,74 +54,187 @@ def make_job(task: str, text: list[int], codes: np.ndarray, space: TokenSpace, l
     return Job(prompt, {space.audio_end}, (longest - prompt_frames) * space.codebooks + 2)
 
 
+NEEDS_TEXT = ("speak", "transcribe")
+
+
+@dataclass
+class Studio:
+    """What all samples of a run share."""
+
+    model: Model
+    recipe: Recipe
+    codec: Any
+    constraint: Constraint
+    longest: int  # frames of an utterance
+    seconds_a_letter: float | None  # in the held-out utterances; None without transcripts
+    out: Path
+
+    def draw(self, network: Any, job: Job, count: int, seed: int) -> list[Sampled]:
+        g = self.recipe.generate
+        settings = {"max_tokens": job.max_tokens, "stop": job.stop, "temperature": g.temperature, "top_p": g.top_p}
+        return sample(network, self.constraint, job.prompt, count=count, seed=seed, **settings)
+
+    def hear(self, result: Sampled) -> np.ndarray:
+        """The sound of the last audio span, the prompt's frames included."""
+        codes = generated_codes(result.ids, self.model.space)
+        return self.codec.decode([codes])[0] if len(codes) else np.zeros(0, np.float32)
+
+    def wav(self, name: str, wave: np.ndarray) -> str:
+        with atomic_path(self.out / name) as temporary:
+            soundfile.write(temporary, np.clip(wave, -1, 1), self.codec.sample_rate, format="WAV", subtype="PCM_16")
+        return name
+
+
 def generate(model: Model, recipe: Recipe, held_out: list[dict], codec: Any, out: Path) -> list[dict]:
     """Runs the tasks on held-out utterances (rows of unit shards) and writes wav files and samples.json to `out`.
 
-    Returns what samples.json holds: per sample the task, the texts, and the names of its wav files. SodaError if no
-    utterance is short enough for generate.max_seconds or the model's context.
+    Of each sample generate.candidates are drawn, and the best and the median of them kept (judge.py). Continuations and
+    speech of earlier checkpoints follow, as the task `progress`. Returns what samples.json holds: per sample the task,
+    the texts, the verdicts, and the names of its wav files. SodaError if no utterance is short enough for
+    generate.max_seconds or the model's context, or no task can be done without text.
     """
     g, space = recipe.generate, model.space
-    constraint = Constraint(space, model.device)
     frame_rate = codec.sample_rate / codec.samples_per_frame
     context = model.model.config.max_position_embeddings
     longest = max(1, min(round(g.max_seconds * frame_rate), (context - 64) // space.codebooks))  # 64: text, markers
-    usable = [row for row in held_out if 2 <= len(row["codes"]) <= longest and row["text"]]
+    usable = [row for row in held_out if 2 <= len(row["codes"]) <= longest]
     if not usable:
         raise SodaError(
             f"no {g.split} utterance is under {longest / frame_rate:.1f} seconds; raise generate.max_seconds "
             f"(now {g.max_seconds:g}; the model's context is {context} tokens)"
         )
-    usable = [usable[i] for i in np.random.default_rng(recipe.seed).permutation(len(usable))]
-    usable.sort(key=lambda row: len(row["codes"]) < 1.5 * frame_rate)  # single letters last: there is little to hear
+    spoken = [row for row in usable if row["text"]]
+    tasks = list(g.tasks)
+    if not spoken or not has_text_spans(Store(recipe.data_folder / g.split)):
+        tasks = [task for task in g.tasks if task not in NEEDS_TEXT]
+        left_out = [task for task in g.tasks if task in NEEDS_TEXT]
+        if left_out:
+            said = f"{' and '.join(left_out)}: the data have no transcripts, so the model knows no text beside speech"
+            if not tasks:
+                raise SodaError(f"generate.tasks={g.tasks}: {said}")
+            console.print(f"[yellow]left out[/] {said}", soft_wrap=True)
+    order = np.random.default_rng(recipe.seed)
+    usable, spoken = ([rows[i] for i in order.permutation(len(rows))] for rows in (usable, spoken))
+    for rows in (usable, spoken):  # single letters last: there is little to hear
+        rows.sort(key=lambda row: len(row["codes"]) < 1.5 * frame_rate)
     out.mkdir(parents=True, exist_ok=True)
-
-    def wav(name: str, wave: np.ndarray) -> str:
-        with atomic_path(out / name) as temporary:
-            soundfile.write(temporary, np.clip(wave, -1, 1), codec.sample_rate, format="WAV", subtype="PCM_16")
-        return name
-
+    letters = sum(len(row["text"]) for row in spoken)
+    pace = sum(len(row["codes"]) for row in spoken) / frame_rate / letters if letters else None
+    studio = Studio(model, recipe, codec, Constraint(space, model.device), longest, pace, out)
     samples = []
-    jobs = [(task, i) for task in g.tasks for i in range(g.samples)]
+    jobs = [(task, i) for task in tasks for i in range(g.samples)]
     for number, (task, i) in enumerate(track(jobs, "generate", console=console)):
-        row, name = usable[number % len(usable)], f"{task}_{i}"
-        codes, prompt_frames = row["codes"], min(round(g.prompt_seconds * frame_rate), len(row["codes"]) // 2)
-        own_text = g.text if task == "speak" else ""
-        text = own_text or row["text"]
-        job = make_job(task, model.text.encode(text), codes, space, longest, max(1, prompt_frames))
-        result = sample(
-            model.model,
-            constraint,
-            job.prompt,
-            max_tokens=job.max_tokens,
-            stop=job.stop,
-            temperature=g.temperature,
-            top_p=g.top_p,
-            seed=recipe.seed + number,
-        )[0]
-        audio, output_text = {}, None
-        if not own_text:
-            audio["original"] = wav(f"{name}_original.wav", _original(row, codec))
-            audio["codec"] = wav(f"{name}_codec.wav", codec.decode([codes])[0])
-        if task == "continue":
-            audio["prompt"] = wav(f"{name}_prompt.wav", codec.decode([codes[:prompt_frames]])[0])
-        if task == "transcribe":
-            output_text = model.text.decode(t for t in result.ids[len(job.prompt) :] if t < space.text_size)
-        else:
-            audio["model"] = wav(f"{name}_model.wav", codec.decode([generated_codes(result.ids, space)])[0])
-        samples.append(
-            {
-                "task": task,
-                "id": "" if own_text else row["id"],
-                "language": row["language"],
-                "prompt_text": text if task == "speak" else None,
-                "reference_text": row["text"] if task != "speak" else None,
-                "output_text": output_text,
-                "note": "ended by itself" if result.ended and not result.forced else "cut off at the length limit",
-                "audio": audio,
-            }
-        )
+        rows = spoken if task in NEEDS_TEXT else usable
+        samples.append(_sample(studio, task, f"{task}_{i}", rows[number % len(rows)], recipe.seed + number))
+    samples += _progress(studio, [task for task in tasks if task != "transcribe"], spoken, usable)
     write_json(out / "samples.json", samples)
+    kept = {name for entry in samples for name in entry["audio"].values()}
+    for old in out.glob("*.wav"):  # of a run with other settings
+        if old.name not in kept:
+            old.unlink()
     return samples
+
+
+def has_text_spans(store: Store, tokens: int = 1 << 22) -> bool:
+    """Whether a transcript stands in the first documents of a store."""
+    return bool(np.any(store.read(0, min(tokens, store.size)) == store.space.text_start))
+
+
+def _prompt(studio: Studio, task: str, row: dict, longest: int) -> tuple[Job, str, int]:
+    """The job, the text that is spoken or transcribed, and the frames of a prompt."""
+    g, text = studio.recipe.generate, row["text"]
+    frames = max(1, min(round(g.prompt_seconds * _frame_rate(studio.codec)), len(row["codes"]) // 2))
+    if task == "speak" and g.text:
+        text = g.text
+    ids = studio.model.text.encode(text)
+    return make_job(task, ids, row["codes"], studio.model.space, longest, frames), text, frames
+
+
+def _sample(studio: Studio, task: str, name: str, row: dict, seed: int) -> dict[str, Any]:
+    g, codec = studio.recipe.generate, studio.codec
+    job, text, prompt_frames = _prompt(studio, task, row, studio.longest)
+    own_text = task == "speak" and bool(g.text)
+    candidates = studio.draw(studio.model.model, job, g.candidates, seed)
+    again = codec.decode([row["codes"]])[0]
+    audio: dict[str, str] = {}
+    if not own_text:
+        audio["original"] = studio.wav(f"{name}_original.wav", _original(row, codec))
+        audio["codec"] = studio.wav(f"{name}_codec.wav", again)
+    if task == "continue":
+        audio["prompt"] = studio.wav(f"{name}_prompt.wav", codec.decode([row["codes"][:prompt_frames]])[0])
+    found: dict[str, Any] = {"output_text": None, "median_text": None}
+    if task == "transcribe":
+        verdicts = [_of_text(result) for result in candidates]
+        best, median = best_and_median(verdicts)
+        for key, number in (("output_text", best), ("median_text", median)):
+            ids = candidates[number].ids[len(job.prompt) :]
+            found[key] = studio.model.text.decode(t for t in ids if t < studio.model.space.text_size)
+    else:
+        waves = [studio.hear(result) for result in candidates]
+        skip = prompt_frames * codec.samples_per_frame if task == "continue" else 0
+        pace = studio.seconds_a_letter if task == "speak" else None
+        verdicts = [
+            judge(
+                wave[skip:],
+                codec.sample_rate,
+                level=level_of(again),
+                expected=pace and pace * len(text),
+                ended=_ended(result),
+                nats=float(np.mean(result.nats)),
+            )
+            for wave, result in zip(waves, candidates, strict=True)
+        ]
+        best, median = best_and_median(verdicts)
+        audio["model"] = studio.wav(f"{name}_model.wav", waves[best])
+        if median != best:
+            audio["median"] = studio.wav(f"{name}_median.wav", waves[median])
+    return {
+        "task": task,
+        "id": "" if own_text else row["id"],
+        "language": row["language"],
+        "prompt_text": text if task == "speak" else None,
+        "reference_text": row["text"] or None if task != "speak" else None,
+        **found,
+        "note": "" if verdicts[best].problems else "ended by itself",
+        "candidates": len(candidates),
+        "verdicts": {"model": verdicts[best].to_dict(), "median": verdicts[median].to_dict()},
+        "good": sum(not verdict.problems for verdict in verdicts),
+        "audio": audio,
+    }
+
+
+def _progress(studio: Studio, tasks: list[str], spoken: list[dict], usable: list[dict]) -> list[dict[str, Any]]:
+    """One short sample of each task from earlier checkpoints and from this one: the same prompt, the same draw."""
+    entries: list[tuple[dict[str, Any], Job, str]] = []
+    longest = min(studio.longest, round(PROGRESS_SECONDS * _frame_rate(studio.codec)))
+    for task in tasks:
+        row = next((r for r in (spoken if task in NEEDS_TEXT else usable) if len(r["codes"]) <= longest), None)
+        if row is None:
+            continue
+        job, text, _ = _prompt(studio, task, row, longest)
+        prompt = text if task == "speak" else None
+        entry = {"task": "progress", "id": f"{task}: {row['id']}", "language": row["language"], "prompt_text": prompt}
+        entries.append(({**entry, "reference_text": None, "output_text": None, "note": "", "audio": {}}, job, task))
+    ours = (studio.model.step, studio.model.model)
+    for step, network in [*earlier_models(studio.recipe, studio.model), ours] if entries else []:
+        for entry, job, task in entries:
+            wave = studio.hear(studio.draw(network, job, 1, studio.recipe.seed)[0])
+            if len(wave):
+                entry["audio"][f"step_{step}"] = studio.wav(f"progress_{task}_{step}.wav", wave)
+    return [entry for entry, _, _ in entries if len(entry["audio"]) > 1]
+
+
+def _ended(result: Sampled) -> bool:
+    return result.ended and not result.forced
+
+
+def _of_text(result: Sampled) -> Verdict:
+    problems = [] if _ended(result) else ["cut off at the length limit"]
+    return Verdict(0.0, 0.0, 0.0, float(np.mean(result.nats)), problems)
+
+
+def _frame_rate(codec: Any) -> float:
+    return codec.sample_rate / codec.samples_per_frame
 
 
 def held_out_rows(folder: Path, split: str, model: Model, accept: Collection[str] = ()) -> list[dict]:
@@ -127,6 +243,10 @@ def held_out_rows(folder: Path, split: str, model: Model, accept: Collection[str
 
     store = Store(folder / split)
     store.check_space(model.space, str(model.folder))
+    if not (folder / "codec.json").is_file() or not (model.folder / "codec.json").is_file():
+        raise SodaError(f"{folder}: there is no speech in these data, so there is nothing to continue or to speak like")
+    if store.slots < store.space.codebooks:
+        raise SodaError(f"{store.path}: semantic-only documents have one code a frame, of which no sound can be made")
     store.check_made_by(model.made_by, f"the model {model.folder}", accept)
     path = folder / f"{split}.parquet"
     if not path.is_file():

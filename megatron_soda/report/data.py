@@ -4,7 +4,7 @@ from collections import Counter
 from typing import Any
 
 from .reading import as_dict, as_list
-from .words import finite, flatten
+from .words import finite, flatten, public
 
 MOST_REJECTS = 50
 
@@ -30,9 +30,11 @@ def data_summary(data: dict[str, Any]) -> dict[str, Any] | None:
         row["percent"] = 100 * (row["seconds"] or 0) / longest
     documents, tokens = as_dict(data.get("documents")), as_dict(data.get("tokens"))
     known = ("rejects", "languages", "documents", "tokens", "codec", "attribution", "classes", "reject_count")
+    known += ("reject_reasons",)
+    reasons = as_dict(data.get("reject_reasons")) or Counter(str(row["reason"]).split(":")[0] for row in rows)
     return {
-        "facts": flatten({key: value for key, value in data.items() if key not in known}),
-        "codec": flatten(data.get("codec")) if data.get("codec") else [],
+        "facts": flatten(public({key: value for key, value in data.items() if key not in known})),
+        "codec": flatten(public(data.get("codec"))) if data.get("codec") else [],
         "splits": [
             {"name": name, "documents": documents.get(name), "tokens": tokens.get(name)} for name in documents | tokens
         ],
@@ -40,5 +42,5 @@ def data_summary(data: dict[str, Any]) -> dict[str, Any] | None:
         "languages": languages,
         "rejects": rows[:MOST_REJECTS],
         "reject_count": data.get("reject_count", len(rows)),
-        "reject_reasons": Counter(str(row["reason"]) for row in rows).most_common(8),
+        "reject_reasons": Counter(reasons).most_common(8),
     }

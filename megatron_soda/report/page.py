@@ -11,15 +11,16 @@ import jinja2
 
 from ..errors import SodaError
 from ..files import write_text
+from .advice import commands, prospects, quality, speaks
 from .classes import class_colours, class_names
 from .data import data_summary
 from .evaluation import grammar_rows, nll_table
 from .header import header, tiles, title, verdict
-from .reading import as_dict, load, read_metrics
+from .reading import as_dict, as_list, load, read_metrics
 from .samples import samples
 from .times import timings
 from .training import charts
-from .words import exact, fixed, flatten, groups, number, plain, span
+from .words import exact, fixed, flatten, groups, number, plain, public, span
 
 PAGE = "report.html"
 SIGNS_OF_A_RUN = ("recipe.yaml", "metrics.jsonl", "eval.json")
@@ -28,7 +29,7 @@ PAPER = {
     "id": "arXiv 2602.16687",
     "url": "https://arxiv.org/abs/2602.16687",
 }
-EVALUATION_KEYS = ("model", "split", "documents", "nll", "grammar")
+EVALUATION_KEYS = ("model", "step", "split", "documents", "nll", "grammar")
 
 
 def build_report(run: Path) -> Path:
@@ -63,11 +64,15 @@ def collect(run: Path) -> dict[str, Any]:
     recipe = recipe_file.read_text(encoding="utf-8", errors="replace") if recipe_file.is_file() else ""
     nll = nll_table(as_dict(evaluation.get("nll")))
     grammar = grammar_rows(as_dict(evaluation.get("grammar")))
+    listed = as_list(load(run, "samples/samples.json", warnings))
     colours = class_colours(class_names(train, valid, nll))
     return {
         "title": title(evaluation, recipe, run),
         "verdict": verdict(nll, bool(train)),
         "header": header(evaluation, facts, data, train),
+        "quality": quality(nll, grammar, listed),
+        "prospects": prospects(train, valid, data),
+        "commands": commands(train, speaks(listed), bool(train)),
         "tiles": tiles(train, valid, nll, grammar, data),
         "warnings": warnings,
         "colours": colours,
@@ -78,12 +83,13 @@ def collect(run: Path) -> dict[str, Any]:
         "evaluation": {
             "split": evaluation.get("split"),
             "documents": evaluation.get("documents"),
-            "more": flatten({k: v for k, v in evaluation.items() if k not in EVALUATION_KEYS}),
+            "step": evaluation.get("step"),
+            "more": flatten(public({k: v for k, v in evaluation.items() if k not in EVALUATION_KEYS})),
         },
-        "tasks": samples(run, warnings),
+        "tasks": samples(run, listed, warnings),
         "data": data_summary(data),
         "recipe": recipe,
-        "environment": groups(facts),
+        "environment": groups(public(facts)),
         "stages": stages,
         "attribution": data.get("attribution"),
         "paper": PAPER,

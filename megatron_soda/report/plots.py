@@ -28,6 +28,8 @@ MOST_POINTS = 500  # in one line; longer runs are averaged down, or the page wou
 
 MELS, TOP_HERTZ, RANGE_DB = 80, 8000.0, 70.0
 PIXELS_WIDE = 1200
+MOST_SECONDS = 60  # of a clip that are shown and played
+MOST_SAMPLES = 8_000_000  # over all channels, that are decoded of it
 
 
 @dataclass
@@ -49,6 +51,7 @@ class Chart:
     level: float | None = None  # a dashed horizontal line, such as a baseline
     y_name: str = ""
     log_y: bool = False
+    top: float | None = None  # where the y axis ends, for lines whose start lies far above the rest
     size: tuple[int, int] = (1000, 340)
     colours: dict[str, str] = field(default_factory=dict, repr=False)
 
@@ -124,6 +127,11 @@ def dress(axes: Axes, chart: Chart) -> None:
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color(GRID)
     axes.margins(x=0.015, y=0.08)
+    if chart.top is not None:
+        axes.set_ylim(top=chart.top)
+        shown = [y for line in chart.lines for y in line.y if np.isfinite(y) and y <= chart.top]
+        low = min(shown, default=0.0)
+        axes.set_ylim(bottom=low - 0.08 * (chart.top - low))
 
 
 def inline(svg: str, chart: Chart, key: str) -> Markup:
@@ -180,6 +188,7 @@ def short(value: float) -> str:
 class Clip(NamedTuple):
     samples: np.ndarray  # mono, float32, within -1 to 1
     rate: int
+    whole: float = 0.0  # seconds of the file, if these samples are only its beginning
 
     @property
     def seconds(self) -> float:
@@ -187,9 +196,12 @@ class Clip(NamedTuple):
 
 
 def read_clip(path: Path) -> Clip:
-    samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    """The first MOST_SECONDS of a file, and fewer of one with many channels: the page holds all that is read."""
+    facts = soundfile.info(path)
+    most = min(MOST_SECONDS * facts.samplerate, MOST_SAMPLES // max(1, facts.channels))
+    samples, rate = soundfile.read(path, frames=most, dtype="float32", always_2d=True)
     mono = np.nan_to_num(samples.mean(axis=1), posinf=1.0, neginf=-1.0).clip(-1.0, 1.0)
-    return Clip(mono.astype(np.float32), rate)
+    return Clip(mono.astype(np.float32), rate, facts.duration if facts.frames > most else 0.0)
 
 
 def wav_uri(clip: Clip) -> str:

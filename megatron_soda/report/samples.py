@@ -5,29 +5,34 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ..inference.judge import judge, level_of
 from . import plots
 from .plots import Clip
-from .reading import as_dict, as_list, load
-from .words import plain, plural
+from .reading import as_dict
+from .words import finite, plain, plural, span
 
+MOST_CARDS = 60
 TASKS = {
     "continue": ("Continue", "The model hears the prompt and goes on by itself."),
     "speak": ("Speak", "The model is given text and produces the sound."),
     "transcribe": ("Transcribe", "The model is given the sound and writes down the text."),
+    "progress": ("On the way", "The same prompt and the same draw, by the checkpoints that the run has kept."),
 }
 TRACKS = {
     "original": ("Original", "the recording"),
     "codec": ("Codec", "the recording turned into tokens and back: the best the model could sound"),
     "prompt": ("Prompt", "what the model was given"),
-    "model": ("Model", "what the model produced"),
+    "model": ("Model", "what the model produced: the best of what was drawn"),
+    "median": ("Model, median", "the middle one of what was drawn"),
 }
 
 
-def samples(run: Path, warnings: list[str]) -> list[dict[str, Any]]:
+def samples(run: Path, listed: list[Any], warnings: list[str]) -> list[dict[str, Any]]:
     """The samples by task, each with its sounds and its texts."""
-    listed = load(run, "samples/samples.json", warnings)
     found: dict[str, list[dict]] = {task: [] for task in TASKS}
-    for sample in as_list(listed):
+    if len(listed) > MOST_CARDS:
+        warnings.append(f"The first {MOST_CARDS} of {len(listed):,} samples are shown.")
+    for sample in listed[:MOST_CARDS]:
         if isinstance(sample, dict):
             found.setdefault(str(sample.get("task", "other")), []).append(card(run / "samples", sample))
     return [
@@ -48,8 +53,11 @@ def card(folder: Path, sample: dict[str, Any]) -> dict[str, Any]:
     tracks = []
     for key, clip in clips.items():
         name, meaning = TRACKS.get(key, (plain(key).capitalize(), ""))
-        track: dict[str, Any] = {"key": key, "name": name, "meaning": meaning, "problem": ""}
+        track: dict[str, Any] = {"key": key, "name": name, "meaning": meaning, "problem": "", "doubts": []}
         if isinstance(clip, Clip):
+            track["doubts"] = doubts(sample, key, clip, good)
+            if clip.whole:
+                track["meaning"] += f"; cut to the first {span(clip.seconds)} of {span(clip.whole)}"
             track |= {
                 "seconds": clip.seconds,
                 "rate": clip.rate,
@@ -63,13 +71,33 @@ def card(folder: Path, sample: dict[str, Any]) -> dict[str, Any]:
     return {
         "id": str(sample.get("id", "")),
         "language": str(sample.get("language") or ""),
-        "note": str(sample.get("note") or ""),
+        "note": note(sample),
         "tracks": tracks,
         "ticks": [{"label": f"{tick:g}", "percent": 100 * tick / longest} for tick in plots.time_ticks(longest)]
         if longest
         else [],
         **texts(sample),
     }
+
+
+def doubts(sample: dict[str, Any], key: str, clip: Clip, clips: dict[str, Clip]) -> list[str]:
+    """Why a sound of the model is hardly speech: as it was judged when it was drawn, else by what can be heard."""
+    if key not in ("model", "median"):
+        return []
+    judged = as_dict(as_dict(sample.get("verdicts")).get(key)).get("problems")
+    if isinstance(judged, list):
+        return [str(problem) for problem in judged]
+    spoken = clips.get("codec") or clips.get("original")
+    expected = spoken.seconds if spoken and sample.get("task") == "speak" else None
+    level = level_of(spoken.samples) if spoken else -25.0
+    verdict = judge(clip.samples, clip.rate, level=level, expected=expected, ended=True, nats=0.0)
+    return verdict.problems
+
+
+def note(sample: dict[str, Any]) -> str:
+    count, good = finite(sample.get("candidates")), finite(sample.get("good"))
+    drawn = f"{count:.0f} drawn, {good or 0:.0f} of them plausible" if count else ""
+    return "; ".join(filter(None, [drawn, str(sample.get("note") or "")]))
 
 
 def clip_or_reason(folder: Path, name: str) -> Clip | str:
@@ -89,7 +117,9 @@ def clip_or_reason(folder: Path, name: str) -> Clip | str:
 def texts(sample: dict[str, Any]) -> dict[str, Any]:
     """The texts of a sample; reference and output word by word where they are meant to agree."""
     prompt, reference, output = (sample.get(f"{key}_text") for key in ("prompt", "reference", "output"))
-    found = {"prompt": prompt, "reference": None, "output": None, "agreement": ""}
+    median = sample.get("median_text")
+    found = {"prompt": prompt, "reference": None, "output": None, "median": None, "agreement": ""}
+    found["median"] = str(median) if median is not None and median != output else None
     if reference is not None and output is not None and sample.get("task") != "continue":
         found["reference"], found["output"], found["agreement"] = compared(str(reference), str(output))
     else:

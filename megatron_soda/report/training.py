@@ -7,6 +7,7 @@ from .plots import Chart, Line
 from .reading import as_dict
 from .words import finite, plain
 
+START = 0.05  # of the steps: what counts as the start of a run
 SIDE_CHARTS = {
     "learning_rate": ("Learning rate", ""),
     "grad_norm": ("Gradient norm", ""),
@@ -34,7 +35,8 @@ def charts(train: list[dict], valid: list[dict], colours: dict, nll: dict) -> di
         together += [Line("training", *smoothed(*learned), variable), lines[1]]
         level = finite(baseline.get(name))
         spoken = f"Loss of {plain(name)} tokens: {spoken_range(learned, checked)}"
-        picture = plots.draw(Chart(spoken, lines, level=level, size=(240, 150)), f"class{len(panels)}")
+        top = cut_start(lines, level)[0]
+        picture = plots.draw(Chart(spoken, lines, level=level, top=top, size=(240, 150)), f"class{len(panels)}")
         panels.append({"name": name, "variable": variable, "picture": picture, "baseline": level is not None})
     side = []
     for key, (name, unit) in SIDE_CHARTS.items():
@@ -47,11 +49,30 @@ def charts(train: list[dict], valid: list[dict], colours: dict, nll: dict) -> di
     spoken = f"Loss over the run: {spoken_range(*((line.x, line.y) for line in loss))}"
     return {
         "loss": both_widths(spoken, loss, "loss") if any(line.x for line in loss) else None,
+        "loss_cut": cut_start(loss)[1],
         "classes": both_widths("Loss of every token class over the run", together, "every") if together else None,
+        "classes_cut": cut_start(together)[1],
         "panels": panels,
         "side": side,
         "validated": bool(loss[1].x),
     }
+
+
+def cut_start(lines: list[Line], level: float | None = None) -> tuple[float | None, str]:
+    """Where the axis should end, and what to say of it, if the first steps would squeeze all the rest: they alone are
+    cut, so that no later spike is hidden. (None, "") where they fit."""
+    points = [(x, y) for line in lines for x, y in zip(line.x, line.y, strict=True)]
+    until = START * max((x for x, _ in points), default=0.0)
+    later = [y for x, y in points if x > until]
+    first = [(y, x) for x, y in points if x <= until]
+    if not later or not first:
+        return None, ""
+    high = max([*later, *([level] if level is not None else [])])
+    spread = (high - min(later)) or 1e-9
+    peak, step = max(first)
+    if peak <= high + 0.3 * spread:
+        return None, ""
+    return high + 0.1 * spread, f"The start is cut off: {peak:.3g} at step {step:,.0f} lies above the axis."
 
 
 def series(points: list[dict], *path: str) -> tuple[list[float], list[float]]:
@@ -75,8 +96,9 @@ def smoothed(steps: list[float], values: list[float]) -> tuple[list[float], list
 
 
 def both_widths(spoken: str, lines: list[Line], key: str) -> dict[str, Any]:
-    wide = Chart(spoken, lines, y_name="nats per token")
-    narrow = Chart(spoken, lines, size=(340, 260))
+    top = cut_start(lines)[0]
+    wide = Chart(spoken, lines, y_name="nats per token", top=top)
+    narrow = Chart(spoken, lines, top=top, size=(340, 260))
     return {"wide": plots.draw(wide, key), "narrow": plots.draw(narrow, f"{key}-narrow")}
 
 

@@ -4,6 +4,8 @@ import json
 import math
 from typing import Any
 
+INTERNAL = ("key", "fingerprint", "fingerprints", "checksum", "checksums", "crc32", "sha256")
+
 
 def finite(value: Any) -> float | None:
     """The value as a float if it is a finite number, else None."""
@@ -94,3 +96,10 @@ def groups(facts: dict[str, Any]) -> list[tuple[str, list[tuple[str, Any]]]]:
     plain_facts = [(key, part) for key, part in facts.items() if key not in nested]
     named = [(key, flatten(part)) for key, part in nested.items()]
     return ([("", plain_facts)] if plain_facts else []) + named
+
+
+def public(value: Any) -> Any:
+    """Without what means something to the program alone: keys and fingerprints by which it knows its own files."""
+    if isinstance(value, dict):
+        return {key: public(part) for key, part in value.items() if not str(key).endswith(INTERNAL)}
+    return [public(part) for part in value] if isinstance(value, list) else value

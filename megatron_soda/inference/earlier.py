@@ -1,0 +1,48 @@
+"""Earlier checkpoints of a run as models, to hear how it came to what it is."""
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ..config import Parallel, Recipe
+from ..errors import SodaError
+from ..hf.load import Model
+
+MOST = 2
+console = Console(stderr=True)
+
+
+def earlier_models(recipe: Recipe, model: Model) -> Iterator[tuple[int, Any]]:
+    """(step, Qwen3ForCausalLM) of at most MOST checkpoints of the run before the model's own, evenly spread. One that
+    is damaged is passed over and named."""
+    from ..hf.export import hf_weights
+    from ..model.gpt import build_model
+    from ..parallel import ranks
+    from ..training import checkpoint
+
+    run = Path(recipe.run)
+    steps = [step for step in checkpoint.saved_steps(run) if step < model.step]
+    chosen = sorted({steps[round((i + 1) * len(steps) / (MOST + 1) - 0.5)] for i in range(MOST)} if steps else set())
+    if not chosen:
+        return
+    recipe = copy.deepcopy(recipe)
+    recipe.parallel = Parallel()
+    recipe.training.precision = "fp32" if recipe.training.precision == "fp32" else "bf16"
+    ours = build_model(recipe, model.space, ranks.init(recipe))
+    theirs = copy.deepcopy(model.model)
+    for step in chosen:
+        folder = checkpoint.folder_of(run, step)
+        try:
+            if wrong := checkpoint.damage(folder):
+                raise SodaError(f"{folder}: damaged ({wrong[0]})")
+            checkpoint.read_description(folder, recipe.model, model.space)
+            checkpoint.load(folder, [ours], None)
+        except SodaError as error:
+            console.print(f"[yellow]no sample of step {step}[/]: {error}", markup=True, soft_wrap=True)
+            continue
+        weights = hf_weights(dict(ours.state_dict()), recipe.model, model.space)
+        theirs.load_state_dict({name: weight.to(theirs.device) for name, weight in weights.items()}, strict=False)
+        yield step, theirs
