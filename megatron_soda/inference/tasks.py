@@ -1,5 +1,6 @@
 """The tasks as prompts (paper, section 8): continue, speak, transcribe."""
 
+import itertools
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -216,7 +217,8 @@ def _progress(studio: Studio, tasks: list[str], spoken: list[dict], usable: list
         entry = {"task": "progress", "id": f"{task}: {row['id']}", "language": row["language"], "prompt_text": prompt}
         entries.append(({**entry, "reference_text": None, "output_text": None, "note": "", "audio": {}}, job, task))
     ours = (studio.model.step, studio.model.model)
-    for step, network in [*earlier_models(studio.recipe, studio.model), ours] if entries else []:
+    # One by one: the earlier models are one network that is loaded again and again.
+    for step, network in itertools.chain(earlier_models(studio.recipe, studio.model), [ours]) if entries else []:
         for entry, job, task in entries:
             wave = studio.hear(studio.draw(network, job, 1, studio.recipe.seed)[0])
             if len(wave):
