@@ -72,7 +72,12 @@ class Studio:
 
     def draw(self, network: Any, job: Job, count: int, seed: int) -> list[Sampled]:
         g = self.recipe.generate
-        settings = {"max_tokens": job.max_tokens, "stop": job.stop, "temperature": g.temperature, "top_p": g.top_p}
+        settings: dict[str, Any] = {
+            "max_tokens": job.max_tokens,
+            "stop": job.stop,
+            "temperature": g.temperature,
+            "top_p": g.top_p,
+        }
         return sample(network, self.constraint, job.prompt, count=count, seed=seed, **settings)
 
     def hear(self, result: Sampled) -> np.ndarray:
