@@ -67,7 +67,7 @@ def cut_start(lines: list[Line], level: float | None = None) -> tuple[float | No
     first = [(y, x) for x, y in points if x <= until]
     if not later or not first:
         return None, ""
-    high = max([*later, *([level] if level is not None else [])])
+    high: float = max(later if level is None else [*later, level])
     spread = (high - min(later)) or 1e-9
     peak, step = max(first)
     if peak <= high + 0.3 * spread:
