@@ -1,9 +1,15 @@
 #!/usr/bin/env bash
 # Sets up .venv and runs the tests: bash tests/run.sh [--full] [pytest arguments]
 # --full adds what takes long: the browser, kills, a full disk, the whole quickstart.
+# Without pytest arguments a short quickstart follows in an environment that is not the developer's (machines.sh).
+# bash tests/run.sh --machines [MEMBER ...] runs that on every kind of machine: see machines.sh.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+if [ "${1:-}" = --machines ]; then
+  shift
+  exec bash tests/machines.sh "$@"
+fi
 if [ "${1:-}" = --full ]; then
   shift
   bash tools/venv.sh dev full
@@ -21,3 +27,4 @@ fi
 .venv/bin/ruff format --check .
 .venv/bin/basedpyright
 .venv/bin/python -m pytest "${selection[@]}" "$@"
+if [ $# = 0 ]; then bash tests/machines.sh clean; fi

@@ -51,7 +51,7 @@ fi
 
 stamp=.venv/soda-installed   # a checksum of what was installed from, the build of torch, then the extras
 checksum=$(cat pyproject.toml setup.py tools/venv.sh $(find csrc -name '*.c*' -o -name '*.h' | sort) | cksum | tr ' ' '-')
-read -r old build kept <"$stamp" 2>/dev/null || true
+if [ -f "$stamp" ]; then read -r old build kept <"$stamp" || true; fi
 missing=0
 [ "${old:-}" = "$checksum" ] || missing=1
 if [ -n "${TORCH:-}" ] && [ "${build:-}" != "$TORCH" ]; then build=$TORCH missing=1; fi
