@@ -22,11 +22,11 @@ job() {   # $1: with tests, or without; SPEECH=asterisk: not made-up speech
   set -euo pipefail
   local with_tests=$1 run="runs/short run" recipe=examples/quickstart/recipe.yaml
   local small=(
-    "run=$run" prepare.valid_share=0.2 prepare.test_share=0.2 data.sequence_length=128 model.num_layers=2
+    "run=$run" prepare.valid_share=0.2 prepare.test_share=0.2 data.sequence_length=512 model.num_layers=2
     model.hidden_size=64 model.ffn_hidden_size=128 model.num_attention_heads=2 model.num_query_groups=1
     training.steps=4 training.save_every=2 training.log_every=1 training.global_batch_size=4
     training.micro_batch_size=2 training.valid_every=4 training.valid_windows=2 evaluate.documents=2
-    evaluate.generations=2 generate.samples=1 generate.max_seconds=1
+    evaluate.generations=2 generate.samples=1 generate.max_seconds=3
   )
   if [ "$with_tests" = yes ]; then bash tools/venv.sh dev; else bash tools/venv.sh; fi
   if [ "${SPEECH:-}" = asterisk ]; then
@@ -163,7 +163,7 @@ debian() {   # SUITE
   done
   cache=/root/.cache clean unshare --mount bash -c '
     mount -t proc proc "$1/proc" && mount --rbind /dev "$1/dev" && shift &&
-    exec chroot "$0" env HOME=/root SPEECH=asterisk bash /soda/tests/machines.sh --job no' "$root" "$root"
+    exec /usr/sbin/chroot "$0" env HOME=/root PATH=/usr/sbin:/usr/bin:/sbin:/bin SPEECH=asterisk bash /soda/tests/machines.sh --job no' "$root" "$root"
 }
 
 members() {
