@@ -241,7 +241,10 @@ def together(device: "torch.device") -> Iterator[None]:
     try:
         yield
     except (SodaError, OSError) as error:
-        problem = user_message(error)
+        try:
+            problem = user_message(error)
+        except OSError:  # of no kind that it has words for
+            problem = str(error)
     share_problem(problem, device)
 
 

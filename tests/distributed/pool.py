@@ -71,7 +71,7 @@ class _Ranks:
 
     def __init__(self, world: int, folder: Path) -> None:
         context = mp.get_context("spawn")
-        self.folder, self.stores, self.in_step = folder, 0, False
+        self.folder, self.stores, self.in_step, self.lost = folder, 0, False, False
         self.connections, self.processes = [], []
         for rank in range(world):
             ours, theirs = context.Pipe()
@@ -97,15 +97,16 @@ class _Ranks:
             good, value = connection.recv()
             (results if good else errors).append(value if good else f"rank {rank}:\n{value}")
         if errors:
+            self.lost = any(error.endswith("did not answer") for error in errors)  # its answer would come to the next
             raise RuntimeError("\n".join(errors))
         self.in_step = True
         return results
 
     def close(self) -> None:
         for connection, process in zip(self.connections, self.processes, strict=True):
-            if process.is_alive():
+            if process.is_alive() and not self.lost:
                 connection.send(None)
-            process.join(5)
+                process.join(5)
             if process.is_alive():
                 process.kill()
 
@@ -117,8 +118,10 @@ class Pool:
 
     def run(self, world: int, function: Callable[..., Any], *arguments: Any, timeout: float = 240) -> list[Any]:
         """Results by rank. Raises with the trace of the first rank that failed or did not answer."""
+        if world in self.ranks and self.ranks[world].lost:
+            self.ranks.pop(world).close()
         if world not in self.ranks:
-            self.ranks[world] = _Ranks(world, Path(self.folder.name))
+            self.ranks[world] = _Ranks(world, Path(tempfile.mkdtemp(dir=self.folder.name)))
         return self.ranks[world].run(function, arguments, timeout)
 
     def close(self) -> None:
