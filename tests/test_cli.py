@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+import zlib
 
 import pytest
 
@@ -110,9 +111,16 @@ def test_train_refuses_a_damaged_store_and_one_with_foreign_ids(monkeypatch, cap
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"run: {tmp_path}\ndata: {{sequence_length: 32}}\ntraining: {{global_batch_size: 4, steps: 2}}\n")
     data = (tmp_path / "data" / "train.bin").read_bytes()
-    (tmp_path / "data" / "train.bin").write_bytes(b"\xff\xff\xff\x7f" * (len(data) // 4))
+    foreign = b"\xff\xff\xff\x7f" * (len(data) // 4)
+    (tmp_path / "data" / "train.bin").write_bytes(foreign)
+    assert soda(monkeypatch, "train", str(recipe)) == 2
+    assert "train.bin: its bytes have changed since it was written" in capsys.readouterr().err
+    meta = json.loads((tmp_path / "data" / "train.json").read_text())
+    files = {**meta["files"], "bin": {"bytes": len(foreign), "crc32": f"{zlib.crc32(foreign):08x}"}}
+    write_sealed(tmp_path / "data" / "train.json", {**meta, "files": files})  # as if they had been written so
     assert soda(monkeypatch, "train", str(recipe)) == 2
     assert "holds an id outside" in capsys.readouterr().err
+    write_sealed(tmp_path / "data" / "train.json", meta)
     (tmp_path / "data" / "train.bin").write_bytes(data[:-4])
     assert soda(monkeypatch, "train", str(recipe)) == 2
     assert "train.bin" in capsys.readouterr().err
@@ -128,7 +136,7 @@ def test_a_learning_rate_that_makes_nan_is_a_message(monkeypatch, capsys, tmp_pa
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"run: {tmp_path}\ndata: {{sequence_length: 32}}\ntraining: {{global_batch_size: 4}}\n")
     assert soda(monkeypatch, "train", str(recipe), "learning_rate=1e30", "clip_grad=0") == 2
-    assert "Lower training.learning_rate" in capsys.readouterr().err
+    assert "Run again with a lower training.learning_rate (now 1e+30)" in capsys.readouterr().err
 
 
 def test_doctor(monkeypatch, capsys):
