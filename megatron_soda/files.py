@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -141,6 +142,12 @@ def _why(error: BaseException) -> str:
         return f"no {error.args[0]!r}"[:300]
     text = (getattr(error, "strerror", None) or str(error)).strip() or type(error).__name__
     return "".join(letter if letter.isprintable() else "?" for letter in text.splitlines()[0][:300])
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    with reading(path), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json(path: str | Path, kind: type | None = None) -> Any:

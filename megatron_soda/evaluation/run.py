@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 
 from ..data.store import Store
+from ..errors import SodaError
 from ..files import read_json, write_json
 from ..hf.load import load_model, model_folder, resolve
 from ..run_folder import record_timing
@@ -22,8 +23,9 @@ def evaluate(target: str, overrides: list[str]) -> dict:
         store.check_made_by(model.made_by, f"the model {folder}", recipe.data.accept)
         store.verify()  # or the figures would be those of the damage
     result: dict = {"model": model.name, "step": model.step, "split": e.split, "documents": e.documents or len(test)}
+    result |= {"export": model.key, "data": [store.fingerprint for store in (test, train)]}
     path = run / "eval.json"
-    before = read_json(path) if path.is_file() else {}
+    before = _before(path)
     if all(before.get(key) == value for key, value in result.items()):
         result = before  # the other suites of the same model stay
     if "nll" in e.suite:
@@ -42,6 +44,15 @@ def evaluate(target: str, overrides: list[str]) -> dict:
     record_timing(run, "evaluate", {"seconds": time.monotonic() - began})
     _print(result)
     return result
+
+
+def _before(path: Path) -> dict:
+    """What is there; damage is no reason to throw away what was just computed."""
+    try:
+        return read_json(path, dict) if path.is_file() else {}
+    except SodaError as error:
+        print(f"warning: {error}; it is written anew")
+        return {}
 
 
 def _print(result: dict) -> None:

@@ -1,32 +1,42 @@
-"""`soda export`: a checkpoint as a stock Qwen3ForCausalLM folder, compared with our model before it is done."""
+"""`soda export`: a checkpoint as a stock Qwen3ForCausalLM folder, compared with our model before it is done.
 
+soda.json, beside the weights, says which checkpoint they are of and has the hash of every file (see load.py).
+"""
+
+import hashlib
+import json
 import shutil
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
+from rich.markup import escape
 from torch import Tensor
 
 from ..config import Model, Parallel, Recipe, save_recipe
 from ..data.store import Store
 from ..errors import SodaError
-from ..files import read_json, write_json
+from ..files import read_json, read_sealed, reading, write_sealed
 from ..parallel import ranks
 from ..run_folder import record_timing
-from ..tokenizer import TextTokenizer, data_tokenizer, document_string
+from ..tokenizer import NAMES, TextTokenizer, data_tokenizer, document_string
 from ..vocab import TokenSpace
-from .load import quiet_transformers
+from .load import CONFIG, DESCRIPTION, file_hashes, quiet_transformers, read_export
 from .tokenizer import save_tokenizer
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.25}  # of a logit; the second is bfloat16's own grain
+_CODEC = ("codec.json", "codec.safetensors")
+_OF_THE_DATA = (*_CODEC, *NAMES)
 console = Console(stderr=True)
 
 
 def export(recipe: Recipe) -> Path:
-    """Writes RUN/hf from the newest checkpoint and returns it; skipped if it is there already.
+    """Writes RUN/hf from the newest checkpoint and returns it; skipped if it is there already, of the content of that
+    checkpoint and whole.
 
     Raises SodaError without a checkpoint, for one of another model, and if transformers' logits differ from ours.
     """
@@ -38,8 +48,10 @@ def export(recipe: Recipe) -> Path:
     if newest is None:
         raise SodaError(f"{run}: no checkpoint in it. Run `soda train` first.")
     final = run / "hf"
-    step = read_json(newest / "checkpoint.json")["step"]
-    if (final / "soda.json").is_file() and read_json(final / "soda.json").get("step") == step:
+    with reading(newest / "checkpoint.json", "not the description of a checkpoint"):
+        step = int(read_json(newest / "checkpoint.json")["step"])
+    key = export_key(newest, recipe)
+    if _is_done(final, key, recipe.data_folder):
         console.print(f"{final}: step {step} is exported already, nothing to do")
         return final
     from ..model.gpt import build_model
@@ -67,14 +79,18 @@ def export(recipe: Recipe) -> Path:
         _copy_codec(recipe.data_folder, temporary)
         shutil.copyfile(text.path, temporary / text.path.name)
         save_recipe(recipe, temporary / "recipe.yaml")
-        write_json(
-            temporary / "soda.json",
+        config = read_json(temporary / "config.json")
+        write_sealed(
+            temporary / DESCRIPTION,
             {
                 "name": recipe.name,
                 "step": step,
+                "key": key,
                 "space": store.space.to_dict(),
                 "made_by": made_by,
                 "max_logit_difference": difference,
+                "config": {name: config[name] for name in CONFIG},
+                "files": file_hashes(temporary, [path.name for path in temporary.iterdir()]),
             },
         )
         shutil.rmtree(final, ignore_errors=True)
@@ -82,6 +98,40 @@ def export(recipe: Recipe) -> Path:
     console.print(f"{final}: step {step}, largest logit difference to ours {difference:.1e}")
     record_timing(run, "export", {"seconds": time.monotonic() - began})
     return final
+
+
+def checkpoint_key(checkpoint: Path) -> str:
+    """Of the content of a checkpoint, not of its step: the hash of its manifest, which has the hash of every file."""
+    digest = hashlib.sha256()
+    for path in (checkpoint / "manifest.json", checkpoint / "checkpoint.json"):
+        with reading(path):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def export_key(checkpoint: Path, recipe: Recipe) -> str:
+    """Of the checkpoint, and of what the recipe says of the model."""
+    parts = [recipe.name, asdict(recipe.model), recipe.data.sequence_length, recipe.training.precision]
+    return hashlib.sha256(json.dumps([checkpoint_key(checkpoint), *parts]).encode()).hexdigest()[:16]
+
+
+def _is_done(folder: Path, key: str, data: Path) -> bool:
+    """Whether `folder` is an export of this key, whole, with the codec and the tokenizer of the data folder."""
+    if not (folder / DESCRIPTION).is_file():
+        return False
+    try:
+        if read_sealed(folder / DESCRIPTION).get("key") == key:
+            files = read_export(folder)["files"]
+            others = [n for n, entry in file_hashes(data, _OF_THE_DATA).items() if files.get(n) != entry]
+            if not others:
+                return True
+            why = f"the data folder has another {others[0]}"
+        else:
+            why = "it is of another checkpoint or recipe"
+    except SodaError as error:
+        why = str(error)
+    console.print(f"[yellow]exported again[/]: {escape(why)}", highlight=False)
+    return False
 
 
 def hf_config(m: Model, space: TokenSpace, max_length: int) -> Any:
@@ -222,6 +272,6 @@ def compare_tokenizer(folder: Path, store: Store, text: TextTokenizer, documents
 
 
 def _copy_codec(data: Path, folder: Path) -> None:
-    for name in ("codec.json", "codec.safetensors"):
+    for name in _CODEC:
         if (data / name).is_file():
             shutil.copyfile(data / name, folder / name)

@@ -1,5 +1,6 @@
 """A model to use: an exported folder, with its token space, tokenizer and codec."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,16 @@ import torch
 
 from ..config import Recipe, load_recipe
 from ..errors import SodaError
-from ..files import read_json
+from ..files import read_json, read_sealed, reading, sha256
 from ..tokenizer import TextTokenizer, data_tokenizer
 from ..vocab import TokenSpace
+
+DESCRIPTION = "soda.json"
+CONFIG = (  # what of config.json makes another model of the same weights, or none
+    *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps", "rope_parameters", "tie_word_embeddings"),
+    *("attention_bias", "use_sliding_window", "max_position_embeddings", "bos_token_id", "eos_token_id"),
+)
 
 
 @dataclass
@@ -18,6 +26,7 @@ class Model:
     folder: Path
     name: str
     step: int
+    key: str  # of what it was exported from (export.export_key)
     model: Any  # transformers' Qwen3ForCausalLM, in eval mode
     space: TokenSpace
     made_by: dict[str, str]  # fingerprints of the codec and the tokenizer of its ids
@@ -60,27 +69,52 @@ def quiet_transformers() -> None:
     logging.disable_progress_bar()
 
 
+def file_hashes(folder: Path, names: Iterable[str]) -> dict[str, list]:
+    """Bytes and SHA-256 of those of the files that are there."""
+    paths = [folder / name for name in sorted(names)]
+    return {path.name: [path.stat().st_size, sha256(path)] for path in paths if path.is_file()}
+
+
+def read_export(folder: Path) -> dict[str, Any]:
+    """soda.json: name, step, key, space, and what else `soda export` says of a model. SodaError, naming the file, if
+    one is not as it was exported: then weights, ids or the model's sizes would be others than it says."""
+    path = folder / DESCRIPTION
+    described = read_sealed(path)
+    again = "Export the run again (soda export RUN)."
+    if "files" not in described or "config" not in described or "crc32" not in described:
+        raise SodaError(f"{path}: was not written by this version: its files cannot be checked. {again}")
+    with reading(path, "not the description of a model that soda exported"):
+        described["space"] = TokenSpace(**described["space"])
+        described["name"], described["step"] = str(described["name"]), int(described["step"])
+        files = {Path(name).name: (int(size), str(digest)) for name, (size, digest) in described["files"].items()}
+        sizes, described["made_by"] = dict(described["config"]), dict(described["made_by"])
+    config = read_json(folder / "config.json", dict)
+    for name, value in sizes.items():
+        if config.get(name) != value:
+            raise SodaError(
+                f"{folder / 'config.json'}: {name} is {config.get(name)!r}, the exported model has {value!r}. {again}"
+            )
+    for name, (size, digest) in files.items():
+        with reading(folder / name):
+            found = (folder / name).stat().st_size
+            same = found == size and sha256(folder / name) == digest
+        if not same:
+            what = f"{found} bytes, not {size}" if found != size else "other bytes than were exported"
+            raise SodaError(f"{folder / name}: has {what}. {again}")
+    return described
+
+
 def load_model(folder: Path) -> Model:
-    """Raises SodaError if `folder` is not a model that `soda export` wrote."""
+    """Raises SodaError if `folder` is not a model that `soda export` wrote, or not as it was written."""
     from transformers import AutoModelForCausalLM
 
     quiet_transformers()
-    described = read_json(folder / "soda.json")
+    described = read_export(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
+    with reading(folder, "cannot load the model"):
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
-        model = model.to(device).eval()
-    except (OSError, ValueError) as error:
-        raise SodaError(f"{folder}: cannot load the model ({error})") from None
+    model = model.to(device).eval()
     if device.type == "cpu" and model.num_parameters() < 100e6:
         torch.set_num_threads(1)  # a token at a time, threads cost such a model more than they give
-    space = TokenSpace(**described["space"])
-    text = data_tokenizer(folder)
-    made_by = described.get("made_by") or _made_by(folder, text)
-    return Model(folder, described["name"], described["step"], model, space, made_by, text, device)
-
-
-def _made_by(folder: Path, text: TextTokenizer) -> dict[str, str]:
-    """Of an export of an earlier version, which did not say it: what lies in the folder."""
-    codec = {"codec": read_json(folder / "codec.json")["fingerprint"]} if (folder / "codec.json").is_file() else {}
-    return {**codec, "tokenizer": text.fingerprint}
+    name, step, key, space, made_by = (described[part] for part in ("name", "step", "key", "space", "made_by"))
+    return Model(folder, name, step, key, model, space, made_by, data_tokenizer(folder), device)

@@ -13,8 +13,8 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, processors
 
 from ..errors import SodaError
-from ..files import write_text
-from ..tokenizer import NAMES, TextTokenizer, clean_text, engine, read_spec
+from ..files import reading, write_text
+from ..tokenizer import NAMES, NEITHER, TextTokenizer, clean_text, engine, read_spec
 from ..vocab import BOS, EOS, FIRST_AUDIO_CHARACTER, MARKERS, TokenSpace
 
 __all__ = ["build_tokenizer", "extend_tokenizer", "save_tokenizer"]
@@ -29,7 +29,8 @@ def build_tokenizer(text: TextTokenizer, space: TokenSpace) -> Tokenizer:
     spec = text.spec()
     # A text never holds these characters (`clean_text`), but a vocabulary may: the codes need ids of their own. Behind
     # BOS, which is cut out of every string before, such a piece is never found.
-    _rename(spec, {character: BOS + character for character in audio})
+    with reading(text.path, NEITHER):
+        _rename(spec, {character: BOS + character for character in audio})
     tokenizer = engine(spec, text.path)
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in (BOS, EOS, *MARKERS)])
     tokenizer.add_tokens([AddedToken(t, normalized=False) for t in audio])
@@ -78,7 +79,8 @@ def extend_tokenizer(source: Path, folder: Path, codebooks: int, entries: int) -
         raise SodaError(f"{path}: no such tokenizer (a sentencepiece .model, a tokenizer.json, or a folder with one)")
     spec = read_spec(path)
     if engine(spec, path).token_to_id(EOS) is None:
-        _rename(spec, {"<|endoftext|>": EOS})
+        with reading(path, NEITHER):
+            _rename(spec, {"<|endoftext|>": EOS})
     base = engine(spec, path)
     base.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in (BOS, EOS)])
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")

@@ -133,6 +133,8 @@ def generate(model: Model, recipe: Recipe, held_out: list[dict], codec: Any, out
         rows = spoken if task in NEEDS_TEXT else usable
         samples.append(_sample(studio, task, f"{task}_{i}", rows[number % len(rows)], recipe.seed + number))
     samples += _progress(studio, [task for task in tasks if task != "transcribe"], spoken, usable)
+    for entry in samples:
+        entry["export"] = model.key  # the report tells samples of an earlier one
     write_json(out / "samples.json", samples)
     kept = {name for entry in samples for name in entry["audio"].values()}
     for old in out.glob("*.wav"):  # of a run with other settings

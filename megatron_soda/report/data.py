@@ -30,7 +30,7 @@ def data_summary(data: dict[str, Any]) -> dict[str, Any] | None:
         row["percent"] = 100 * (row["seconds"] or 0) / longest
     documents, tokens = as_dict(data.get("documents")), as_dict(data.get("tokens"))
     known = ("rejects", "languages", "documents", "tokens", "codec", "attribution", "classes", "reject_count")
-    known += ("reject_reasons",)
+    known += ("reject_reasons", "stores")
     reasons = as_dict(data.get("reject_reasons")) or Counter(str(row["reason"]).split(":")[0] for row in rows)
     return {
         "facts": flatten(public({key: value for key, value in data.items() if key not in known})),

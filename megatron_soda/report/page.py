@@ -16,7 +16,7 @@ from .classes import class_colours, class_names
 from .data import data_summary
 from .evaluation import grammar_rows, nll_table
 from .header import header, tiles, title, verdict
-from .reading import as_dict, as_list, load, read_metrics
+from .reading import as_dict, as_list, load, read_metrics, warn_of_stale
 from .samples import samples
 from .times import timings
 from .training import charts
@@ -29,7 +29,7 @@ PAPER = {
     "id": "arXiv 2602.16687",
     "url": "https://arxiv.org/abs/2602.16687",
 }
-EVALUATION_KEYS = ("model", "step", "split", "documents", "nll", "grammar")
+EVALUATION_KEYS = ("model", "step", "split", "documents", "nll", "grammar", "export", "data")
 
 
 def build_report(run: Path) -> Path:
@@ -60,6 +60,7 @@ def collect(run: Path) -> dict[str, Any]:
     facts = as_dict(load(run, "environment.json", warnings))
     data = as_dict(load(run, "data/prepare.json", warnings))
     stages = timings(as_dict(load(run, "timings.json", warnings)))
+    warn_of_stale(run, warnings)
     recipe_file = run / "recipe.yaml"
     recipe = recipe_file.read_text(encoding="utf-8", errors="replace") if recipe_file.is_file() else ""
     nll = nll_table(as_dict(evaluation.get("nll")))

@@ -34,7 +34,7 @@ def read_metrics(path: Path, warnings: list[str]) -> tuple[list[dict], list[dict
             continue
         try:
             point = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             damaged.append(index)
             continue
         step = finite(as_dict(point).get("step"))
@@ -52,6 +52,17 @@ def read_metrics(path: Path, warnings: list[str]) -> tuple[list[dict], list[dict
     if lost:
         warnings.append(f"The loss was not a finite number at {plural(len(lost), 'step')}, first at {lost[0]:,.0f}.")
     return [train[step] for step in sorted(train)], [valid[step] for step in sorted(valid)]
+
+
+def warn_of_stale(run: Path, warnings: list[str]) -> None:
+    """Says which results are of another model than the one in RUN/hf now."""
+    exported = as_dict(load(run, "hf/soda.json", [])).get("key")
+    evaluated = as_dict(load(run, "eval.json", [])).get("export")
+    spoken = {as_dict(sample).get("export") for sample in as_list(load(run, "samples/samples.json", []))} - {None}
+    if exported and evaluated not in (None, exported):
+        warnings.append("The evaluation is of an earlier export of this run: run soda evaluate again.")
+    if exported and not spoken <= {exported}:
+        warnings.append("Some samples are of an earlier export of this run: run soda generate again.")
 
 
 def as_dict(value: Any) -> dict[str, Any]:

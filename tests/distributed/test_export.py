@@ -1,13 +1,16 @@
 """A checkpoint of any layout becomes a Qwen3 whose logits are ours."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from megatron_soda.files import write_json
+from megatron_soda.errors import SodaError
+from megatron_soda.files import write_json, write_sealed
+from megatron_soda.hf.load import load_model, read_export
 from megatron_soda.tokenizer import TextTokenizer, train_sentencepiece
 from tests.distributed.test_layouts import train
 from tests.helpers import small_recipe, write_data
@@ -85,6 +88,87 @@ def test_transformers_gives_our_logits(pool, real_text_data, tmp_path, world, ov
     logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert float(torch.cat(losses).mean()) == pytest.approx(logged[-2]["loss"], abs=0.35)
     assert not list(Path(folder).rglob("*.bin"))
+
+
+def test_an_export_of_another_training_is_not_served(pool, real_text_data, tmp_path):
+    """Trained anew in the same folder to the same step: the step says nothing about the weights."""
+    overrides = ["training.steps=1", "training.save_every=1"]
+    weights = tmp_path / "hf" / "model.safetensors"
+    seen = set()
+    for seed in (1, 2):
+        shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
+        pool.run(1, train, str(tmp_path), str(real_text_data), [*overrides, f"seed={seed}"])
+        pool.run(1, export, str(tmp_path), str(real_text_data), overrides)
+        seen.add(weights.read_bytes())
+    assert len(seen) == 2
+    described = (tmp_path / "hf" / "soda.json").stat().st_mtime_ns
+    pool.run(1, export, str(tmp_path), str(real_text_data), overrides)
+    assert (tmp_path / "hf" / "soda.json").stat().st_mtime_ns == described  # skipped
+
+    whole = weights.read_bytes()
+    for path, damage in (
+        (weights, whole[:-100]),
+        (weights, whole[:-1] + bytes([whole[-1] ^ 1])),
+        (tmp_path / "hf" / "soda.json", b'{"step": 1}'),
+        (tmp_path / "hf" / "tokenizer.json", None),
+    ):
+        path.unlink() if damage is None else path.write_bytes(damage)
+        pool.run(1, export, str(tmp_path), str(real_text_data), overrides)
+        assert weights.read_bytes() == whole
+        assert read_export(tmp_path / "hf")["step"] == 1
+
+    for other in ("data.sequence_length=16", "name=other"):  # what the export says of itself
+        before = (tmp_path / "hf" / "soda.json").read_text()
+        pool.run(1, export, str(tmp_path), str(real_text_data), [*overrides, other])
+        assert (tmp_path / "hf" / "soda.json").read_text() != before
+    data = tmp_path / "data"
+    shutil.copytree(real_text_data, data)
+    write_json(data / "codec.json", {"name": "none", "fingerprint": "other", "arguments": {"spec": "embedded"}})
+    pool.run(1, export, str(tmp_path), str(data), overrides)
+    assert "other" in (tmp_path / "hf" / "codec.json").read_text()
+
+
+CHANGES = {
+    "hidden_size": 64,
+    "num_key_value_heads": 4,
+    "num_hidden_layers": 3,
+    "vocab_size": 9999,
+    "rms_norm_eps": 0.1,
+    "hidden_act": "relu",
+    "tie_word_embeddings": True,
+    "model_type": "llama",
+    "rope_parameters": {"rope_type": "unheard of"},
+    "max_position_embeddings": None,
+}
+
+
+def test_a_model_that_is_not_as_exported_is_not_loaded(pool, real_text_data, tmp_path):
+    overrides = ["training.steps=1", "training.save_every=1"]
+    pool.run(1, train, str(tmp_path), str(real_text_data), overrides)
+    (folder,) = map(Path, pool.run(1, export, str(tmp_path), str(real_text_data), overrides))
+    assert load_model(folder).step == 1
+    config, described = ((folder / name).read_text() for name in ("config.json", "soda.json"))
+    for name, value in CHANGES.items():
+        (folder / "config.json").write_text(json.dumps(json.loads(config) | {name: value}))
+        with pytest.raises(SodaError, match=rf"config\.json: {name} is "):
+            load_model(folder)
+    (folder / "config.json").write_text(json.dumps(json.loads(config) | {"attention_dropout": 0.5}))
+    with pytest.raises(SodaError, match=r"config\.json: has \d+ bytes, not"):
+        load_model(folder)
+    (folder / "config.json").write_text(config)
+    for name in json.loads(described)["files"]:
+        whole = (folder / name).read_bytes()
+        for damage in (whole[: len(whole) // 2], whole[:-1] + bytes([whole[-1] ^ 1]), None):
+            (folder / name).unlink() if damage is None else (folder / name).write_bytes(damage)
+            with pytest.raises(SodaError, match=name):
+                load_model(folder)
+        (folder / name).write_bytes(whole)
+    for change in ({"step": "one"}, {"space": [1]}, {"files": {"config.json": 5}}, {"config": 7}, {"files": None}, {}):
+        write_sealed(folder / "soda.json", json.loads(described) | change)
+        if change:
+            with pytest.raises(SodaError, match=r"soda\.json: not the description"):
+                load_model(folder)
+    assert load_model(folder).step == 1
 
 
 def test_a_wrong_export_is_refused(pool, real_text_data, tmp_path):
@@ -166,7 +250,6 @@ def test_stores_of_another_codec_are_refused(pool, real_text_data, tmp_path):
         shutil.copytree(tmp_path / "run" / "checkpoints", again / "checkpoints")
         with pytest.raises(RuntimeError, match=said):
             pool.run(1, export, str(again), str(other), one_step)
-    # An export of an earlier version says nothing of it: what lies in the folder does.
     write_json(Path(folder) / "soda.json", {"name": "x", "step": 1, "space": model.space.to_dict()})
-    known = {"codec": "none", "tokenizer": TextTokenizer(real_text_data / "text_tokenizer.model").fingerprint}
-    assert load_model(Path(folder)).made_by == known
+    with pytest.raises(SodaError, match="was not written by this version"):
+        load_model(Path(folder))

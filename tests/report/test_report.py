@@ -297,3 +297,16 @@ def test_speed_is_in_whole_tokens(quick_run: Path) -> None:
 
 def test_running_mean_keeps_a_constant() -> None:
     assert running_mean(np.full(50, 3.0), 9) == pytest.approx(np.full(50, 3.0))
+
+
+def test_results_of_another_export_are_flagged(quick_run):
+    (quick_run / "hf").mkdir(exist_ok=True)
+    (quick_run / "hf" / "soda.json").write_text(json.dumps({"key": "new"}))
+    evaluated = json.loads((quick_run / "eval.json").read_text())
+    for key in ("new", "old"):
+        (quick_run / "eval.json").write_text(json.dumps(evaluated | {"export": key}))
+        (quick_run / "samples").mkdir(exist_ok=True)
+        (quick_run / "samples" / "samples.json").write_text(json.dumps([{"task": "speak", "export": key, "audio": {}}]))
+        page = build_report(quick_run).read_text()
+        assert ("run soda evaluate again" in page) == (key == "old")
+        assert ("run soda generate again" in page) == (key == "old")
