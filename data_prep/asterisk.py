@@ -60,7 +60,7 @@ def fetch(folder: Path, languages: list[str]) -> None:
                 packages = [_unpack_package(folder, part, folder / language) for part in (name, f"{name}-g722")]
             except SodaError as error:
                 raise SodaError(f"{error}\n{INSTEAD}") from None
-            write_json(folder / language / STAMP, {"packages": packages, "files": len(_sounds(folder / language))})
+            write_json(folder / language / STAMP, {"packages": packages, "files": _listing(folder / language)})
     shutil.rmtree(folder / "apt", ignore_errors=True)
     write_text(folder / "ATTRIBUTION.md", _attribution(folder))
 
@@ -158,9 +158,15 @@ def _sounds(root: Path) -> dict[str, Path]:
     return {"/".join(file.relative_to(voices).with_suffix("").parts[1:]): file for file in files}
 
 
+def _listing(root: Path) -> str:
+    """A hash of the names and sizes of all files: one that is gone, cut short or added changes it."""
+    files = sorted((str(p.relative_to(root)), p.stat().st_size) for p in root.rglob("*") if p.is_file())
+    return hashlib.sha256(json.dumps([file for file in files if file[0] != STAMP]).encode()).hexdigest()
+
+
 def _is_complete(root: Path) -> bool:
     try:
-        return json.loads((root / STAMP).read_text())["files"] == len(_sounds(root))
+        return json.loads((root / STAMP).read_text())["files"] == _listing(root)
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

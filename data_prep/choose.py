@@ -11,7 +11,7 @@ from rich.console import Console
 
 from megatron_soda.config import Recipe
 from megatron_soda.errors import SodaError
-from megatron_soda.files import atomic_path, read_json, write_json, write_text
+from megatron_soda.files import atomic_path, read_json, reading, sha256, write_json, write_text
 from megatron_soda.tokenizer import (
     NAMES,
     TextTokenizer,
@@ -25,6 +25,7 @@ from megatron_soda.vocab import TokenSpace
 from .audio import read_audio
 from .codecs import Codec, load_codec
 from .index import Index, digest, sample, side, split_key
+from .units import check_codec
 from .utterance import BadAudio, Utterance
 
 FIT_AT_LEAST = 600.0  # seconds of speech; with less, the quantiser that ships with the embedded codec is better
@@ -46,14 +47,14 @@ def choose_codec(recipe: Recipe, index: Index, folder: Path) -> dict[str, Any]:
         some = sample(index.shards, FIT_UTTERANCES, lambda u: side(split_key(u), index.bounds) == "train")
         fitted, stamp = folder / "codec.safetensors", folder / "codec.key"
         key = digest(wanted, recipe.seed, [(u.id, when) for u, when in some])
-        if fitted.is_file() and stamp.is_file() and stamp.read_text() == key:
+        if _is_stamped(fitted, stamp, key):
             path = str(fitted)
         else:
             waves = _fit_audio([u for u, _ in some])
             seconds = sum(map(len, waves)) / 24_000
             if seconds >= FIT_AT_LEAST or wanted != {"codebooks": 8, "entries": 2048}:
                 _fit(waves, fitted, wanted, recipe.seed)
-                write_text(stamp, key)
+                _stamp(fitted, stamp, key)
                 path = str(fitted)
             else:
                 console.print(f"{seconds:.0f} s of speech: too little to fit the codec on, taking the one that ships")
@@ -109,15 +110,26 @@ def _fit(waves: list[np.ndarray], path: Path, wanted: dict[str, int], seed: int)
     codec.save(path)
 
 
+def _load(arguments: dict[str, Any], described: Path) -> Codec:
+    """SodaError for arguments that load_codec does not have."""
+    known = {"spec": str, "path": (str, type(None)), "codebooks": (int, type(None))}
+    with reading(described, "its arguments load no codec"):
+        if any(not isinstance(value, known[name]) for name, value in arguments.items()):
+            raise ValueError(f"{arguments}")
+        return load_codec(**arguments)
+
+
 def load_data_codec(folder: Path) -> Codec:
     """The codec that made the tokens of a data folder (or of an exported model, which carries its own)."""
-    chosen = read_json(folder / "codec.json")
+    chosen = read_json(folder / "codec.json", dict)
+    with reading(folder / "codec.json", "does not describe a codec"):
+        check_codec(chosen)
     arguments = dict(chosen["arguments"])
     codec, fitted = None, folder / "codec.safetensors"
     if fitted.is_file() and arguments.get("path", "") and chosen["name"] == "embedded":
-        codec = load_codec(**{**arguments, "path": str(fitted)})
+        codec = _load({**arguments, "path": str(fitted)}, folder / "codec.json")
     if codec is None or codec.fingerprint != chosen["fingerprint"]:  # what was fitted is left from another run
-        codec = load_codec(**arguments)
+        codec = _load(arguments, folder / "codec.json")
     if codec.fingerprint != chosen["fingerprint"]:
         raise SodaError(
             f"{folder}: its tokens were made by codec {chosen['fingerprint']}, the one installed now is "
@@ -146,7 +158,7 @@ def choose_tokenizer(
             temporary.write_bytes(model)
         return TextTokenizer(path)
     key = digest(key, p.text_pieces, sizes)
-    if any((folder / name).is_file() for name in NAMES) and stamp.is_file() and stamp.read_text() == key:
+    if any(_is_stamped(folder / name, stamp, key) for name in NAMES):
         return data_tokenizer(folder)
     _forget(folder)
     spoken = _some(transcripts, TOKENIZER_SENTENCES)
@@ -158,8 +170,22 @@ def choose_tokenizer(
     else:
         console.print("no transcript and no text: the text tokenizer, which a model must have, is one of bytes")
         write_byte_tokenizer(folder / NAMES[1])
-    write_text(stamp, key)
-    return data_tokenizer(folder)
+    made = data_tokenizer(folder)
+    _stamp(made.path, stamp, key)
+    return made
+
+
+def _stamp(made: Path, stamp: Path, key: str) -> None:
+    """Notes what a file was made from, and what it is."""
+    write_text(stamp, f"{key} {sha256(made)}")
+
+
+def _is_stamped(made: Path, stamp: Path, key: str) -> bool:
+    """Whether the file is the one that was made from this: not damaged since, nor put there by somebody."""
+    if not (made.is_file() and stamp.is_file()):
+        return False
+    with reading(stamp):
+        return stamp.read_bytes() == f"{key} {sha256(made)}".encode()
 
 
 def _forget(folder: Path) -> None:

@@ -14,11 +14,11 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from megatron_soda.errors import SodaError
-from megatron_soda.files import atomic_path, write_json
+from megatron_soda.files import atomic_path, reading, write_json
 from megatron_soda.tokenizer import TextTokenizer, clean_text
 from megatron_soda.vocab import TokenSpace
 
@@ -50,10 +50,8 @@ def string_jobs(paths: list[Path], folder: Path, settings: dict[str, Any]) -> li
     """One job a row group. SodaError if a file is no Parquet, or has no column `text` of strings."""
     jobs: list[Job] = []
     for path in paths:
-        try:
+        with reading(path, "cannot be read as Parquet"):
             file = pq.ParquetFile(path)
-        except (OSError, pa.ArrowException) as error:
-            raise SodaError(f"{path}: cannot be read as Parquet ({error})") from None
         if "text" not in file.schema_arrow.names or not _is_string(file.schema_arrow.field("text").type):
             raise SodaError(
                 f"{path}: a released corpus has a column `text` of strings; this file's columns are "
@@ -80,15 +78,15 @@ def is_done(job: Job) -> bool:
 def part_facts(path: Path) -> dict[str, Any] | None:
     """What is known of a part; None if it is not there or not whole."""
     try:
-        with safe_open(path, "np") as file:
+        with reading(path), safe_open(path, "np") as file:
             return json.loads((file.metadata() or {})["facts"])
-    except (OSError, SafetensorError, KeyError, ValueError):
+    except SodaError:
         return None
 
 
 def read_part(path: Path, of: str) -> tuple[np.ndarray, np.ndarray]:
     """int32 ids and lengths of the documents of a side."""
-    with safe_open(path, "np") as file:
+    with reading(path), safe_open(path, "np") as file:
         return file.get_tensor(f"{of}.ids"), file.get_tensor(f"{of}.lengths")
 
 

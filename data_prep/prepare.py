@@ -17,7 +17,7 @@ from rich.markup import escape
 from megatron_soda.config import Recipe
 from megatron_soda.data.store import Store
 from megatron_soda.errors import SodaError
-from megatron_soda.files import locked, read_json, write_json
+from megatron_soda.files import locked, read_json, reading, write_json
 from megatron_soda.run_folder import record_timing
 
 from . import choose, documents, encode
@@ -107,7 +107,7 @@ def _prepare(recipe: Recipe) -> dict[str, Any]:
     }
     key = digest([job["key"] for some in jobs.values() for job in some], p.text_share, list(SIDES), p.store)
     done = folder / "prepare.json"
-    if (summary := _whole(folder, key)) is not None:
+    if (summary := _whole(folder, key, bool(units))) is not None:
         rejects.close()
         console.print(f"{folder}: prepared already, nothing to do")
         return summary
@@ -119,7 +119,7 @@ def _prepare(recipe: Recipe) -> dict[str, Any]:
         _collect(Path(job["out"]), rejects)
     lap("documents")
     rejects.keep()
-    summary = write_stores(recipe, jobs, units, bounds, tokenizer, space, codec, rejects)
+    summary = write_stores(recipe, jobs, units, bounds, tokenizer, space, codec, rejects, key)
     lap("stores")
     timings["seconds"] = time.monotonic() - began
     summary.update(
@@ -207,8 +207,11 @@ def _run(
 
 def _collect(part: Path, rejects: Rejects) -> None:
     path = part.with_suffix(".rejects.json")
-    for reject in read_json(path) if path.is_file() else []:
-        rejects.add(Reject(**reject) if isinstance(reject, dict) else Reject(*reject))
+    if path.is_file():
+        with reading(path, "not a list of rejects; delete it and run the same command again"):
+            some = [Reject(**r) if isinstance(r, dict) else Reject(*r) for r in read_json(path, list)]
+        for reject in some:
+            rejects.add(reject)
 
 
 def _transcripts(units: list[Path], bounds: tuple[str, str]) -> Iterator[tuple[str, str]]:
@@ -221,18 +224,25 @@ def _transcripts(units: list[Path], bounds: tuple[str, str]) -> Iterator[tuple[s
 # ---- small things
 
 
-def _whole(folder: Path, key: str) -> dict[str, Any] | None:
-    """What prepare.json says, if it is of this key and the stores are whole."""
+def _whole(folder: Path, key: str, spoken: bool) -> dict[str, Any] | None:
+    """What prepare.json says, if it is of this key and the stores are whole and of it too."""
+    path = folder / "prepare.json"
+    if not path.is_file():
+        return None
     try:
-        summary = read_json(folder / "prepare.json")
-        if not isinstance(summary, dict) or summary.get("key") != key:
+        summary = read_json(path, dict)
+        if summary.get("key") != key:
             return None
+        with reading(path, "not what this version writes"):
+            made = {name: str(summary["stores"][name]) for name in SIDES}
         for name in SIDES:
-            Store(folder / name)
+            if Store(folder / name).fingerprint != made[name]:
+                raise SodaError(f"{folder / name}: a store of another preparation")
+            if spoken and name != "train" and unit_key(folder / f"{name}.parquet") != digest(key, name):
+                raise SodaError(f"{folder / name}.parquet: gone, or of another preparation")
         return summary
     except SodaError as error:
-        if (folder / "prepare.json").is_file():
-            console.print(f"[yellow]made again[/]: {escape(str(error))}")
+        console.print(f"[yellow]made again[/]: {escape(str(error))}")
         return None
 
 

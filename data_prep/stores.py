@@ -19,7 +19,7 @@ from megatron_soda.vocab import TokenSpace
 from . import documents
 from .documents import SIDES
 from .executor import Job
-from .index import side
+from .index import digest, side
 from .inputs import too_little
 from .show import Rejects, console, progress
 from .units import SCHEMA
@@ -36,9 +36,11 @@ def write_stores(
     space: TokenSpace,
     codec: dict[str, Any] | None,
     rejects: Rejects,
+    key: str,
 ) -> dict[str, Any]:
     """Writes the three stores and the held-out units, and returns what prepare.json says of them. `jobs`: those of the
-    parts, by `speech` and `text`. SodaError if a store would be empty."""
+    parts, by `speech` and `text`; `key`: of this preparation, which the held-out units carry. SodaError if a store
+    would be empty."""
     folder, p = recipe.data_folder, recipe.prepare
     facts = {kind: [_facts(job) for job in some] for kind, some in jobs.items()}
     provenance = {
@@ -58,7 +60,7 @@ def write_stores(
                 raise SodaError(too_little(name, rejects))
             classes.update(counted.classes)
             if name != "train" and units:
-                _held_out(folder / f"{name}.parquet", units, name, bounds)
+                _held_out(folder / f"{name}.parquet", units, name, bounds, digest(key, name))
     spoken, text = (sum(f["train.tokens"] for f in facts[kind]) for kind in ("speech", "text"))
     wanted = spoken * p.text_share / (1 - p.text_share)
     if p.text and spoken and text < wanted:
@@ -77,6 +79,7 @@ def write_stores(
         "hours": sum(entry["seconds"] for entry in languages.values()) / 3600,
         "documents": written,
         "tokens": tokens,
+        "stores": {name: Store(folder / name).fingerprint for name in SIDES},
         "bytes": {
             "units": _bytes(units),
             "stores": _bytes([path for n in SIDES for path in Store(folder / n).files.values()]),
@@ -161,11 +164,11 @@ class _Counted:
             yield ids, lengths
 
 
-def _held_out(path: Path, units: list[Path], name: str, bounds: tuple[str, str]) -> None:
+def _held_out(path: Path, units: list[Path], name: str, bounds: tuple[str, str], key: str) -> None:
     left = HELD_OUT_ROWS
     with atomic_path(path) as temporary:
-        schema = pq.read_schema(units[0])
-        with pq.ParquetWriter(temporary, SCHEMA.with_metadata(schema.metadata), compression="zstd") as writer:
+        schema = SCHEMA.with_metadata({**(pq.read_schema(units[0]).metadata or {}), b"key": key.encode()})
+        with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
             for unit in units:
                 table = pq.read_table(unit, columns=SCHEMA.names)
                 names = ("recording", "prompt", "id")
@@ -173,7 +176,7 @@ def _held_out(path: Path, units: list[Path], name: str, bounds: tuple[str, str])
                 kept = pa.array([side(next(filter(None, k)), bounds) == name for k in keys], pa.bool_())
                 table = table.filter(kept).slice(0, left)
                 if len(table):
-                    writer.write_table(table.cast(SCHEMA.with_metadata(schema.metadata)))
+                    writer.write_table(table.cast(schema))
                 left -= len(table)
                 if not left:
                     break

@@ -11,8 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_soda.errors import SodaError
-from megatron_soda.files import atomic_path
+from megatron_soda.files import atomic_path, reading
 
+CANNOT = "cannot be read; if `soda prepare` made it, delete it and run the same command again"
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -57,22 +58,34 @@ def write_units(
 def unit_key(path: Path) -> str | None:
     """The key a shard was written with; None if it is not there or is no whole unit shard."""
     try:
-        return (pq.read_schema(path).metadata or {}).get(b"key", b"").decode()
-    except (OSError, pa.ArrowException):
+        with reading(path):
+            return (pq.read_schema(path).metadata or {}).get(b"key", b"").decode()
+    except SodaError:
         return None
 
 
 def unit_codec(path: Path) -> dict[str, Any]:
     """The codec of a shard: name, fingerprint, codebooks, entries, and how to load it. SodaError if it is no shard."""
-    try:
-        return json.loads((pq.read_schema(path).metadata or {})[b"codec"])
-    except (OSError, pa.ArrowException, KeyError, ValueError) as error:
-        raise SodaError(f"{path}: no unit shard that `soda prepare` wrote ({type(error).__name__}: {error})") from None
+    with reading(path, "no unit shard that `soda prepare` wrote"):
+        codec = json.loads((pq.read_schema(path).metadata or {})[b"codec"])
+        check_codec(codec)
+        return codec
+
+
+def check_codec(codec: Any) -> None:
+    """ValueError, KeyError or TypeError unless this describes a codec: what codec.json and unit shards hold."""
+    for name in ("codebooks", "entries"):
+        if type(codec[name]) is not int or not 1 <= codec[name] <= 1 << 16:
+            raise ValueError(f"{name} is {codec[name]!r}")
+    for name, kind in {"name": str, "fingerprint": str, "arguments": dict}.items():
+        if not isinstance(codec[name], kind):
+            raise TypeError(f"{name} is {codec[name]!r}")
 
 
 def check_schema(path: Path) -> None:
     """SodaError unless the Parquet file has the columns of a unit shard, of their types."""
-    found = pq.read_schema(path)
+    with reading(path, CANNOT):
+        found = pq.read_schema(path)
     for column in SCHEMA:
         kind = found.field(column.name).type if column.name in found.names else None
         if kind != column.type:
@@ -84,25 +97,20 @@ def check_schema(path: Path) -> None:
 
 def read_columns(path: Path, names: Sequence[str]) -> list[dict[str, Any]]:
     """Rows of some columns. SodaError if the shard cannot be read."""
-    try:
+    with reading(path, CANNOT):
         return pq.read_table(path, columns=list(names)).to_pylist()
-    except (OSError, pa.ArrowException) as error:
-        raise damaged(path, error) from None
 
 
 def left_out(path: Path) -> list[str]:
     """What write_units was given as that."""
-    return json.loads((pq.read_schema(path).metadata or {}).get(b"left_out", b"[]"))
-
-
-def damaged(path: Path, error: Exception) -> SodaError:
-    return SodaError(f"{path}: cannot be read ({error}). Delete it and run the same command again.")
+    with reading(path, CANNOT):
+        return [str(key) for key in json.loads((pq.read_schema(path).metadata or {}).get(b"left_out", b"[]"))]
 
 
 def read_shard(path: Path) -> tuple[list[Row], np.ndarray]:
     """The utterances of a shard, and all their codes: int16 (frames, codebooks). SodaError if it cannot be read."""
     codebooks = unit_codec(path)["codebooks"]
-    try:
+    with reading(path, CANNOT):
         check_schema(path)
         table = pq.read_table(path, columns=SCHEMA.names)
         codes = table.column("codes").combine_chunks()
@@ -111,12 +119,10 @@ def read_shard(path: Path) -> tuple[list[Row], np.ndarray]:
         flat = values.to_numpy(zero_copy_only=False)
         if values.null_count or (lengths % codebooks).any():
             raise SodaError(f"{path}: its codes are not whole frames of {codebooks}")
-    except (OSError, pa.ArrowException) as error:
-        raise damaged(path, error) from None
-    ends = np.cumsum(lengths // codebooks).tolist()
-    names = ("id", "text", "language", "speaker", "prompt", "recording", "seconds")
-    empty = {"seconds": 0.0}
-    columns = [[v or empty.get(n, "") for v in table.column(n).to_pylist()] for n in names]
+        ends = np.cumsum(lengths // codebooks).tolist()
+        names = ("id", "text", "language", "speaker", "prompt", "recording", "seconds")
+        empty = {"seconds": 0.0}
+        columns = [[v or empty.get(n, "") for v in table.column(n).to_pylist()] for n in names]
     rows = [Row(*fields) for fields in zip(*columns, [0, *ends][: len(ends)], ends, strict=True)]
     return rows, flat.reshape(-1, codebooks)
 
@@ -125,6 +131,9 @@ def read_units(paths: list[Path]) -> Iterator[dict]:
     """Rows in the order of the shards, with codes (frames, codebooks) int16."""
     for path in sorted(paths):
         codebooks = unit_codec(path)["codebooks"]
-        for row in pq.read_table(path).to_pylist():
-            row["codes"] = np.array(row["codes"], np.int16).reshape(-1, codebooks)
-            yield row
+        with reading(path, CANNOT):
+            check_schema(path)
+            rows = pq.read_table(path, columns=SCHEMA.names).to_pylist()
+            for row in rows:
+                row["codes"] = np.array(row["codes"] or [], np.int16).reshape(-1, codebooks)
+        yield from rows

@@ -5,6 +5,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from .errors import SodaError
 from .files import read_json, write_json
 
 
@@ -24,7 +25,17 @@ def record_environment(run: Path, **facts: Any) -> None:
 def record_timing(run: Path, stage: str, seconds: dict[str, float], *, add: bool = False) -> None:
     """Seconds of one stage, into RUN/timings.json. `add`: to what is there, for a stage that goes on after a stop."""
     path = run / "timings.json"
-    timings = read_json(path) if path.is_file() else {}
-    before = timings.get(stage, {}) if add else {}
+    timings: dict[str, Any] = {}
+    if path.is_file():
+        try:
+            timings = read_json(path, dict)
+        except SodaError as error:  # no reason to fail at the end of a stage
+            print(f"warning: {error}; it is begun anew", flush=True)
+    before = timings.get(stage) if add else {}
+    before = {name: value for name, value in before.items() if _is_time(value)} if isinstance(before, dict) else {}
     timings[stage] = {name: round(before.get(name, 0.0) + value, 3) for name, value in seconds.items()}
     write_json(path, timings)
+
+
+def _is_time(value: Any) -> bool:
+    return isinstance(value, (int, float)) and abs(value) < 1e12

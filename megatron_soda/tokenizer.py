@@ -3,7 +3,6 @@ tokenizers library, so that an exported tokenizer, which is the same engine with
 (sentencepiece itself adds its scores in single precision and breaks ties otherwise: one text in a thousand differs.)
 """
 
-import hashlib
 import json
 import re
 import unicodedata
@@ -14,10 +13,19 @@ from typing import Any
 import numpy as np
 
 from .errors import SodaError
-from .files import atomic_path, write_text
+from .files import atomic_path, reading, sha256, write_text
 from .vocab import BOS, EOS, FIRST_AUDIO_CHARACTER, MARKERS, TokenSpace
 
 NAMES = ("text_tokenizer.model", "text_tokenizer.json")  # in a data folder, an export or an extended tokenizer
+NEITHER = "neither a sentencepiece model nor a tokenizer.json"
+PROBES = (
+    "Hello, 12 worlds",
+    " \t\n",
+    "Grüße, Добрый день",
+    "你好 مرحبا 🙂",
+    "\0\x7f�",
+    "a" * 50,
+)  # any text must have ids
 PREFIX = "▁"  # how sentencepiece writes a space
 NORMAL, USER_DEFINED, UNUSED, BYTE = 1, 4, 5, 6  # kinds of sentencepiece's pieces
 
@@ -33,10 +41,11 @@ class TextTokenizer:
 
     def __init__(self, path: str | Path) -> None:
         self.path = _file(Path(path))
-        self.fingerprint = hashlib.sha256(self.path.read_bytes()).hexdigest()[:16]
+        self.fingerprint = sha256(self.path)[:16]
         spec = self.spec()
-        for token in spec["added_tokens"]:
-            token["special"] = token["content"] in (BOS, EOS)
+        with reading(self.path, NEITHER):
+            for token in spec["added_tokens"]:
+                token["special"] = token["content"] in (BOS, EOS)
         self._model = engine(spec, self.path)
         self._model.encode_special_tokens = True
         ids = [self._model.token_to_id(token) for token in (BOS, EOS)]
@@ -47,7 +56,16 @@ class TextTokenizer:
         if any(self._model.token_to_id(marker) is not None for marker in MARKERS):
             raise SodaError(f"{path}: it has SODA's markers already; take the {NAMES[1]} it was made from")
         self.bos, self.eos = (int(i) for i in ids)
-        self.size = 1 + max(self._model.get_vocab(with_added_tokens=True).values())
+        vocabulary = self._model.get_vocab(with_added_tokens=True)
+        self.size = 1 + max(vocabulary.values())
+        if self.size != len(vocabulary):
+            raise SodaError(
+                f"{path}: its {len(vocabulary):,} tokens do not have the ids 0 to {len(vocabulary) - 1:,}, each once "
+                f"(the largest is {self.size - 1:,}). The ids of the markers and the audio codes follow without a gap."
+            )
+        with reading(self.path, "a tokenizer that cannot encode any text"):
+            self.encode_batch(PROBES)
+            self.decode(self.encode(PROBES[0]))
 
     def spec(self) -> dict[str, Any]:
         """What the tokenizer.json of an export starts from."""
@@ -133,20 +151,16 @@ def read_spec(path: Path) -> dict[str, Any]:
     """What the tokenizer.json `path` holds, or would hold for a sentencepiece model, less what acts on whole inputs
     only: a text must have the same ids alone and inside a document. Raises SodaError for a file that is neither.
     """
-    try:
+    with reading(path, NEITHER):
         spec = json.loads(path.read_bytes()) if path.suffix == ".json" else _sentencepiece_spec(path)
-        spec["model"]
-    except SodaError:
-        raise
-    except Exception as error:
-        raise _neither(path, error) from None
-    spec.update(post_processor=None, truncation=None, padding=None)
-    spec["added_tokens"] = spec.get("added_tokens") or []
-    if _never_prefix_the_first(spec.get("pre_tokenizer")):
-        _never_prefix_the_first(spec.get("decoder"))
-        decoder = spec.get("decoder") or {}
-        if "decoders" in decoder:
-            decoder["decoders"] = [d for d in decoder["decoders"] if d.get("type") != "Strip"]
+        spec["model"]["vocab"]
+        spec.update(post_processor=None, truncation=None, padding=None)
+        spec["added_tokens"] = spec.get("added_tokens") or []
+        if _never_prefix_the_first(spec.get("pre_tokenizer")):
+            _never_prefix_the_first(spec.get("decoder"))
+            decoder = spec.get("decoder") or {}
+            if "decoders" in decoder:
+                decoder["decoders"] = [d for d in decoder["decoders"] if d.get("type") != "Strip"]
     return spec
 
 
@@ -154,14 +168,8 @@ def engine(spec: dict[str, Any], path: Path) -> Any:
     """The `tokenizers.Tokenizer` of a spec; `path` is for the error."""
     from tokenizers import Tokenizer
 
-    try:
+    with reading(path, NEITHER):
         return Tokenizer.from_str(json.dumps(spec))
-    except Exception as error:  # a bare Exception is what the library raises
-        raise _neither(path, error) from None
-
-
-def _neither(path: Path, error: Exception) -> SodaError:
-    return SodaError(f"{path}: neither a sentencepiece model nor a tokenizer.json ({error})")
 
 
 def _never_prefix_the_first(part: Any) -> bool:

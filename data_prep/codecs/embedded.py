@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from megatron_soda.errors import SodaError
-from megatron_soda.files import atomic_path
+from megatron_soda.files import atomic_path, reading
 
 from .embedded_decoder import SHIPPED_WEIGHTS, load_decoder, read_safetensors
 from .features import (
@@ -124,7 +124,23 @@ def load_quantiser(path: Path) -> Quantiser:
             f"{path}: a quantiser of version {metadata.get('version')}, but this program has version {VERSION}, whose "
             "codes differ. Fit it anew and encode the audio again."
         )
-    return Quantiser(**{name: tensors[PREFIX + name].float() for name in names})
+    quantiser = Quantiser(**{name: tensors[PREFIX + name].float() for name in names})
+    with reading(path, "not a whole quantiser of the embedded codec"):
+        _check_shapes(quantiser)
+    return quantiser
+
+
+def _check_shapes(q: Quantiser) -> None:
+    """ValueError unless the tensors fit together."""
+    envelope, prosody = SUBFRAMES_PER_FRAME * BANDS, len(PROSODY_SCALE)
+    stages, entries, dimensions = q.envelope_codebooks.shape
+    wanted = [(envelope,), (envelope, dimensions), (prosody,), (stages, entries, dimensions)]
+    wanted.append((stage_kinds(q.codebooks).count("prosody"), entries, prosody))
+    for (name, tensor), shape in zip(vars(q).items(), wanted, strict=True):
+        if tuple(tensor.shape) != shape or not tensor.isfinite().all():
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, not {shape}, or is not finite")
+    if not (stages and 2 <= entries <= 32767):
+        raise ValueError(f"{stages} codebooks of {entries} entries")
 
 
 class EmbeddedCodec:

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from megatron_soda.errors import SodaError
+from megatron_soda.files import reading
 
 from .features import (
     BANDS,
@@ -155,13 +155,8 @@ def pulse_train(f0: Tensor, samples: int) -> Tensor:
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors and the metadata of a .safetensors file."""
-    if not path.is_file():
-        raise SodaError(f"{path}: no such file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
-        raise SodaError(f"{path}: not a readable .safetensors file ({error})") from None
+    with reading(path, "not a readable .safetensors file"), safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
 def load_decoder() -> FilterGainDecoder:

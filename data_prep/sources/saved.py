@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from megatron_soda.errors import SodaError
-from megatron_soda.files import read_json
+from megatron_soda.files import read_json, reading
 
 from ..utterance import Reject, Sound, Utterance
 from . import files, manifest, rows
@@ -73,11 +73,8 @@ def _shards(place: Path, failed: list[Reject]) -> Iterator[tuple[Path | Reject, 
 
 
 def _strings(path: Path, get: Callable[[Any], list[object]]) -> list[str]:
-    try:
-        found = [str(one) for one in get(read_json(path))]
-    except (KeyError, TypeError):
-        raise SodaError(f"{path}: not what datasets.save_to_disk writes. Save the dataset again.") from None
-    return list(dict.fromkeys(found))
+    with reading(path, "not what datasets.save_to_disk writes; save the dataset again"):
+        return list(dict.fromkeys(str(one) for one in get(read_json(path))))
 
 
 def _arrow(file: Path, name: str, prefix: str, needs_text: bool) -> Found:

@@ -165,13 +165,13 @@ class Store:
 
     def damage(self) -> Iterator[str]:
         """What is not as it was written: counts, sizes and checksums of the files, all of which are read."""
-        json = store_file(self.path, "json")
+        described = store_file(self.path, "json")
         for what, found in (("tokens", self.size), ("documents", len(self))):
             if self.meta.get(what) != found:
-                yield f"{json}: says {self.meta.get(what)} {what}, found {found}"
+                yield f"{described}: says {self.meta.get(what)} {what}, found {found}"
         written = self.meta.get("files")
         if "crc32" not in self.meta or not isinstance(written, dict) or set(written) != set(self.files):
-            yield f"{json}: no checksums in it: it was not written by this version. Prepare the data again."
+            yield f"{described}: no checksums in it: it was not written by this version. Prepare the data again."
             return
         for suffix, path in self.files.items():
             with reading(path):

@@ -1,5 +1,6 @@
 """Where the numbers of a run go: RUN/metrics.jsonl and TensorBoard always, Weights & Biases if the recipe names it."""
 
+import contextlib
 import importlib
 import importlib.util
 import json
@@ -16,7 +17,7 @@ import torch
 
 from ..config import Recipe
 from ..errors import SodaError
-from ..files import to_json, write_text
+from ..files import reading, to_json, write_text
 
 # Dense BF16 TFLOP/s of one device, by a part of its name (NVIDIA's data sheets). FP8 runs are measured against it too.
 PEAK_TFLOPS = {
@@ -98,12 +99,13 @@ class Metrics:
         self.path = run / "metrics.jsonl"
         kept = []
         if self.path.is_file():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
-                try:
+            with reading(self.path):
+                lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+            for line in lines:
+                # What is no such line is the last one of a run that was killed, or damage.
+                with contextlib.suppress(SodaError), reading(self.path):
                     if json.loads(line)["step"] <= step:
                         kept.append(line)
-                except (json.JSONDecodeError, KeyError):
-                    continue  # the last line of a run that was killed
         write_text(self.path, "".join(line + "\n" for line in kept))
         from torch.utils.tensorboard import SummaryWriter
 

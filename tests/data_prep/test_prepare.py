@@ -24,8 +24,9 @@ from megatron_soda.config import Recipe, load_recipe
 from megatron_soda.data.store import Store
 from megatron_soda.data.validate import validate
 from megatron_soda.errors import SodaError
-from megatron_soda.tokenizer import data_tokenizer
+from megatron_soda.tokenizer import data_tokenizer, train_sentencepiece
 from tests.data_prep.test_codecs import mimi_folder  # noqa: F401  a fixture
+from tests.test_tokenizer import SENTENCES
 from tests.voices import RATE, WORDS, voice, write_speech
 
 
@@ -131,6 +132,46 @@ def test_a_second_run_does_nothing_and_a_change_does(speech, tmp_path, monkeypat
         prepare(recipe(run, copy))
         assert stores(run / "data") == whole
     assert "train.bin" in capsys.readouterr().err.replace("\n", "")
+
+
+def test_what_is_not_of_this_preparation_is_made_again(speech, tmp_path, capsys):
+    """Files of the right name and form, but of other content: skipping goes by what they are."""
+    settings = recipe(tmp_path, speech)
+    prepare(settings)
+    data = tmp_path / "data"
+    before = stores(data)
+    prepare(recipe(tmp_path / "other", speech, "seed=5"))
+    other = tmp_path / "other" / "data"
+
+    def tries(change) -> str:
+        capsys.readouterr()
+        change()
+        prepare(settings)
+        assert stores(data) == before
+        assert validate(data)
+        return "".join(capsys.readouterr().err.split())  # the terminal breaks lines
+
+    assert before["train.bin"] != (other / "train.bin").read_bytes()
+    assert "nothingtodo" in tries(lambda: None)
+    for suffix in ("bin", "idx", "json"):
+        shutil.copy(other / f"train.{suffix}", data / f"train.{suffix}")
+    assert "train:astoreofanotherpreparation" in tries(lambda: None)
+
+    def swap_sides():
+        for suffix in ("bin", "idx", "json"):
+            a, b = data / f"valid.{suffix}", data / f"test.{suffix}"
+            one, two = a.read_bytes(), b.read_bytes()
+            a.write_bytes(two)
+            b.write_bytes(one)
+
+    assert "astoreofanotherpreparation" in tries(swap_sides)
+    assert "valid.parquet:gone" in tries((data / "valid.parquet").unlink)
+    shutil.copy(data / "test.parquet", data / "kept")
+    assert "test.parquet:gone" in tries(lambda: shutil.copy(data / "valid.parquet", data / "test.parquet"))
+    assert (data / "test.parquet").read_bytes() == (data / "kept").read_bytes()
+    tries(lambda: train_sentencepiece(data / "text_tokenizer.model", SENTENCES, 310))
+    tries(lambda: (data / "prepare.json").write_text("[]"))
+    tries(lambda: (data / "text_tokenizer.key").write_bytes(b"\xff"))
 
 
 def test_another_run_that_was_killed_does_not_pass_for_this_one(speech, tmp_path, monkeypatch):
@@ -255,6 +296,18 @@ def test_fitted_codec_with_other_sizes(speech, tmp_path):
     chosen["arguments"]["path"] = str(tmp_path / "given.safetensors")
     (moved / "codec.json").write_text(json.dumps(chosen))
     assert load_data_codec(moved).fingerprint == given.fingerprint  # what was fitted is left from another run
+
+
+def test_a_fitted_codec_that_is_not_the_one_that_was_fitted_is_fitted_again(speech, tmp_path):
+    settings = recipe(tmp_path, speech, "prepare.entries=16")
+    prepare(settings)
+    fitted = tmp_path / "data" / "codec.safetensors"
+    whole, before, kind = fitted.read_bytes(), stores(tmp_path / "data"), EmbeddedCodec.load(fitted).fingerprint
+    for change in (whole[:-1] + bytes([whole[-1] ^ 1]), whole[:-9], b"", None):
+        fitted.unlink() if change is None else fitted.write_bytes(change)
+        prepare(settings)
+        assert EmbeddedCodec.load(fitted).fingerprint == kind
+        assert stores(tmp_path / "data") == before
 
 
 def test_mimi_is_a_setting_away(speech, tmp_path, mimi_folder):  # noqa: F811

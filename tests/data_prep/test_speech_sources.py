@@ -411,6 +411,15 @@ def test_fetch_goes_on_where_it_was(archive: Archive, tmp_path: Path) -> None:
     asterisk.fetch(folder, ["en"])
     assert len(archive.calls()) == 1
     assert len(asterisk.read(folder, ["en"])[0]) == 3
+    # One that was cut short is found too, though there are as many as before, and so is the list of texts.
+    for name in ("hello.g722", "core-sounds-en.txt.gz"):
+        cut = next((folder / "en").rglob(name))
+        whole = cut.read_bytes()
+        cut.write_bytes(whole[:-1])
+        with pytest.raises(SodaError, match="not whole"):
+            asterisk.read(folder, ["en"])
+        asterisk.fetch(folder, ["en"])
+        assert cut.read_bytes() == whole
     # The notice names every language that is there, also those of earlier calls.
     asterisk.fetch(folder, ["it"])
     assert "## en" in (folder / "ATTRIBUTION.md").read_text()
