@@ -171,9 +171,9 @@ def test_mimi_streaming_gives_the_codes_of_the_whole(short_window):
     with torch.inference_mode():
         for chunk in sound.split(7 * codec.samples_per_frame, dim=-1):
             out = codec._model.encode(
-                chunk, num_quantizers=8, encoder_past_key_values=cache, padding_cache=padding, use_streaming=True
+                chunk, num_quantizers=8, encoder_cache=cache, padding_cache=padding, use_streaming=True
             )
-            cache, padding = out.encoder_past_key_values, out.padding_cache
+            cache, padding = out.encoder_cache, out.padding_cache
             parts.append(out.audio_codes[0].T.numpy())
     assert equal_share([np.concatenate(parts)], [whole]) >= EQUAL
 
