@@ -494,9 +494,16 @@ def test_other_failures(archive: Archive, tmp_path: Path) -> None:
 
 def test_damaged_transcripts(archive: Archive, tmp_path: Path) -> None:
     asterisk.fetch(tmp_path, ["en"])
-    next(tmp_path.rglob("core-sounds-en.txt.gz")).write_bytes(b"\x1f\x8bhalf")
+    packed = next(tmp_path.rglob("core-sounds-en.txt.gz"))
+    size = packed.stat().st_size
+    packed.write_bytes(b"\x1f\x8bhalf".ljust(size, b"\0"))
     with pytest.raises(SodaError, match="fetch it again"):
         asterisk.read(tmp_path, ["en"])
+    packed.write_bytes(b"\x1f\x8bhalf")  # cut short is seen at once, and fetching mends it
+    with pytest.raises(SodaError, match="not whole; fetch them first"):
+        asterisk.read(tmp_path, ["en"])
+    asterisk.fetch(tmp_path, ["en"])
+    assert asterisk.read(tmp_path, ["en"])[0]
 
 
 def test_text(archive: Archive, tmp_path: Path) -> None:
