@@ -154,16 +154,16 @@ debian() {   # SUITE
   [ "$(id -u)" = 0 ] || { skip "needs root"; return; }
   command -v debootstrap >/dev/null || { skip "debootstrap is not there (apt install debootstrap)"; return; }
   local root=$work/root folder
-  debootstrap --variant=minbase --include=python3-venv,ca-certificates "$1" "$root" http://deb.debian.org/debian \
+  debootstrap --variant=minbase --include=python3-venv,ca-certificates "$1" "$root" \
     || { skip "debootstrap $1 failed: is there a network?"; return; }
   mkdir "$root/soda" && tar c . | tar x -C "$root/soda"
   cp /etc/resolv.conf "$root/etc"
   for folder in ${PIP_FIND_LINKS:-} ${PIP_CERT:-} ${SSL_CERT_FILE:-}; do   # what pip's settings name
     if [ -e "$folder" ]; then mkdir -p "$root/$(dirname "$folder")" && cp -rL "$folder" "$root/$(dirname "$folder")"; fi
   done
-  cache=/root/.cache clean unshare --mount bash -c '
+  cache=/var/cache/pip clean unshare --mount bash -c '
     mount -t proc proc "$1/proc" && mount --rbind /dev "$1/dev" && shift &&
-    exec /usr/sbin/chroot "$0" env HOME=/root PATH=/usr/sbin:/usr/bin:/sbin:/bin SPEECH=asterisk bash /soda/tests/machines.sh --job no' "$root" "$root"
+    exec /usr/sbin/chroot "$0" env HOME=/tmp PATH=/usr/sbin:/usr/bin:/sbin:/bin SPEECH=asterisk bash /soda/tests/machines.sh --job no' "$root" "$root"
 }
 
 members() {
