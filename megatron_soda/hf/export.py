@@ -100,19 +100,12 @@ def export(recipe: Recipe) -> Path:
     return final
 
 
-def checkpoint_key(checkpoint: Path) -> str:
-    """Of the content of a checkpoint, not of its step: the hash of its manifest, which has the hash of every file."""
-    digest = hashlib.sha256()
-    for path in (checkpoint / "manifest.json", checkpoint / "checkpoint.json"):
-        with reading(path):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+def export_key(folder: Path, recipe: Recipe) -> str:
+    """Of the content of a checkpoint, not of its step, and of what the recipe says of the model."""
+    from ..training import checkpoint
 
-
-def export_key(checkpoint: Path, recipe: Recipe) -> str:
-    """Of the checkpoint, and of what the recipe says of the model."""
     parts = [recipe.name, asdict(recipe.model), recipe.data.sequence_length, recipe.training.precision]
-    return hashlib.sha256(json.dumps([checkpoint_key(checkpoint), *parts]).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([checkpoint.identity(folder), *parts]).encode()).hexdigest()[:16]
 
 
 def _is_done(folder: Path, key: str, data: Path) -> bool:

@@ -21,10 +21,10 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from ..config import Model, Recipe
 from ..errors import SodaError
-from ..files import read_json, sync_folder, write_json
+from ..files import read_json, sha256, sync_folder, write_json
 from ..vocab import TokenSpace
 from . import checkpoint_files
-from .checkpoint_files import INDEX, Entries, checksum
+from .checkpoint_files import INDEX, Entries
 from .optimizer import choose_adam, finish_load, prepare_load
 
 _OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -80,10 +80,10 @@ def damage(folder: Path) -> list[str]:
     for index, (name, (size, digest)) in enumerate(sorted(_manifest(folder).items()) if not problems else ()):
         if index % ranks == rank:
             try:
-                if (folder / name).stat().st_size != size or checksum(folder / name) != digest:
+                if (folder / name).stat().st_size != size or sha256(folder / name) != digest:
                     problems.append(f"{name} has other bytes than were written")
-            except OSError as error:
-                problems.append(f"{name} cannot be read ({error.strerror})")
+            except (OSError, SodaError) as error:
+                problems.append(f"{name} cannot be read ({error})")
     if ranks == 1:
         return problems
     everyone: list[Any] = [None] * ranks
@@ -115,13 +115,20 @@ def _manifest(folder: Path) -> dict[str, tuple[int, str]]:
     return {name: (size, digest) for name, (size, digest) in read_json(folder / "manifest.json").items()}
 
 
+def identity(folder: Path) -> str:
+    """Which checkpoint it is, by its content and wherever it lies: the hash of its manifest, which has every file's.
+    Empty if it has none."""
+    path = folder / "manifest.json"
+    return sha256(path) if path.is_file() else ""
+
+
 def manifest_of(folder: Path, known: Entries | None = None) -> Entries:
     """Bytes and SHA-256 of all files but the manifest, synced to the disk. `known`: those of files that are already."""
     entries = dict(known or {})
     for path in sorted(folder.iterdir()):
         if path.name not in (*entries, "manifest.json"):
             _sync_file(path)
-            entries[path.name] = (path.stat().st_size, checksum(path))
+            entries[path.name] = (path.stat().st_size, sha256(path))
     return entries
 
 

@@ -392,11 +392,6 @@ def _reader(folder: Any, cache_metadata: bool = False) -> Reader:
     return Reader(folder)
 
 
-def checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 megatron_torch.FileSystemWriterAsync = Writer  # type: ignore[misc]
 megatron_torch._get_filesystem_reader = _reader
 filesystem_async._get_write_results_queue = lambda: None  # the manager process

@@ -1,6 +1,5 @@
 """What a run goes on from: its own newest checkpoint, one of another run that it branches off, or nothing."""
 
-import hashlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,7 +61,7 @@ def find_origin(recipe: Recipe, space: TokenSpace, description: dict[str, Any]) 
     branch = Branch(**saved["branch"])
     if branching:
         at = saved["step"], saved["samples"], saved["tokens"], saved["consumed"]
-        branch = Branch(*at, t.branch_from, _identity(t.branch_from))
+        branch = Branch(*at, t.branch_from, checkpoint.identity(Path(t.branch_from)))
     elif "tokens" not in saved["branch"]:  # an earlier version, which had windows of one length
         branch.tokens = branch.samples * length
     if t.branch_from and not _is_origin(t.branch_from, branch):
@@ -79,20 +78,12 @@ def find_origin(recipe: Recipe, space: TokenSpace, description: dict[str, Any]) 
     return origin
 
 
-def _identity(folder: str) -> str:
-    """Of a checkpoint: a hash of its manifest, and so of its files. Empty if there is none."""
-    try:
-        return hashlib.sha256((Path(folder) / "manifest.json").read_bytes()).hexdigest()
-    except OSError:
-        return ""
-
-
 def _is_origin(folder: str, branch: Branch) -> bool:
     """Whether a run branched off this checkpoint: it may be named otherwise, or have moved, or be gone since."""
     if not branch.origin:
         return False
     same_place = Path(folder).resolve() == Path(branch.origin).resolve()
-    return same_place or (bool(branch.identity) and _identity(folder) == branch.identity)
+    return same_place or (bool(branch.identity) and checkpoint.identity(Path(folder)) == branch.identity)
 
 
 def branch_state(branch: Branch) -> dict[str, Any]:
