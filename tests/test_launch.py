@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -141,6 +142,29 @@ def test_rendezvous_of_a_trainer(monkeypatch):
         check_rendezvous()
     monkeypatch.setenv("WORLD_SIZE", "1")  # one process looks for nobody
     check_rendezvous()
+
+
+def test_threads_are_the_users_or_the_cores_of_this_process():
+    """torch itself would take every core of the machine, also those that a scheduler gave to others."""
+    script = """
+        import os, torch
+        from pathlib import Path
+        from megatron_soda.parallel import ranks
+        from tests.helpers import small_recipe
+        os.sched_getaffinity = lambda _: {1, 3, 5, 7, 9, 11}
+        ranks.init(small_recipe(Path("run"), Path("data")))
+        print(torch.get_num_threads())
+    """
+    for wanted, given in (({"OMP_NUM_THREADS": "1"}, 1), ({}, 6), ({"LOCAL_WORLD_SIZE": "4"}, 1)):
+        environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | wanted
+        said = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(script)],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert said.stdout.split() == [str(given)], said.stderr
 
 
 # ---- launch.sh

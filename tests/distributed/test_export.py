@@ -1,5 +1,6 @@
 """A checkpoint of any layout becomes a Qwen3 whose logits are ours."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -169,6 +170,36 @@ def test_a_model_that_is_not_as_exported_is_not_loaded(pool, real_text_data, tmp
             with pytest.raises(SodaError, match=r"soda\.json: not the description"):
                 load_model(folder)
     assert load_model(folder).step == 1
+
+
+def test_earlier_checkpoints_are_heard_with_their_own_weights(pool, real_text_data, tmp_path):
+    overrides = ["training.steps=6", "training.save_every=1", "training.keep_last=6"]
+    pool.run(1, train, str(tmp_path), str(real_text_data), overrides)
+    (folder,) = pool.run(1, export, str(tmp_path), str(real_text_data), overrides)
+    (heard,) = pool.run(1, _earlier, str(tmp_path), str(real_text_data), overrides, folder)
+    own = {6: _digest(load_model(Path(folder)).model)}
+    for step in (2, 4):
+        run = tmp_path / f"up to {step}"
+        shutil.copytree(tmp_path / "checkpoints" / f"step_{step:08d}", run / "checkpoints" / f"step_{step:08d}")
+        own[step] = _digest(load_model(Path(pool.run(1, export, str(run), str(real_text_data), overrides)[0])).model)
+    assert heard == {2: own[2], 4: own[4]}
+    assert len(set(own.values())) == 3
+    damaged = tmp_path / "checkpoints" / "step_00000004" / "__0_0.distcp"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    assert pool.run(1, _earlier, str(tmp_path), str(real_text_data), overrides, folder) == [{2: own[2]}]
+
+
+def _digest(network) -> str:
+    state = sorted(network.state_dict().items())
+    return hashlib.sha256(b"".join(v.float().contiguous().numpy().tobytes() for _, v in state)).hexdigest()
+
+
+def _earlier(run: str, data: str, overrides: list[str], folder: str) -> dict[int, str]:
+    """On a rank of the pool: a digest of the weights of each earlier model, taken while it is the one at hand."""
+    from megatron_soda.inference.earlier import earlier_models
+
+    recipe = small_recipe(Path(run), Path(data), *overrides)
+    return {step: _digest(network) for step, network in earlier_models(recipe, load_model(Path(folder)))}
 
 
 def test_a_wrong_export_is_refused(pool, real_text_data, tmp_path):
