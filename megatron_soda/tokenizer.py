@@ -245,7 +245,7 @@ def write_byte_tokenizer(path: Path) -> None:
 def train_sentencepiece(path: Path, sentences: Iterable[str], pieces: int) -> None:
     """Trains a unigram sentencepiece model with byte fallback on `sentences` and writes it to `path`.
 
-    Raises SodaError if the text cannot carry that many pieces.
+    Raises SodaError if there is no text, or it has more letters than pieces.
     """
     import sentencepiece
 
@@ -267,7 +267,12 @@ def train_sentencepiece(path: Path, sentences: Iterable[str], pieces: int) -> No
                 minloglevel=2,
             )
         except RuntimeError as error:
+            needed = re.search(r"required_chars\. \d+ vs (\d+)", str(error))
             raise SodaError(
-                f"cannot train a tokenizer of {pieces} pieces on these transcripts ({error}). "
-                "Set prepare.text_pieces lower, or give more text (prepare.text)."
+                f"cannot train a tokenizer of {pieces} pieces on these transcripts: "
+                + (
+                    f"their letters and the 256 bytes need {needed[1]}. Set prepare.text_pieces={needed[1]} or higher."
+                    if needed
+                    else f"{error}. Give more text (prepare.text)."
+                )
             ) from None

@@ -399,3 +399,15 @@ def test_bad_tokenizers_are_named(tmp_path):
     Tokenizer(models.BPE({"a": 0}, [])).save(str(tmp_path / "plain.json"))
     with pytest.raises(SodaError, match="has no <|begin_of_text|>".replace("|", r"\|")):
         TextTokenizer(tmp_path / "plain.json")
+
+
+def test_text_that_needs_more_pieces_says_how_many(tmp_path):
+    letters = "".join(chr(0x4E00 + i) for i in range(900))
+    with pytest.raises(SodaError, match=r"of 300 pieces .* prepare\.text_pieces=\d+ or higher") as error:
+        train_sentencepiece(tmp_path / "t.model", [letters] * 3, 300)
+    enough = int(str(error.value).split("text_pieces=")[1].split()[0])
+    with pytest.raises(SodaError, match=f"text_pieces={enough} or"):
+        train_sentencepiece(tmp_path / "t.model", [letters] * 3, enough - 1)
+    train_sentencepiece(tmp_path / "t.model", [letters] * 3, enough)
+    with pytest.raises(SodaError, match="Give more text"):
+        train_sentencepiece(tmp_path / "t.model", [], 300)
