@@ -124,6 +124,7 @@ def generate(model: Model, recipe: Recipe, held_out: list[dict], codec: Any, out
     for rows in (usable, spoken):  # single letters last: there is little to hear
         rows.sort(key=lambda row: len(row["codes"]) < 1.5 * frame_rate)
     out.mkdir(parents=True, exist_ok=True)
+    (out / "samples.json").unlink(missing_ok=True)  # stopped half-way, its captions would stand beside other sounds
     letters = sum(len(row["text"]) for row in spoken)
     pace = sum(len(row["codes"]) for row in spoken) / frame_rate / letters if letters else None
     studio = Studio(model, recipe, codec, Constraint(space, model.device), longest, pace, out)
