@@ -19,7 +19,8 @@ import soxr
 
 from megatron_soda.errors import SodaError
 
-from .sound_bytes import open_sound
+from .containers import CUT, Container, examine
+from .sound_bytes import open_sound, patched
 from .utterance import BadAudio, Sound
 
 SAMPLE_RATE = 24000
@@ -27,11 +28,12 @@ FRAME_SECONDS = 0.08  # one codec frame (12.5 Hz): shorter audio gives no token
 SILENT_PEAK = 1e-3  # -60 dBFS
 LOUDEST_PEAK = 10.0  # +20 dBFS: a float file scaled like integers, not merely a hot recording
 SAMPLE_RATES = (4000, 384000)  # anything else is a damaged header
-UNKNOWN_LENGTH = 0x7FFF_0000  # programs that write a wav into a pipe put a size from here on
 BLOCK = 1 << 20  # samples of all channels that are decoded at once
 STEP = 1 << 14  # samples resampled at once: they fit the cache, where soxr is nearly twice as fast
 CUT_SECONDS = 10.0  # the end of a piece that is searched for a quiet place
 SEGMENT_SLACK = 0.1  # seconds that a segment may go on after the end: transcripts are rounded
+DECLARED_SLACK = 0.25  # seconds that may lack of what a file declares: what encoders add and players leave out
+DECLARING = {"mov", "wv", "tta", "ape", "matroska", "webm"}  # ffmpeg's formats that state a length
 PREROLL = 1.0  # seconds decoded before a segment's start, for what lossy formats carry from packet to packet
 
 Blocks = Iterator[np.ndarray]
@@ -186,18 +188,55 @@ def _decode(sound: Sound, longest: float, stack: ExitStack) -> tuple[int, Blocks
     file, name = open_sound(sound, stack)
     if name.lower().endswith(".g722"):  # headerless: only the name tells what it is
         return _decode_av(file, "g722", sound, stack)
-    try:
-        decoder = open_decoder(sound, file, stack)
-    except BadAudio:
-        raise
-    except Exception as first:  # not a format of libsndfile's
+    container = _examined(sound, file)
+    if container.patch:
+        file = patched(file, container.patch)
+    first: Exception | None = None
+    if container.trusted:
         try:
-            file.seek(0)
-            return _decode_av(file, None, sound, stack)
+            decoder = open_decoder(sound, file, container, stack)
+            if decoder.channels <= 2:  # ffmpeg knows what the channels are
+                return _decode_soundfile(decoder, sound, longest)
         except BadAudio:
             raise
-        except Exception as second:
-            raise BadAudio(f"cannot be read: {_why(first)} {_why(second)}") from None
+        except Exception as error:  # not a format of libsndfile's
+            first = error
+    try:
+        file.seek(0)
+        return _decode_av(file, None, sound, stack)
+    except BadAudio:
+        raise
+    except Exception as second:
+        why = " ".join(_why(error) for error in (first, second) if error)
+        raise BadAudio(f"cannot be read: {why}") from None
+
+
+def _examined(sound: Sound, file: BinaryIO) -> Container:
+    """The container of a recording; of one that is cut into segments, which come one after the other, only once."""
+    global _last
+    if not sound.start and not sound.end:
+        return examine(file)
+    stat = os.stat(sound.path)
+    key = (sound.path, sound.offset, sound.size, sound.row, sound.column, stat.st_mtime_ns, stat.st_size)
+    if _last[0] != key:
+        _last = key, examine(file)
+    return _last[1]
+
+
+_last: tuple[Any, Container] = None, Container()
+
+
+def open_decoder(sound: Sound, file: BinaryIO, container: Container, stack: ExitStack) -> Forward:
+    """The recording in libsndfile. Raises BadAudio for a bad rate, and libsndfile's own errors for what it cannot
+    read."""
+    file.seek(0)
+    plain = sound.offset < 0 and sound.row < 0 and not container.patch
+    decoder = stack.enter_context(Forward(sound.path if plain else file, "r"))
+    _check_rate(decoder.samplerate)
+    return decoder
+
+
+def _decode_soundfile(decoder: Forward, sound: Sound, longest: float) -> tuple[int, Blocks]:
     rate, frames = decoder.samplerate, decoder.frames
     begin, end = round(sound.start * rate), round(sound.end * rate) or frames
     if 0 < begin >= frames or end > frames + SEGMENT_SLACK * rate:
@@ -206,18 +245,6 @@ def _decode(sound: Sound, longest: float, stack: ExitStack) -> tuple[int, Blocks
     if count > longest * rate:  # before decoding: a small file can unpack to hours
         raise BadAudio(f"too long: {count / rate:.1f} s; the limit is {longest:g} s")
     return rate, _soundfile_blocks(decoder, begin, count)
-
-
-def open_decoder(sound: Sound, file: BinaryIO, stack: ExitStack) -> Forward:
-    """The recording in libsndfile. Raises BadAudio for a bad rate or a wav that is cut off, and libsndfile's own errors
-    for what it cannot read."""
-    if _wav_is_cut(file):
-        raise BadAudio("cut off: the file is shorter than its header says")
-    file.seek(0)
-    plain = sound.offset < 0 and sound.row < 0
-    decoder = stack.enter_context(Forward(sound.path if plain else file, "r"))
-    _check_rate(decoder.samplerate)
-    return decoder
 
 
 def _soundfile_blocks(decoder: Forward, begin: int, count: int) -> Blocks:
@@ -229,7 +256,7 @@ def _soundfile_blocks(decoder: Forward, begin: int, count: int) -> Blocks:
     while count > 0:
         block = decoder.read(min(step, count), dtype=dtype, always_2d=True)
         if len(block) == 0:
-            raise BadAudio("cut off: the file is shorter than its header says")
+            raise BadAudio(CUT)
         count -= len(block)
         yield block if dtype == "float32" else np.multiply(block, np.float32(2**-15), dtype=np.float32)
 
@@ -251,50 +278,75 @@ def _av_blocks(container: Any, rate: int, start: float, end: float) -> Blocks:
     if jump:
         with suppress(Exception):  # a format that cannot seek is decoded from its beginning
             container.seek(zero + int((start - PREROLL) / stream.time_base), stream=stream)
-    to_float = av.AudioResampler(format="fltp")  # same rate and channels
+    to_float = av.AudioResampler(format="flt")  # same rate and channels; PyAV 18 crashes on eight planes
     begin, stop = round(start * rate), round(end * rate) or sys.maxsize
     parts: list[np.ndarray] = []
-    at, held = -1, 0  # `at` counts from the recording's beginning
-    for frame in container.decode(stream):
+    at, held, layout = -1, 0, ""  # `at` counts from the recording's beginning
+    for frame in _frames(container, stream):
+        if frame.sample_rate != rate or (layout and frame.layout.name != layout):
+            raise BadAudio("its sample rate or channels change on the way")
+        if not layout:
+            layout, weights = frame.layout.name, _downmix([channel.name for channel in frame.layout.channels])
         if at < 0:
             if jump and frame.pts is None:
                 raise BadAudio("bad segment: the recording has no time stamps to find it by")
             at = max(0, round((frame.pts - zero) * stream.time_base * rate)) if jump else 0
         for part in to_float.resample(frame):
-            samples = part.to_ndarray().T[max(0, begin - at) : max(0, stop - at)]
+            samples = part.to_ndarray().reshape(part.samples, -1)[max(0, begin - at) : max(0, stop - at)]
             at += part.samples
             if samples.size:
                 held += samples.size
-                parts.append(samples)
+                parts.append(samples @ weights if weights is not None else samples)
         if held >= BLOCK:
             yield np.concatenate(parts)
             parts, held = [], 0
         if at >= stop:
             break
     else:
-        declared = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else 0.0
-        # Only mp4 states a length; for the others ffmpeg guesses it from the size.
-        if "mov" in container.format.name and at / rate < 0.98 * declared - 0.1:
-            raise BadAudio("cut off: the file is shorter than its header says")
+        declared = _declared(container, stream)
+        if at / rate < declared - DECLARED_SLACK:
+            raise BadAudio(CUT)
         if (end and at / rate < end - SEGMENT_SLACK) or 0 < begin >= at:
             raise BadAudio(f"bad segment: {start:g} s to {end:g} s of {max(at, 0) / rate:.2f} s")
     if parts:
         yield np.concatenate(parts)
 
 
-def _wav_is_cut(file: BinaryIO) -> bool:
-    """Whether a RIFF wav's data chunk goes past the end of the file (libsndfile reads what is there in silence)."""
-    size = file.seek(0, os.SEEK_END)
-    file.seek(0)
-    head = file.read(12)
-    if head[:4] != b"RIFF" or head[8:] != b"WAVE":
-        return False
-    while len(chunk := file.read(8)) == 8:
-        length = int.from_bytes(chunk[4:], "little")
-        if chunk[:4] == b"data":
-            return length < UNKNOWN_LENGTH and file.tell() + length > size
-        file.seek(math.ceil(length / 2) * 2, os.SEEK_CUR)
-    return False
+def _frames(container: Any, stream: Any) -> Iterator[Any]:
+    """The decoded frames. MPEG audio may begin in a frame that is not there, as where two files were put together: such
+    a frame is left out, as every player does."""
+    lost = 0
+    for packet in container.demux(stream):
+        try:
+            frames = packet.decode()
+        except av.error.InvalidDataError:
+            lost += 1
+            if not stream.codec_context.name.startswith("mp") or lost > 3:
+                raise
+            continue
+        lost = 0
+        yield from frames
+
+
+def _declared(container: Any, stream: Any) -> float:
+    """Seconds that the file says it has; 0 where it says nothing, and ffmpeg guesses."""
+    if not DECLARING & set(container.format.name.split(",")):
+        return 0.0
+    if stream.duration:
+        return float(stream.duration * stream.time_base)
+    return float(container.duration or 0) / av.time_base
+
+
+def _downmix(channels: list[str]) -> np.ndarray | None:
+    """float32 [channels, 1]: the weights of surround sound in mono, or None where the mean is right. Speech is in the
+    centre; the mean over six channels would leave a sixth of it. Unlabelled channels are a film's if there are six or
+    eight of them, as every player takes them; else microphones."""
+    if len(channels) in (6, 8) and set(channels) == {"NONE"}:
+        channels = ["FL", "FR", "FC", "LFE", *["BL", "BR", "SL", "SR"][: len(channels) - 4]]
+    if len(channels) <= 2 or "FC" not in channels:
+        return None
+    weights = {"FC": 1.0, "FL": 0.5, "FR": 0.5, "LFE": 0.0}  # left and right as in the mean of stereo
+    return np.array([[weights.get(name, math.sqrt(0.125))] for name in channels], np.float32)
 
 
 # --- reasons

@@ -18,6 +18,7 @@ import numpy as np
 from megatron_soda.errors import SodaError
 
 from .audio import cut, finish, open_decoder, read_pieces, reasons
+from .containers import Container, examine
 from .sound_bytes import open_sound
 from .utterance import BadAudio, Sound
 
@@ -91,8 +92,11 @@ def _load(sound: Sound) -> tuple[np.ndarray, int, int] | None:
             file, _ = open_sound(sound, stack)
             if file.read(4) not in FORMATS or file.seek(0, 2) > LARGEST:
                 return None
-            decoder = open_decoder(sound, file, stack)
-            if decoder.frames > LONGEST * decoder.samplerate:
+            container = examine(file)
+            if container != Container():  # DALI believes what a header says
+                return None
+            decoder = open_decoder(sound, file, container, stack)
+            if decoder.frames > LONGEST * decoder.samplerate or decoder.channels > 2:
                 return None
             file.seek(0)
             return np.frombuffer(file.read(), np.uint8), decoder.samplerate, decoder.frames

@@ -41,6 +41,29 @@ class _Range(io.RawIOBase):
         return count
 
 
+class _Patched(_Range):
+    """A file of which some bytes read otherwise: {position: bytes}."""
+
+    def __init__(self, file: BinaryIO, patch: dict[int, bytes]) -> None:
+        super().__init__(file, 0, file.seek(0, os.SEEK_END))
+        self.patch = patch
+
+    def readinto(self, buffer: Any) -> int:
+        before = self.at
+        count = super().readinto(buffer)
+        with memoryview(buffer).cast("B") as view:
+            for at, new in self.patch.items():
+                for position, byte in enumerate(new, at - before):
+                    if 0 <= position < count:
+                        view[position] = byte
+        return count
+
+
+def patched(file: BinaryIO, patch: dict[int, bytes]) -> BinaryIO:
+    """`file` with what `patch` ({position: bytes}) says in the place of what is there."""
+    return cast(BinaryIO, io.BufferedReader(_Patched(file, patch), 1 << 16))
+
+
 def open_sound(sound: Sound, stack: ExitStack) -> tuple[BinaryIO, str]:
     """-> the recording's encoded bytes as a file, and its name. Raises BadAudio if they are not there."""
     if not Path(sound.path).is_file():

@@ -48,10 +48,14 @@ def build(folder: Path, cuda: str = "", **environment: str) -> subprocess.Comple
         shutil.copy(ROOT / name, source)
     (source / "megatron_soda").mkdir()
     (source / "megatron_soda" / "__init__.py").touch()
+    return build_again(folder, cuda, **environment)
+
+
+def build_again(folder: Path, cuda: str = "", **environment: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-c", AS_TORCH, cuda, "build_ext", "--inplace"]
     settings = {key: value for key, value in os.environ.items() if key not in ("SODA_CSRC", "CUDA_HOME", "CUDA_PATH")}
     return subprocess.run(
-        command, cwd=source, env={**settings, **environment}, capture_output=True, text=True, check=False
+        command, cwd=folder / "source", env={**settings, **environment}, capture_output=True, text=True, check=False
     )
 
 
@@ -121,14 +125,9 @@ def test_without_cuda_the_cpu_kernels_are_built(tmp_path, nvcc, note):
 
 @pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 def test_an_old_note_goes_away(tmp_path):
-    package = tmp_path / "source" / "megatron_soda"
-    package.mkdir(parents=True)
-    (package / "_csrc.txt").write_text("there was no compiler")
-    package.rename(tmp_path / "old")
-    assert build(tmp_path).returncode == 0
-    (tmp_path / "old/_csrc.txt").rename(package / "_csrc.txt")
-    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    done = subprocess.run(command, cwd=package.parent, capture_output=True, text=True, check=False)
+    assert build(tmp_path, **NO_COMPILER).returncode == 0
+    assert built_and_note(tmp_path)[1]
+    done = build_again(tmp_path)
     assert done.returncode == 0, done.stderr
     assert built_and_note(tmp_path) == (True, "")
 
