@@ -6,6 +6,7 @@ EBU 3306, AIFF-C, Sun AU, CAF, Sony W64, ISO 14496-12, ASF, RFC 3533, RFC 9639, 
 """
 
 import os
+import re
 import struct
 import zlib
 from collections.abc import Iterator
@@ -236,20 +237,20 @@ def _before_tags(file: BinaryIO, size: int) -> int:
 
 # ---- FLAC
 
-STREAMINFO = b"fLaC\x00\x00\x00\x22", b"fLaC\x80\x00\x00\x22"
+STREAMINFO = re.compile(rb"fLaC[\x00\x80]\x00\x00\x22")
 
 
 def _flac(file: BinaryIO, start: int, size: int) -> Container:
     info = _read(file, start, 42)
-    if len(info) < 42 or not info.startswith(STREAMINFO):
+    if len(info) < 42 or not STREAMINFO.match(info):
         return Container()
     total = int.from_bytes(info[21:26], "big") & 0xF_FFFF_FFFF
     file.seek(start + 8)
-    held = b""
-    while block := file.read(1 << 20):  # another stream behind this one, of which libsndfile knows nothing
-        held = held[-7:] + block
-        if any(magic in held for magic in STREAMINFO):
+    end = b""
+    while block := file.read(1 << 15):  # another stream behind this one, of which libsndfile knows nothing
+        if STREAMINFO.search(block) or STREAMINFO.search(end + block[:7]):
             return Container(trusted=False)
+        end = block[-7:]
     shortest, longest = struct.unpack(">HH", info[8:12])
     tail = _read(file, max(start + 42, size - (1 << 16)), 1 << 16)
     return Container(trusted=total > 0 and _last_sample(tail, shortest if shortest == longest else 0) <= total)
@@ -292,19 +293,20 @@ def _ogg(file: BinaryIO, size: int) -> Container:
     """All pages: each whole, with the right checksum, in sequence, and the last of every stream marked as such."""
     at, streams = 0, 0
     following: dict[bytes, int] = {}  # the number of the next page of each stream that has not ended
-    while at < size:
-        head = _read(file, at, 27)
+    file.seek(0)
+    while head := file.read(27):
         if head[:4] != b"OggS":
             if size - at <= SLACK:  # a tag
                 break
             raise BadAudio("damaged: bytes between its pages that are none" if len(head) == 27 else CUT)
-        lengths = file.read(head[26])
+        lengths = file.read(head[-1])
         body = file.read(sum(lengths))
-        if len(head) + len(lengths) + len(body) < 27 + head[26] + sum(lengths) or len(lengths) < head[26]:
+        at += 27 + head[-1] + sum(lengths)
+        if at > size:
             raise BadAudio(CUT)
-        if _ogg_crc(head[:22] + bytes(4) + head[26:] + lengths + body) != head[22:26]:
+        if _ogg_crc(b"".join((head[:22], bytes(4), head[26:], lengths, body))) != head[22:26]:
             raise BadAudio("damaged: a page whose checksum is wrong")
-        serial, (number,) = head[14:18], struct.unpack("<I", head[18:22])
+        serial, number = head[14:18], int.from_bytes(head[18:22], "little")
         if head[5] & 2:
             streams += 1
         elif following.get(serial, number) != number:
@@ -312,7 +314,6 @@ def _ogg(file: BinaryIO, size: int) -> Container:
         following[serial] = number + 1
         if head[5] & 4:
             following.pop(serial)
-        at += 27 + len(lengths) + len(body)
     if following:
         raise BadAudio(CUT)
     return Container(trusted=streams == 1)
