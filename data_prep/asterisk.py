@@ -15,14 +15,12 @@ import re
 import shutil
 import subprocess
 import zlib
-from dataclasses import replace
 from pathlib import Path
 
 from megatron_soda.errors import SodaError
 from megatron_soda.files import write_json, write_text
 
-from .split import group_prompts
-from .utterance import Reject, Sound, Utterance, one_line, prompt_key
+from .utterance import Reject, Sound, Utterance, one_line
 
 LANGUAGES = ("en", "es", "fr", "it", "ru")
 CONTENT = {  # of each package: SHA-256 of the files that are read (see _content)
@@ -68,8 +66,7 @@ def fetch(folder: Path, languages: list[str]) -> None:
 def read(folder: Path, languages: list[str]) -> tuple[list[Utterance], list[Reject]]:
     """The utterances of these languages, in the order of language and prompt id. The audio is 16 kHz G.722.
 
-    `id` is LANGUAGE/ID with Asterisk's id, the same in every language. `prompt` is that id too, but ids that share a
-    text in one of these languages, also by way of others, have one `prompt`: the smallest of them. A sound without
+    `id` is LANGUAGE/ID with Asterisk's id, the same in every language, and `prompt` is that id. A sound without
     words (a tone, silence: its transcript is empty or begins with [ < or a parenthesis) is a Reject, as is a transcript
     that has no sound. Raises SodaError for a language that was not fetched.
     """
@@ -92,9 +89,7 @@ def read(folder: Path, languages: list[str]) -> tuple[list[Utterance], list[Reje
                 speaker = audio.relative_to(_sound_folder(root)).parts[0].split("_")[-1]  # en_US_f_Allison
                 found.append(Utterance(f"{language}/{prompt}", Sound(str(audio)), text, speaker, language, prompt))
         rejects += [Reject(f"{language}/{prompt}", "no audio") for prompt in sorted(texts.keys() - sounds.keys())]
-    groups = group_prompts(sorted((u.prompt, prompt_key(u.text, otherwise=u.id)) for u in found))
-    smallest = {prompt: group[0] for group in groups for prompt in group}
-    return [replace(u, prompt=smallest[u.prompt]) for u in found], rejects
+    return found, rejects
 
 
 def fetch_text(folder: Path) -> list[Path]:

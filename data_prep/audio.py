@@ -16,6 +16,7 @@ import av
 import numpy as np
 import soundfile
 import soxr
+from av.error import InvalidDataError
 
 from megatron_soda.errors import SodaError
 
@@ -319,7 +320,7 @@ def _frames(container: Any, stream: Any) -> Iterator[Any]:
     for packet in container.demux(stream):
         try:
             frames = packet.decode()
-        except av.error.InvalidDataError:
+        except InvalidDataError:
             lost += 1
             if not stream.codec_context.name.startswith("mp") or lost > 3:
                 raise

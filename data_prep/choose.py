@@ -24,7 +24,8 @@ from megatron_soda.vocab import TokenSpace
 
 from .audio import read_audio
 from .codecs import Codec, load_codec
-from .index import Index, digest, sample, side, split_key
+from .index import Index, digest, sample
+from .split import ID, Groups
 from .units import check_codec
 from .utterance import BadAudio, Utterance
 
@@ -36,7 +37,7 @@ TOKENIZER_SENTENCES = 500_000  # at most
 console = Console(stderr=True)
 
 
-def choose_codec(recipe: Recipe, index: Index, folder: Path) -> dict[str, Any]:
+def choose_codec(recipe: Recipe, index: Index, groups: Groups, folder: Path) -> dict[str, Any]:
     """Chooses, fits if asked to, and writes FOLDER/codec.json, which says how to load it again. -> what that holds."""
     p = recipe.prepare
     path = p.codec_path or None
@@ -44,7 +45,7 @@ def choose_codec(recipe: Recipe, index: Index, folder: Path) -> dict[str, Any]:
     if p.entries and p.codec != "embedded":
         raise SodaError(f"prepare.entries={p.entries}: only the embedded codec lets one choose; leave it at 0")
     if p.codec == "embedded" and not path:
-        some = sample(index.shards, FIT_UTTERANCES, lambda u: side(split_key(u), index.bounds) == "train")
+        some = sample(index.shards, FIT_UTTERANCES, lambda u: _trains(u, groups))
         fitted, stamp = folder / "codec.safetensors", folder / "codec.key"
         key = digest(wanted, recipe.seed, [(u.id, when) for u, when in some])
         if _is_stamped(fitted, stamp, key):
@@ -81,6 +82,13 @@ def describe(codec: Codec, arguments: dict[str, Any]) -> dict[str, Any]:
         "samples_per_frame": codec.samples_per_frame,
         "arguments": arguments,
     }
+
+
+def _trains(utterance: Utterance, groups: Groups) -> bool:
+    """Whether it is on the training side, and far from the others: which sounds are the same is known only later, from
+    the codes, and may move groups near the border over it."""
+    key = f"{ID}\0{utterance.id}"
+    return groups.side([key]) == "train" and groups.rank(key) >= "4"
 
 
 def _fit_audio(train: list[Utterance]) -> list[np.ndarray]:

@@ -24,30 +24,37 @@ from megatron_soda.vocab import TokenSpace
 
 from . import interleave
 from .executor import Job, Result
-from .index import Shard, digest, read_index, side, split_key
+from .index import Shard, digest, read_index
+from .split import SIDES, by_share
 from .strings import to_ids
 from .units import Row, read_shard, unit_codec
 from .utterance import Reject, Utterance
 
-SIDES = ("train", "valid", "test")
 ROWS_AT_ONCE = 64  # of a released corpus: its documents are of up to an hour
 S = TypeVar("S", Row, Utterance)
-Made = Iterator[tuple[str, np.ndarray] | Reject]  # split key, ids
+Made = Iterator[tuple[str, np.ndarray] | Reject]  # side, ids
 
 
-def unit_jobs(units: list[Path], keys: list[str], folder: Path, settings: dict[str, Any]) -> list[Job]:
-    """Settings: tokenizer, space, orders, bounds, seed."""
+def unit_jobs(
+    units: list[Path], keys: list[str], sides: list[str], folder: Path, settings: dict[str, Any]
+) -> list[Job]:
+    """Settings: tokenizer, space, orders, seed. `sides`: of the rows of every shard (see split.sides_of_units)."""
     return [
-        _job("units", str(path), folder / f"speech-{i:06d}", key, i, settings) for i, (path, key) in _both(units, keys)
+        _job("units", str(path), folder / f"speech-{i:06d}", key, i, {**settings, "sides": some})
+        for i, (path, key, some) in enumerate(zip(units, keys, sides, strict=True))
     ]
 
 
-def text_jobs(shards: list[Shard], folder: Path, settings: dict[str, Any]) -> list[Job]:
-    return [_job("texts", vars(s), folder / f"text-{s.number:06d}", s.key, s.number, settings) for s in shards]
+def text_jobs(shards: list[Shard], sides: list[str], folder: Path, settings: dict[str, Any]) -> list[Job]:
+    return [
+        _job("texts", vars(s), folder / f"text-{s.number:06d}", s.key, s.number, {**settings, "sides": some})
+        for s, some in zip(shards, sides, strict=True)
+    ]
 
 
 def string_jobs(paths: list[Path], folder: Path, settings: dict[str, Any]) -> list[Job]:
-    """One job a row group. SodaError if a file is no Parquet, or has no column `text` of strings."""
+    """One job a row group. Settings as of units, with `shares` (valid, test) and corpus_codebooks. SodaError if a file
+    is no Parquet, or has no column `text` of strings."""
     jobs: list[Job] = []
     for path in paths:
         with reading(path, "cannot be read as Parquet"):
@@ -97,18 +104,18 @@ def make_part(job: Job) -> Result:
     source, facts = job["source"], Counter()
     languages: dict[str, list[float]] = {}
     if job["kind"] == "units":
-        made = _of_shard(Path(source), job["orders"], tokenizer, space, languages)
+        made = _of_shard(Path(source), job["sides"], job["orders"], tokenizer, space, languages)
     elif job["kind"] == "texts":
-        made = _of_texts(source, tokenizer, space)
+        made = _of_texts(source, job["sides"], tokenizer, space)
     else:
-        made = _of_strings(source, job["corpus_codebooks"], tokenizer, space)
+        made = _of_strings(source, job["shares"], job["corpus_codebooks"], tokenizer, space)
     documents: dict[str, list[np.ndarray]] = {name: [] for name in SIDES}
     rejects: list[Reject] = []
     for item in made:
         if isinstance(item, Reject):
             rejects.append(item)
         else:
-            documents[side(item[0], job["bounds"])].append(item[1])
+            documents[item[0]].append(item[1])
     tensors, classes = {}, np.zeros(len(space.class_names), np.int64)
     for number, (name, some) in enumerate(documents.items()):
         order = np.random.default_rng([job["seed"], job["number"], number]).permutation(len(some))
@@ -127,7 +134,12 @@ def make_part(job: Job) -> Result:
 
 
 def _of_shard(
-    path: Path, orders: Sequence[str], tokenizer: TextTokenizer, space: TokenSpace, languages: dict[str, list[float]]
+    path: Path,
+    sides: str,
+    orders: Sequence[str],
+    tokenizer: TextTokenizer,
+    space: TokenSpace,
+    languages: dict[str, list[float]],
 ) -> Made:
     codec = unit_codec(path)
     rows, codes = read_shard(path)
@@ -136,19 +148,20 @@ def _of_shard(
             f"{path}: its codes are of {codec['codebooks']} codebooks of {codec['entries']}, the token space is of "
             f"{space.codebooks} of {space.entries}"
         )
-    yield from of_units(rows, codes[:, : space.codebooks], orders, tokenizer, space, languages)
+    yield from of_units(rows, codes[:, : space.codebooks], sides, orders, tokenizer, space, languages)
 
 
 def of_units(
     rows: list[Row],
     codes: np.ndarray,
+    sides: str,
     orders: Sequence[str],
     tokenizer: TextTokenizer,
     space: TokenSpace,
     languages: dict[str, list[float]],
 ) -> Made:
-    """The documents of utterances, whose codes are in `codes` (frames, codebooks); what is used of each language is
-    added to `languages`, as number and seconds."""
+    """The documents of utterances, their codes in `codes` (frames, codebooks), their sides in `sides`; what is used of
+    each language is added to `languages`, as number and seconds."""
     good = np.ones(len(codes), bool)
     if codes.size and (codes.min() < 0 or codes.max() >= space.entries):
         good = np.all((codes >= 0) & (codes < space.entries), axis=1)
@@ -176,20 +189,20 @@ def of_units(
             if row.id in used:
                 entry = languages.setdefault(row.language or "?", [0, 0.0])
                 entry[0], entry[1] = entry[0] + 1, entry[1] + row.seconds
+    side_of = {row.id: SIDES[int(digit)] for row, digit in zip(rows, sides, strict=True)}
     ids = _text_ids((text for planned in plans for text in interleave.texts_of(planned.plan)), tokenizer)
     for planned in plans:
         if planned.order == "semantic-only":
             parts = [semantic[row.start : row.end] for row in planned.spoken]
         else:
             parts = [audio[row.start * space.codebooks : row.end * space.codebooks] for row in planned.spoken]
-        yield planned.key, interleave.document(planned.plan, ids, parts, space)
+        yield side_of[planned.spoken[0].id], interleave.document(planned.plan, ids, parts, space)
 
 
 @dataclass
 class Planned(Generic[S]):
-    """A document to be: its split key, its order, its parts, and the utterances that they count."""
+    """A document to be: its order, its parts, and the utterances that they count, which are all on one side."""
 
-    key: str
     order: str
     plan: interleave.Plan
     spoken: list[S]
@@ -207,7 +220,7 @@ def plan_documents(group: list[S], orders: Sequence[str]) -> Iterator[Planned[S]
             yield Reject(some[0].id, f"{error} (for {order})")
             continue
         if plan:
-            yield Planned(split_key(some[0]), order, plan, some)
+            yield Planned(order, plan, some)
     if not interleave.WITHOUT_TEXT.issuperset(orders):
         for one in group:
             if not one.text:
@@ -225,16 +238,19 @@ def _text_ids(texts: Iterable[str], tokenizer: TextTokenizer) -> dict[str, np.nd
     return {t: np.array(ids, np.int32) for t, ids in zip(unique, tokenizer.encode_batch(unique), strict=True)}
 
 
-def _of_texts(shard: dict[str, Any], tokenizer: TextTokenizer, space: TokenSpace) -> Made:
+def _of_texts(shard: dict[str, Any], sides: str, tokenizer: TextTokenizer, space: TokenSpace) -> Made:
     items = [item for item, _ in read_index(shard)]
-    for item, ids in zip(items, tokenizer.encode_batch([clean_text(item.text, space) for item in items]), strict=True):
+    texts = tokenizer.encode_batch([clean_text(item.text, space) for item in items])
+    for item, ids, digit in zip(items, texts, sides, strict=True):
         if ids:
-            yield split_key(item), interleave.text_only(ids, space)
+            yield SIDES[int(digit)], interleave.text_only(ids, space)
         else:
             yield Reject(item.id, "empty text: nothing is left of it after cleaning")
 
 
-def _of_strings(source: dict[str, Any], codebooks: int, tokenizer: TextTokenizer, space: TokenSpace) -> Made:
+def _of_strings(
+    source: dict[str, Any], shares: tuple[float, float], codebooks: int, tokenizer: TextTokenizer, space: TokenSpace
+) -> Made:
     number = 0
     for strings in _strings(Path(source["path"]), source["group"]):
         for ids in to_ids(strings, space, tokenizer, corpus_codebooks=codebooks):
@@ -243,7 +259,7 @@ def _of_strings(source: dict[str, Any], codebooks: int, tokenizer: TextTokenizer
                     f"{source['path']}:row group {source['group']}, row {number}", f"malformed document: {ids}"
                 )
             else:
-                yield _content_key(ids, space), ids
+                yield by_share(_content_key(ids, space), *shares), ids
             number += 1
 
 
@@ -270,10 +286,6 @@ def _tokenizer(path: str) -> TextTokenizer:
 @functools.lru_cache(maxsize=2)
 def _class_table(space: TokenSpace) -> np.ndarray:
     return space.class_table()
-
-
-def _both(units: list[Path], keys: list[str]) -> Iterator[tuple[int, tuple[Path, str]]]:
-    return enumerate(zip(units, keys, strict=True))
 
 
 def _is_string(kind: pa.DataType) -> bool:

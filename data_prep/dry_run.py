@@ -20,10 +20,11 @@ from megatron_soda.vocab import TokenSpace
 from .audio import read_pieces
 from .codecs import load_codec
 from .codecs.base import Codec
-from .documents import SIDES, cleaned, plan_documents
-from .index import Index, read_index, sample, side
+from .documents import cleaned, plan_documents
+from .index import Index, read_index, sample
 from .inputs import Inputs, check_rejects, read_inputs, too_little
 from .show import Rejects, console
+from .split import ID, SIDES, sides_of_texts
 from .utterance import BadAudio, Reject
 
 SAMPLE = 64  # utterances that are decoded
@@ -117,7 +118,7 @@ def _listen(recipe: Recipe, index: Index, codec: Codec, rejects: Rejects) -> tup
 def _plan(recipe: Recipe, inputs: Inputs, space: TokenSpace, rejects: Rejects) -> Counter:
     """Plans all documents. -> over all of them: utterances whose frames are in one (`frames`, and with codebook 0 alone
     `semantic`), letters of transcripts, and markers. SodaError if a store would be empty."""
-    counts, sides = Counter(), Counter()
+    p, counts, sides = recipe.prepare, Counter(), Counter()
     for shard in inputs.speech.shards:
         utterances = [cleaned(utterance, space) for utterance, _ in read_index(shard)]
         for _, group in groupby(enumerate(utterances), key=lambda u: u[1].recording or u[0]):
@@ -125,15 +126,15 @@ def _plan(recipe: Recipe, inputs: Inputs, space: TokenSpace, rejects: Rejects) -
                 if isinstance(planned, Reject):
                     rejects.add(planned)
                     continue
-                sides[side(planned.key, inputs.bounds)] += 1
+                sides[inputs.groups.side([f"{ID}\0{planned.spoken[0].id}"])] += 1
                 counts["markers"] += 2 + 2 * sum(not isinstance(part, tuple) for part in planned.plan)
                 counts["letters"] += sum(len(part) for part in planned.plan if isinstance(part, str))
                 counts["letters"] += sum(len(part[0]) for part in planned.plan if isinstance(part, tuple))
                 audio = "semantic" if planned.order == "semantic-only" else "frames"
                 counts[audio] += sum(isinstance(part, int) for part in planned.plan)
     if not all(sides[name] for name in SIDES):
-        for shard in inputs.texts.shards:
-            sides.update(side(text.prompt, inputs.bounds) for text, _ in read_index(shard))
+        for some in sides_of_texts(inputs.texts.shards, inputs.groups, p.valid_share, p.test_share):
+            sides.update(SIDES[int(digit)] for digit in some)
     for name in SIDES:
         if not sides[name]:
             raise SodaError(too_little(name, rejects))

@@ -15,7 +15,7 @@ from .audio import read_pieces
 from .codecs import load_codec
 from .codecs.base import Codec
 from .executor import Job, Result
-from .index import Shard, digest, read_index, split_key
+from .index import Shard, digest, read_index
 from .units import unit_key, write_units
 from .utterance import BadAudio, Sound
 
@@ -46,7 +46,7 @@ def encode_shard(job: Job) -> Result:
     codec = _codec(json.dumps(job["codec"]["arguments"], sort_keys=True), executor.device)
     utterances = [utterance for utterance, _ in read_index(job["shard"])]
     encoder = _Encoder(codec)
-    rejects, lengths, left_out = [], {}, []
+    rejects, lengths = [], {}
     for number, pieces in _decoded([u.audio for u in utterances], codec, job):
         try:
             samples = 0
@@ -57,7 +57,6 @@ def encode_shard(job: Job) -> Result:
         except BadAudio as error:
             encoder.drop(number)
             rejects.append((str(utterances[number].audio), str(error)))
-            left_out.append(split_key(utterances[number]))
     codes = encoder.finish()
     rows = [
         {
@@ -76,7 +75,7 @@ def encode_shard(job: Job) -> Result:
     ]
     path = Path(job["out"])
     write_json(rejects_path(path), rejects)
-    write_units(path, rows, codec=job["codec"], key=job["key"], left_out=left_out)
+    write_units(path, rows, codec=job["codec"], key=job["key"])
     return {"utterances": len(rows), "rejects": len(rejects), "seconds": sum(lengths.values())}
 
 

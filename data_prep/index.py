@@ -2,14 +2,13 @@
 which are the jobs of all that follows; memory does not grow with their number.
 
     FOLDER/items-00000.parquet   a shard is a row group
-    FOLDER/index.sqlite          ids and prompts that were seen, while it is made
+    FOLDER/index.sqlite          ids and recordings that were seen, while it is made
 """
 
 import hashlib
 import json
 import os
 import shutil
-import sqlite3
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,9 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_soda.errors import SodaError
-
-from .units import left_out, read_columns
+from .seen import Seen
 from .utterance import Reject, Sound, Utterance
 
 ITEMS = pa.schema([("utterance", pa.string()), ("stamp", pa.string())])
@@ -43,12 +40,11 @@ class Shard:
 
 @dataclass
 class Index:
-    """Shards of utterances, how many there are, and the bounds of the sides (see `side`)."""
+    """Shards of utterances, and how many there are."""
 
     shards: list[Shard]
     utterances: int
     cut_recordings: int  # that were too long for one shard, or came back after another one
-    bounds: tuple[str, str]
 
 
 def digest(*values: Any) -> str:
@@ -60,15 +56,14 @@ def make_index(
     folder: Path,
     *,
     shard_size: int,
-    valid_share: float,
-    test_share: float,
     reject: Callable[[Reject], None],
-    advance: Callable[[int], None] = lambda n: None,
+    take: Callable[[Utterance], None] = lambda utterance: None,
 ) -> Index:
-    """Writes the shards of the utterances of `source`; of two with one id the second is rejected."""
+    """Writes the shards of the utterances of `source`; of two with one id the second is rejected. `take` is given each
+    that is in."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    seen = _Seen(folder / "index.sqlite")
+    seen = Seen(folder / "index.sqlite", "ids", "recordings")
     writer = _Shards(folder)
     current: list[tuple[str, str]] = []
     recording, size, count, cut = "", 0, 0, 0
@@ -90,16 +85,13 @@ def make_index(
                 writer.add(current)
                 current, size = [], 0
             recording = item.recording
-            seen.new("prompts", _hash(split_key(item)))
             current.append((json.dumps(asdict(item)), stamps[item.audio.path]))
             size, count = size + 1, count + 1
-            advance(1)
+            take(item)
         writer.add(current)
-        shards = writer.close()
-        return Index(shards, count, cut, seen.bounds(valid_share, test_share))
+        return Index(writer.close(), count, cut)
     finally:
         seen.close()
-        (folder / "index.sqlite").unlink(missing_ok=True)
 
 
 def read_index(shard: dict[str, Any] | Shard) -> Iterator[tuple[Utterance, str]]:
@@ -110,79 +102,8 @@ def read_index(shard: dict[str, Any] | Shard) -> Iterator[tuple[Utterance, str]]
         yield Utterance(**{**values, "audio": Sound(**values["audio"])}), row["stamp"]
 
 
-def split_key(item: Any) -> str:
-    """What must not stand on two sides: the recording of an utterance, or what it says."""
-    return item.recording or item.prompt or item.id
-
-
-def side(key: str, bounds: tuple[str, str]) -> str:
-    """train, valid or test, by the hash of a split key. Only the bounds depend on what else there is."""
-    value = _hash(key)
-    return "test" if value <= bounds[0] else "valid" if value <= bounds[1] else "train"
-
-
 def _hash(key: str) -> str:
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:24]
-
-
-def _share(share: float) -> str:
-    return f"{int(share * 16**12):012x}" if share else ""
-
-
-def index_of_units(units: list[Path], folder: Path, valid_share: float, test_share: float) -> Index:
-    """The index of unit shards that are there already: without shards of its own."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    seen, count = _Seen(folder / "index.sqlite"), 0
-    for path in units:
-        for row in read_columns(path, ["recording", "prompt", "id"]):
-            if not seen.new("ids", row["id"]):
-                raise SodaError(
-                    f"{path}: utterance {row['id']!r} stands in another shard too, or twice in this one. If "
-                    "prepare.units names one shard twice (a copy, or a link), leave one out."
-                )
-            seen.new("prompts", _hash(row["recording"] or row["prompt"] or row["id"]))
-            count += 1
-        for key in left_out(path):
-            seen.new("prompts", _hash(key))
-    bounds = seen.bounds(valid_share, test_share)
-    seen.close()
-    shutil.rmtree(folder)
-    return Index([], count, 0, bounds)
-
-
-class _Seen:
-    """Sets of strings on disk."""
-
-    def __init__(self, path: Path) -> None:
-        self._base = sqlite3.connect(path, isolation_level=None)
-        self._base.execute("PRAGMA journal_mode=OFF")
-        self._base.execute("PRAGMA synchronous=OFF")
-        for name in ("ids", "recordings", "prompts"):
-            self._base.execute(f"CREATE TABLE {name} (key TEXT PRIMARY KEY) WITHOUT ROWID")
-        self._base.execute("BEGIN")
-
-    def new(self, table: str, key: str) -> bool:
-        return self._base.execute(f"INSERT OR IGNORE INTO {table} VALUES (?)", (key,)).rowcount == 1
-
-    def bounds(self, valid_share: float, test_share: float) -> tuple[str, str]:
-        """The highest hash of the test side and of the valid side. A share above 0 gets a prompt if there are three."""
-        total = self._base.execute("SELECT COUNT(*) FROM prompts").fetchone()[0]
-        if not total:  # of a released corpus, whose documents are not counted before
-            return _share(test_share), _share(test_share + valid_share)
-        least = 1 if total >= 3 else 0
-        test = max(round(test_share * total), least if test_share else 0)
-        valid = max(round(valid_share * total), least if valid_share else 0)
-        return self._at(test), self._at(test + valid)
-
-    def _at(self, count: int) -> str:
-        """The count-th lowest hash of a prompt."""
-        if count == 0:
-            return ""
-        return self._base.execute("SELECT key FROM prompts ORDER BY key LIMIT 1 OFFSET ?", (count - 1,)).fetchone()[0]
-
-    def close(self) -> None:
-        self._base.close()
 
 
 class _Shards:

@@ -16,8 +16,9 @@ from . import asterisk, sources
 from .index import Index, make_index, read_index
 from .interleave import needs_text
 from .show import Rejects, console, progress
+from .split import Groups, keys_of
 from .texts import read_texts
-from .utterance import Reject, Sound, Utterance, prompt_key
+from .utterance import Reject, Sound, Utterance
 
 TEXTS_A_SHARD = 4  # times the utterances of one: a text is a sentence or a page
 
@@ -29,10 +30,7 @@ class Inputs:
     texts: Index
     repeated_texts: int  # left out: they were there already
     released: list[Path]
-
-    @property
-    def bounds(self) -> tuple[str, str]:
-        return self.speech.bounds if self.speech.utterances else self.texts.bounds
+    groups: Groups  # of the utterances, or of the texts if there are none
 
 
 def read_inputs(recipe: Recipe, work: Path, rejects: Rejects) -> Inputs:
@@ -42,13 +40,16 @@ def read_inputs(recipe: Recipe, work: Path, rejects: Rejects) -> Inputs:
     p = recipe.prepare
     if p.tokenizer:
         TextTokenizer(p.tokenizer)  # it is needed at the end; that it is missing can be said now
-    shares = {"valid_share": p.valid_share, "test_share": p.test_share}
+    groups = Groups(work / "groups.sqlite")
     texts, no_text = _text_patterns(recipe)
     with progress("utterances", None if p.speech and not p.units else 0) as advance:
         source = _source(recipe, work) if p.speech and not p.units else iter(())
-        index = make_index(
-            source, work / "index", shard_size=p.shard_size, reject=rejects.add, advance=advance, **shares
-        )
+
+        def take(u: Utterance) -> None:
+            groups.add(keys_of(p.split_by, id=u.id, recording=u.recording, prompt=u.prompt, text=u.text))
+            advance(1)
+
+        index = make_index(source, work / "index", shard_size=p.shard_size, reject=rejects.add, take=take)
     speech_rejects, repeats = rejects.count, 0
     check_rejects(recipe, speech_rejects, index.utterances + speech_rejects, rejects)
     if p.speech and not p.units and not index.utterances:
@@ -64,14 +65,20 @@ def read_inputs(recipe: Recipe, work: Path, rejects: Rejects) -> Inputs:
             rejects.add(reject)
 
     with progress("texts", None if texts else 0) as advance:
+
+        def take_text(u: Utterance) -> None:
+            if not index.utterances and not p.units:
+                groups.add(keys_of(["text"], id=u.id, text=u.text))
+            advance(1)
+
         text_index = make_index(
             (_as_item(text) for text in read_texts(texts)) if texts else iter(()),
             work / "texts",
             shard_size=TEXTS_A_SHARD * p.shard_size,
             reject=reject_text,
-            advance=advance,
-            **shares,
+            take=take_text,
         )
+    groups.divide(p.valid_share, p.test_share)
     corpora = files(p.released, "prepare.released")
     if not index.utterances and not text_index.utterances and not corpora and not p.units:
         raise SodaError(f"there is nothing to prepare: {rejects.count} inputs, all rejected.{rejects.keep()}")
@@ -80,9 +87,9 @@ def read_inputs(recipe: Recipe, work: Path, rejects: Rejects) -> Inputs:
             f"[yellow]{index.cut_recordings} recordings[/] become more than one document: they are very long, or their "
             "utterances do not follow one another in the source"
         )
-    found = Inputs(index, speech_rejects, text_index, repeats, corpora)
-    if not corpora and not p.units and (empty := _empty_side(found.bounds)):
-        raise SodaError(too_little(empty, rejects))
+    found = Inputs(index, speech_rejects, text_index, repeats, corpora, groups)
+    if not corpora and not p.units:
+        check_sides(groups, rejects)
     return found
 
 
@@ -113,10 +120,25 @@ def too_little(side: str, rejects: Rejects) -> str:
     )
 
 
-def _empty_side(bounds: tuple[str, str]) -> str:
-    """The side of which the bounds (see index.side) say that nothing is on it; train may be empty all the same."""
-    test, valid = bounds
-    return "test" if not test else "valid" if valid <= test else ""
+def check_sides(groups: Groups, rejects: Rejects) -> None:
+    """SodaError if a side is empty, as where a few sentences hold everything together."""
+    largest, total = groups.largest()
+    counts = groups.counts()
+    empty = next((side for side in ("test", "valid", "train") if not counts[side]), "")
+    if not empty:
+        if largest > total / 2:
+            console.print(
+                f"[yellow]{largest:,} of {total:,}[/] hang together by what they share (prepare.split_by): they are "
+                "all on one side of the split"
+            )
+        return
+    why = ""
+    if largest > max(2, total / 2):
+        why = (
+            f" {largest:,} of {total:,} hang together, by recordings, prompts, texts or sounds that they share: a "
+            "short sentence that many say is enough. Take `text` out of prepare.split_by if it may stand on both sides."
+        )
+    raise SodaError(too_little(empty, rejects) + why)
 
 
 def _source(recipe: Recipe, work: Path) -> Iterator[Utterance | Reject]:
@@ -152,7 +174,7 @@ def _as_item(text: str | Reject) -> Utterance | Reject:
     if isinstance(text, Reject):
         return text
     id = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:24]
-    return Utterance(id, Sound(""), text, prompt=prompt_key(text, otherwise=id))
+    return Utterance(id, Sound(""), text)
 
 
 def items(index: Index) -> Iterator[Utterance]:

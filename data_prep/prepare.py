@@ -1,6 +1,6 @@
 """`soda prepare`: speech and text to the stores train, valid and test. What is done is skipped, shard by shard.
 
-    source -> index -> units (Parquet) -> parts (ids) -> stores
+    source -> index -> units (Parquet) -> split -> parts (ids) -> stores
 
 RUN/data/work holds the index and the parts; RUN/data/units the codes, which are dear and kept.
 """
@@ -21,16 +21,17 @@ from megatron_soda.files import locked, read_json, reading, write_json
 from megatron_soda.run_folder import record_timing
 
 from . import choose, documents, encode
-from .documents import SIDES
 from .executor import Job, Result, run_jobs
-from .index import Index, digest, index_of_units, side, split_key
-from .inputs import check_rejects, files, items, read_inputs
+from .index import Index, digest
+from .inputs import check_rejects, check_sides, files, items, read_inputs
 from .show import Rejects, console, progress
+from .split import SIDES, Groups, group_units, sides_of_texts, sides_of_units
 from .stores import write_stores
 from .units import check_schema, read_columns, unit_codec, unit_key
 from .utterance import Reject
 
 SHOWN_REJECTS = 1000
+TRAIN = str(SIDES.index("train"))
 
 
 def prepare(recipe: Recipe, dry_run: bool = False) -> dict[str, Any]:
@@ -66,10 +67,9 @@ def _prepare(recipe: Recipe) -> dict[str, Any]:
     codec: dict[str, Any] | None = None
     if p.units:
         units, codec = _given_units(recipe, folder)
-        index = index_of_units(units, work / "units-index", p.valid_share, p.test_share)
         unit_keys = [digest(unit_key(path), path.stat().st_size, path.stat().st_mtime_ns) for path in units]
     elif index.shards:
-        codec = choose.choose_codec(recipe, index, folder)
+        codec = choose.choose_codec(recipe, index, found.groups, folder)
         lap("codec")
         units, unit_keys = _encode(recipe, index, codec, folder, rejects, found.speech_rejects)
     else:
@@ -78,13 +78,23 @@ def _prepare(recipe: Recipe) -> dict[str, Any]:
             (folder / name).unlink(missing_ok=True)  # of other data in this folder
     lap("encode")
 
-    bounds = index.bounds if units else texts.bounds
+    groups = found.groups
+    if units:  # anew: by what could be encoded, and by its sound
+        groups.close()
+        groups = Groups(work / "groups.sqlite")
+        group_units(units, groups, p.split_by, work / "ids.sqlite")
+        groups.divide(p.valid_share, p.test_share)
+        check_sides(groups, rejects)
+    sides, text_sides = sides_of_units(units, groups), sides_of_texts(texts.shards, groups, p.valid_share, p.test_share)
+    groups.close()
+    lap("split")
+
     sizes = (codec["codebooks"], codec["entries"]) if codec else (p.codebooks or 8, p.entries or 2048)
     tokenizer = choose.choose_tokenizer(
         recipe,
-        _transcripts(units, bounds),
-        ((u.id, u.text) for u in items(texts) if side(split_key(u), bounds) == "train"),
-        digest(unit_keys, [s.key for s in texts.shards], bounds),
+        _transcripts(units, sides),
+        ((u.id, u.text) for u, digit in zip(items(texts), "".join(text_sides), strict=True) if digit == TRAIN),
+        digest(unit_keys, [s.key for s in texts.shards], sides, text_sides),
         folder,
         sizes,
     )
@@ -96,14 +106,14 @@ def _prepare(recipe: Recipe) -> dict[str, Any]:
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "space": space.to_dict(),
         "orders": list(p.orders),
-        "bounds": bounds,
+        "shares": (p.valid_share, p.test_share),
         "seed": recipe.seed,
         "corpus_codebooks": p.corpus_codebooks,
     }
     jobs = {
-        "speech": documents.unit_jobs(units, unit_keys, parts, settings)
+        "speech": documents.unit_jobs(units, unit_keys, sides, parts, settings)
         + documents.string_jobs(found.released, parts, settings),
-        "text": documents.text_jobs(texts.shards, parts, settings),
+        "text": documents.text_jobs(texts.shards, text_sides, parts, settings),
     }
     key = digest([job["key"] for some in jobs.values() for job in some], p.text_share, list(SIDES), p.store)
     done = folder / "prepare.json"
@@ -119,7 +129,7 @@ def _prepare(recipe: Recipe) -> dict[str, Any]:
         _collect(Path(job["out"]), rejects)
     lap("documents")
     rejects.keep()
-    summary = write_stores(recipe, jobs, units, bounds, tokenizer, space, codec, rejects, key)
+    summary = write_stores(recipe, jobs, units, sides, tokenizer, space, codec, rejects, key)
     lap("stores")
     timings["seconds"] = time.monotonic() - began
     summary.update(
@@ -214,10 +224,10 @@ def _collect(part: Path, rejects: Rejects) -> None:
             rejects.add(reject)
 
 
-def _transcripts(units: list[Path], bounds: tuple[str, str]) -> Iterator[tuple[str, str]]:
-    for path in units:
-        for row in read_columns(path, ["id", "text", "prompt", "recording"]):
-            if side(row["recording"] or row["prompt"] or row["id"], bounds) == "train":
+def _transcripts(units: list[Path], sides: list[str]) -> Iterator[tuple[str, str]]:
+    for path, some in zip(units, sides, strict=True):
+        for row, digit in zip(read_columns(path, ["id", "text"]), some, strict=True):
+            if digit == TRAIN:
                 yield row["id"], row["text"]
 
 

@@ -1,21 +1,172 @@
-"""Prompts that must stand on one side of a split, because they share a text."""
+"""The split: utterances that share a recording, a prompt, a text or their very sound stand on one side of it.
+
+What is shared joins utterances to groups, by union: of one, two and three, two and three may share nothing with each
+other. Which side a group is on depends on a hash of what it shares and on how many groups there are, not on the order
+of the input. Everything is in SQLite files, so memory does not grow with the number of utterances.
+"""
+
+import hashlib
+import sqlite3
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from megatron_soda.errors import SodaError
+
+from .index import Shard, read_index
+from .seen import Seen
+from .units import read_columns, read_shard
+from .utterance import prompt_key
+
+SIDES = ("train", "valid", "test")
+
+ID = "id"
 
 
-def group_prompts(pairs: list[tuple[str, str]]) -> list[list[str]]:
-    """(prompt, text) pairs -> prompts joined by common texts, each group sorted: union-find over the texts."""
-    parent: dict[str, str] = {}
+def keys_of(
+    by: Iterable[str], *, id: str, recording: str = "", prompt: str = "", text: str = "", audio: str = ""
+) -> list[str]:
+    """What an utterance may share with others, and its id. Texts are compared without case and punctuation."""
+    values = {"recording": recording, "prompt": prompt, "text": prompt_key(text, otherwise=""), "audio": audio}
+    return [*(f"{kind}\0{values[kind]}" for kind in by if values[kind]), f"{ID}\0{id}"]
 
-    def root(prompt: str) -> str:
-        while parent[prompt] != prompt:
-            prompt = parent[prompt]
-        return prompt
 
-    first: dict[str, str] = {}
-    for prompt, text in pairs:
-        parent.setdefault(prompt, prompt)
-        one, other = sorted((root(prompt), root(first.setdefault(text, prompt))))
-        parent[other] = one
-    groups: dict[str, list[str]] = {}
-    for prompt in parent:
-        groups.setdefault(root(prompt), []).append(prompt)
-    return [sorted(group) for group in groups.values()]
+def hash_of(key: str) -> str:
+    """24 hexadecimal digits."""
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:24]
+
+
+class Groups:
+    """Groups of utterances, in the file `path`. First `add` all, then `divide`, then ask for the `side` of each."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        self._path = path
+        self._base = sqlite3.connect(path, isolation_level=None)
+        for statement in (
+            "PRAGMA journal_mode=OFF",
+            "PRAGMA synchronous=OFF",
+            # `above` leads to the key that stands for the group, the smallest of it, whose `count` is the group's.
+            "CREATE TABLE keys (key TEXT PRIMARY KEY, above TEXT, count INTEGER) WITHOUT ROWID",
+            "BEGIN",
+        ):
+            self._base.execute(statement)
+
+    def close(self) -> None:
+        self._base.close()
+        self._path.unlink(missing_ok=True)
+
+    def add(self, keys: Iterable[str]) -> None:
+        """An utterance, by what it may share (one key at least)."""
+        roots = {self._root(hash_of(key), insert=True) for key in keys}
+        first = min(roots)
+        for other in roots - {first}:
+            (count,) = self._base.execute("SELECT count FROM keys WHERE key = ?", (other,)).fetchone()
+            self._base.execute("UPDATE keys SET above = ? WHERE key = ?", (first, other))
+            self._base.execute("UPDATE keys SET count = count + ? WHERE key = ?", (count, first))
+        self._base.execute("UPDATE keys SET count = count + 1 WHERE key = ?", (first,))
+
+    def _root(self, key: str, insert: bool = False) -> str:
+        """The key that stands for the group of `key`; empty where that is not known."""
+        path: list[str] = []
+        while True:
+            row = self._base.execute("SELECT above FROM keys WHERE key = ?", (key,)).fetchone()
+            if row is None:
+                if not insert:
+                    return ""
+                self._base.execute("INSERT INTO keys VALUES (?, ?, 0)", (key, key))
+                return key
+            if row[0] == key:
+                break
+            path.append(key)
+            key = row[0]
+        for passed in path[:-1]:  # the next time it is one step
+            self._base.execute("UPDATE keys SET above = ? WHERE key = ?", (key, passed))
+        return key
+
+    def divide(self, valid_share: float, test_share: float) -> None:
+        """Puts groups on the sides: the share of their number, and one at least if there are three. A group of more
+        utterances than a side's share is for the training side, as long as there are others."""
+        base = self._base
+        base.create_function("rank", 1, hash_of, deterministic=True)  # the smallest of many keys tends to be small
+        base.execute("CREATE TABLE groups (key TEXT PRIMARY KEY, rank TEXT, count INTEGER, side TEXT) WITHOUT ROWID")
+        base.execute("INSERT INTO groups SELECT key, rank(key), count, 'train' FROM keys WHERE above = key")
+        groups, utterances = base.execute("SELECT COUNT(*), SUM(count) FROM groups").fetchone()
+        for side, share in (("test", test_share), ("valid", valid_share)):
+            wanted = max(round(share * groups), 1 if share and groups >= 3 else 0)
+            base.execute(
+                "UPDATE groups SET side = ? WHERE key IN (SELECT key FROM groups WHERE side = 'train' "
+                "ORDER BY CASE WHEN count <= ? THEN 0 ELSE count END, rank LIMIT ?)",
+                (side, max(1, share * (utterances or 0)), wanted),
+            )
+
+    def side(self, keys: Iterable[str]) -> str:
+        """The side of the first key that is in a group; empty where none is. Those of one utterance all agree."""
+        for key in keys:
+            if root := self._root(hash_of(key)):
+                return self._base.execute("SELECT side FROM groups WHERE key = ?", (root,)).fetchone()[0]
+        return ""
+
+    def rank(self, key: str) -> str:
+        """The hash by which the groups are in order; those of the lowest are held out."""
+        return hash_of(self._root(hash_of(key)))
+
+    def counts(self) -> dict[str, int]:
+        """Groups of each side."""
+        found = dict(self._base.execute("SELECT side, COUNT(*) FROM groups GROUP BY side").fetchall())
+        return {side: found.get(side, 0) for side in SIDES}
+
+    def largest(self) -> tuple[int, int]:
+        """Utterances of the largest group, and of all."""
+        largest, total = self._base.execute("SELECT MAX(count), SUM(count) FROM groups").fetchone()
+        return largest or 0, total or 0
+
+
+def by_share(key: str, valid_share: float, test_share: float) -> str:
+    """The side of what stands for itself, such as a document of a released corpus: by its hash alone."""
+    at = int(hash_of(key)[:12], 16) / 16**12
+    return "test" if at < test_share else "valid" if at < test_share + valid_share else "train"
+
+
+def group_units(units: list[Path], groups: Groups, by: Sequence[str], scratch: Path) -> None:
+    """Adds all utterances of unit shards. The sound of an utterance is its codes. SodaError for an id that is there
+    twice."""
+    seen = Seen(scratch, "ids")
+    try:
+        for path in units:
+            rows, codes = read_shard(path)
+            for row in rows:
+                if not seen.new("ids", row.id):
+                    raise SodaError(
+                        f"{path}: utterance {row.id!r} stands in another shard too, or twice in this one. If "
+                        "prepare.units names one shard twice (a copy, or a link), leave one out."
+                    )
+                sound = codes[row.start : row.end].tobytes()
+                audio = hashlib.sha256(sound).hexdigest() if sound else ""
+                named = {name: getattr(row, name) for name in ("id", "recording", "prompt", "text")}
+                groups.add(keys_of(by, **named, audio=audio))
+    finally:
+        seen.close()
+
+
+# A digit for each row of a shard, the number of its side in SIDES: what workers are told. They cannot ask the groups.
+
+
+def sides_of_units(units: list[Path], groups: Groups) -> list[str]:
+    return [
+        "".join(_digit(groups.side([f"{ID}\0{row['id']}"])) for row in read_columns(path, ["id"])) for path in units
+    ]
+
+
+def sides_of_texts(shards: list[Shard], groups: Groups, valid_share: float, test_share: float) -> list[str]:
+    """A text that is in the groups, because it is spoken too, is on the side of that; another one by its hash."""
+
+    def side(text: str, id: str) -> str:
+        keys = keys_of(["text"], id=id, text=text)
+        return groups.side(keys) or by_share(keys[0], valid_share, test_share)
+
+    return ["".join(_digit(side(item.text, item.id)) for item, _ in read_index(shard)) for shard in shards]
+
+
+def _digit(side: str) -> str:
+    return str(SIDES.index(side))

@@ -1,5 +1,6 @@
 """The last stage: parts to the stores train, valid and test, text among the speech; and the held-out utterances."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -17,11 +18,12 @@ from megatron_soda.tokenizer import TextTokenizer
 from megatron_soda.vocab import TokenSpace
 
 from . import documents
-from .documents import SIDES
 from .executor import Job
-from .index import digest, side
+from .index import digest
 from .inputs import too_little
+from .seen import Seen
 from .show import Rejects, console, progress
+from .split import SIDES
 from .units import SCHEMA
 
 HELD_OUT_ROWS = 20_000  # utterances kept beside the valid and the test store, to speak and transcribe
@@ -31,7 +33,7 @@ def write_stores(
     recipe: Recipe,
     jobs: dict[str, list[Job]],
     units: list[Path],
-    bounds: tuple[str, str],
+    sides: list[str],
     tokenizer: TextTokenizer,
     space: TokenSpace,
     codec: dict[str, Any] | None,
@@ -39,8 +41,8 @@ def write_stores(
     key: str,
 ) -> dict[str, Any]:
     """Writes the three stores and the held-out units, and returns what prepare.json says of them. `jobs`: those of the
-    parts, by `speech` and `text`; `key`: of this preparation, which the held-out units carry. SodaError if a store
-    would be empty."""
+    parts, by `speech` and `text`; `sides`: of the rows of the units; `key`: of this preparation, which the held-out
+    units carry. SodaError if a store would be empty."""
     folder, p = recipe.data_folder, recipe.prepare
     facts = {kind: [_facts(job) for job in some] for kind, some in jobs.items()}
     provenance = {
@@ -50,9 +52,10 @@ def write_stores(
     }
     tokens, written, classes = {}, {}, Counter()
     total = sum(sum(_tokens(facts, name, p.text_share)) for name in SIDES)
-    with progress("stores", total) as advance:
+    once = _Once(folder / "work" / "documents.sqlite")
+    with progress("stores", total) as advance, once:
         for name in SIDES:
-            blend = _blend(jobs, facts, name, p.text_share)
+            blend = once.of(_blend(jobs, facts, name, p.text_share))
             counted = _Counted(blend, advance, space if name == "train" else None)
             tokens[name] = write_parts(folder / name, counted, space, p.store, **provenance)
             written[name] = counted.documents
@@ -60,7 +63,7 @@ def write_stores(
                 raise SodaError(too_little(name, rejects))
             classes.update(counted.classes)
             if name != "train" and units:
-                _held_out(folder / f"{name}.parquet", units, name, bounds, digest(key, name))
+                _held_out(folder / f"{name}.parquet", units, sides, name, digest(key, name))
     spoken, text = (sum(f["train.tokens"] for f in facts[kind]) for kind in ("speech", "text"))
     wanted = spoken * p.text_share / (1 - p.text_share)
     if p.text and spoken and text < wanted:
@@ -68,6 +71,8 @@ def write_stores(
             f"[yellow]too little text[/]: {text / (spoken + text):.1%} of the tokens, not "
             f"prepare.text_share={p.text_share:.1%}; {wanted - text:,.0f} tokens of text are missing"
         )
+    if once.left_out:
+        console.print(f"[yellow]{once.left_out:,} documents[/] left out, which are there already, token by token")
     languages: dict[str, dict[str, float]] = {}
     for part in facts["speech"]:
         for language, (count, seconds) in part["languages"].items():
@@ -78,6 +83,7 @@ def write_stores(
         "utterances": sum(entry["utterances"] for entry in languages.values()),
         "hours": sum(entry["seconds"] for entry in languages.values()) / 3600,
         "documents": written,
+        "duplicates": once.left_out,
         "tokens": tokens,
         "stores": {name: Store(folder / name).fingerprint for name in SIDES},
         "bytes": {
@@ -146,6 +152,32 @@ def _thinned(parts: list[Path], name: str, wanted: int, total: int) -> Iterator[
             yield document, np.array([len(document)])
 
 
+class _Once:
+    """Leaves out documents that were there before, in whatever store: `soda validate` would refuse them."""
+
+    def __init__(self, path: Path) -> None:
+        self._seen, self.left_out = Seen(path, "documents"), 0
+
+    def __enter__(self) -> "_Once":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._seen.close()
+
+    def of(self, parts: Iterable[tuple[np.ndarray, np.ndarray]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for ids, lengths in parts:
+            ends = np.cumsum(lengths)
+            new = [
+                self._seen.new("documents", hashlib.blake2b(ids[end - length : end].tobytes(), digest_size=16).digest())
+                for end, length in zip(ends.tolist(), lengths.tolist(), strict=True)
+            ]
+            if not all(new):
+                kept = np.array(new)
+                self.left_out += len(new) - int(kept.sum())
+                ids, lengths = ids[np.repeat(kept, lengths)], lengths[kept]
+            yield ids, lengths
+
+
 class _Counted:
     """Passes parts on, and counts their documents and the classes of their tokens."""
 
@@ -164,17 +196,15 @@ class _Counted:
             yield ids, lengths
 
 
-def _held_out(path: Path, units: list[Path], name: str, bounds: tuple[str, str], key: str) -> None:
+def _held_out(path: Path, units: list[Path], sides: list[str], name: str, key: str) -> None:
+    wanted = str(SIDES.index(name))
     left = HELD_OUT_ROWS
     with atomic_path(path) as temporary:
         schema = SCHEMA.with_metadata({**(pq.read_schema(units[0]).metadata or {}), b"key": key.encode()})
         with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
-            for unit in units:
-                table = pq.read_table(unit, columns=SCHEMA.names)
-                names = ("recording", "prompt", "id")
-                keys = zip(*(table.column(n).to_pylist() for n in names), strict=True)
-                kept = pa.array([side(next(filter(None, k)), bounds) == name for k in keys], pa.bool_())
-                table = table.filter(kept).slice(0, left)
+            for unit, some in zip(units, sides, strict=True):
+                kept = pa.array([digit == wanted for digit in some], pa.bool_())
+                table = pq.read_table(unit, columns=SCHEMA.names).filter(kept).slice(0, left)
                 if len(table):
                     writer.write_table(table.cast(schema))
                 left -= len(table)

@@ -44,13 +44,10 @@ class Row:
     end: int
 
 
-def write_units(
-    path: Path, rows: list[dict], *, codec: dict[str, Any], key: str = "", left_out: Sequence[str] = ()
-) -> None:
-    """rows: dicts of SCHEMA's fields, with codes (frames, codebooks). codec: what `codec.json` holds. left_out: split
-    keys of utterances that could not be encoded: a split must count them, or it would be another one without them."""
+def write_units(path: Path, rows: list[dict], *, codec: dict[str, Any], key: str = "") -> None:
+    """rows: dicts of SCHEMA's fields, with codes (frames, codebooks). codec: what `codec.json` holds."""
     columns = [{**row, "codes": np.asarray(row["codes"], np.int16).reshape(-1)} for row in rows]
-    facts = {"codec": json.dumps(codec, sort_keys=True), "key": key, "left_out": json.dumps(sorted(set(left_out)))}
+    facts = {"codec": json.dumps(codec, sort_keys=True), "key": key}
     with atomic_path(path) as temporary:
         pq.write_table(pa.Table.from_pylist(columns, SCHEMA.with_metadata(facts)), temporary, compression="zstd")
 
@@ -99,12 +96,6 @@ def read_columns(path: Path, names: Sequence[str]) -> list[dict[str, Any]]:
     """Rows of some columns. SodaError if the shard cannot be read."""
     with reading(path, CANNOT):
         return pq.read_table(path, columns=list(names)).to_pylist()
-
-
-def left_out(path: Path) -> list[str]:
-    """What write_units was given as that."""
-    with reading(path, CANNOT):
-        return [str(key) for key in json.loads((pq.read_schema(path).metadata or {}).get(b"left_out", b"[]"))]
 
 
 def read_shard(path: Path) -> tuple[list[Row], np.ndarray]:

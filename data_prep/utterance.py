@@ -28,7 +28,8 @@ class Utterance:
     """One recording of one sentence, or the stretch of a recording that has it.
 
     `id` is unique within its source. It may hold '/' and any other character, so it is no file name.
-    `prompt` is the key that must never stand on two sides of a split: what is said, not who says it.
+    `prompt` is a key of what is said, whoever says it in whatever language: of one prompt, all are on one side of a
+    split (see split.py for what else keeps utterances together).
     `recording`: utterances of one recording that follow each other make one document; empty: each is its own.
     """
 
@@ -56,7 +57,7 @@ def one_line(text: str) -> str:
 
 
 def prompt_key(text: str, otherwise: str) -> str:
-    """The split key of a transcript: no case, no punctuation, single spaces; `otherwise` where nothing is left."""
+    """A transcript to compare by: no case, no punctuation, single spaces; `otherwise` where nothing is left."""
     folded = unicodedata.normalize("NFKC", text).casefold()
     kept = (" " if unicodedata.category(letter)[0] in "PS" else letter for letter in folded)
     return one_line("".join(kept)) or otherwise

@@ -39,7 +39,9 @@ class Prepare:
     orders: list[str] = field(default_factory=lambda: ["text-first", "audio-first"])  # see data_prep/interleave.py
     tokenizer: str = ""  # a sentencepiece .model or a tokenizer.json; empty: train one on the transcripts
     text_pieces: int = 512  # ids of a tokenizer that is trained
-    valid_share: float = 0.05  # of the prompts
+    # What keeps utterances on one side of the split, if they share it; the sound is compared by its codes.
+    split_by: list[str] = field(default_factory=lambda: ["recording", "prompt", "text", "audio"])
+    valid_share: float = 0.05  # of the groups of utterances that share nothing with others
     test_share: float = 0.05
     shard_size: int = 256  # utterances that are encoded, kept and made again together
     store: str = "megatron"  # megatron (.bin/.idx) | compact (a third of the size)
@@ -72,6 +74,7 @@ class Model:
 
 
 LAYOUTS = ("auto", "manifest", "audio", "pairs", "librispeech", "ljspeech", "commonvoice", "emilia", "webdataset", "hf")
+SPLIT_BY = ("recording", "prompt", "text", "audio")
 ORDERS = (
     *("text-first", "audio-first", "audio-only", "semantic-only", "text-only", "asr", "tts", "conversational"),
     "translation",
@@ -383,6 +386,9 @@ def _check(recipe: Recipe) -> None:
     choice("prepare.executor", p.executor, ("local", "ray"))
     for name in p.orders:
         choice("prepare.orders", name, ORDERS)
+    for name in p.split_by:
+        choice("prepare.split_by", name, SPLIT_BY)
+    need("recording" in p.split_by, f"prepare.split_by={p.split_by}: documents are of whole recordings, so these stay")
     need(bool(p.orders), "prepare.orders is empty: which documents are to be made of an utterance?")
     need(
         "semantic-only" not in p.orders or p.orders == ["semantic-only"],

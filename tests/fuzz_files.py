@@ -18,7 +18,7 @@ import soundfile
 from data_prep.audio import read_pieces
 from data_prep.choose import describe, load_data_codec
 from data_prep.codecs import load_codec
-from data_prep.units import left_out, read_shard, read_units, unit_codec, unit_key, write_units
+from data_prep.units import read_shard, read_units, unit_codec, unit_key, write_units
 from data_prep.utterance import BadAudio
 from megatron_soda import run_folder
 from megatron_soda.config import load_recipe
@@ -145,7 +145,7 @@ def _readers(folder: Path) -> dict[str, tuple[Path, Callable[[Path], object]]]:
     codec.write_text(json.dumps(described))
     units = folder / "part-000000.parquet"
     rows = [{"id": f"u{i}", "codes": np.full((5, 8), i), "text": "a", "seconds": 0.4} for i in range(20)]
-    write_units(units, rows, codec=described, key="k", left_out=["b"])
+    write_units(units, rows, codec=described, key="k")
     run = folder / "run"
     run.mkdir()
     run_folder.record_timing(run, "train", {"seconds": 1.0})
@@ -157,7 +157,7 @@ def _readers(folder: Path) -> dict[str, tuple[Path, Callable[[Path], object]]]:
         text.decode(text.encode("Good morning"))
 
     def use_units(path: Path) -> None:
-        unit_key(path), unit_codec(path), left_out(path)
+        unit_key(path), unit_codec(path)
         read_shard(path)
         list(read_units([path]))
 

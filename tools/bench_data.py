@@ -138,8 +138,9 @@ def measure(
 ) -> dict[str, Any]:
     orders = ["audio-only"] if name == "audio" else ["text-first", "audio-first"]
     common = {"tokenizer": str(text.path), "tokenizer_fingerprint": "", "space": space.to_dict(), "seed": 0,
-              "orders": orders, "bounds": ("", ""), "corpus_codebooks": 8}  # fmt: skip
-    jobs = documents.unit_jobs(units, [str(i) for i in range(len(units))], folder / name, common)
+              "orders": orders, "corpus_codebooks": 8}  # fmt: skip
+    trains = ["0" * pq.read_metadata(path).num_rows for path in units]
+    jobs = documents.unit_jobs(units, [str(i) for i in range(len(units))], trains, folder / name, common)
     run(jobs)
     parts = [documents.read_part(Path(job["out"]), "train") for job in jobs]
     made = [ids for ids, lengths in parts for ids in np.split(ids, np.cumsum(lengths)[:-1])]
@@ -148,7 +149,7 @@ def measure(
     share = of_text / sum(map(len, made))
     pq.write_table(pa.table({"text": strings}), folder / f"{name}.parquet")
     ours, theirs = folder / f"{name}-ours", folder / f"{name}-theirs"
-    in_memory = [read_shard(path) for path in units] if name != "store" else []
+    in_memory = [(*read_shard(path), some) for path, some in zip(units, trains, strict=True)] if name != "store" else []
 
     def our_ids() -> int:
         made = (item for shard in in_memory for item in documents.of_units(*shard, orders, text, space, {}))

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from ..utterance import Reject, Sound, Utterance, one_line, prompt_key
+from ..utterance import Reject, Sound, Utterance, one_line
 from .files import BadLine
 
 Row = Mapping[str, object]
@@ -50,7 +50,7 @@ def utterance(row: Row, sound: Sound, id: str, needs_text: bool) -> Utterance:
     text = one_line(text)
     if not text and needs_text:
         raise BadLine(f"no transcript: {row[NO_TEXT]}" if NO_TEXT in row else "no transcript")
-    return Utterance(id, sound, text, speaker, language, prompt or prompt_key(text, otherwise=id), recording)
+    return Utterance(id, sound, text, speaker, language, prompt, recording)
 
 
 def segment(row: Row) -> tuple[float, float]:

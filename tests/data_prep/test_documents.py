@@ -19,7 +19,6 @@ from megatron_soda.vocab import TokenSpace
 from tests.voices import WORDS
 
 CODEC = {"name": "none", "fingerprint": "f", "codebooks": 4, "entries": 16, "arguments": {}}
-EVERYTHING_TRAINS = ("", "")
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +39,8 @@ def make(folder: Path, rows: list[dict], tokenizer: TextTokenizer, orders: list[
     write_units(folder / "unit.parquet", rows, codec=CODEC, key="k")
     space = TokenSpace(tokenizer.size, tokenizer.bos, tokenizer.eos, codebooks, 16)
     common = {"tokenizer": str(tokenizer.path), "tokenizer_fingerprint": "t", "space": space.to_dict(), "seed": 0,
-              "orders": orders, "bounds": EVERYTHING_TRAINS, "corpus_codebooks": 4, **settings}  # fmt: skip
-    (job,) = documents.unit_jobs([folder / "unit.parquet"], ["k"], folder, common)
+              "orders": orders, "shares": (0.0, 0.0), "corpus_codebooks": 4, **settings}  # fmt: skip
+    (job,) = documents.unit_jobs([folder / "unit.parquet"], ["k"], ["0" * len(rows)], folder, common)
     assert not documents.is_done(job)
     documents.make_part(job)
     assert documents.is_done(job)
@@ -163,7 +162,7 @@ def test_released_corpora(tokenizer, tmp_path):
     strings += [f"<|begin_of_text|>{text}{letters}<|end_of_text|>", None, "<|begin_of_text|>the line<|end_of_text|>"]
     pq.write_table(pa.table({"id": list("abcde"), "text": strings}), tmp_path / "c.parquet", row_group_size=2)
     common = {"tokenizer": str(tokenizer.path), "tokenizer_fingerprint": "t", "space": space.to_dict(), "seed": 0,
-              "orders": [], "bounds": EVERYTHING_TRAINS, "corpus_codebooks": 4}  # fmt: skip
+              "orders": [], "shares": (0.0, 0.0), "corpus_codebooks": 4}  # fmt: skip
     jobs = documents.string_jobs([tmp_path / "c.parquet"], tmp_path, common)
     assert len(jobs) == 3
     made, rejects = [], []

@@ -1,11 +1,6 @@
-"""The index: shards of a fixed size, recordings together, ids once, sides by the hash of what is said."""
+"""The index: shards of a fixed size, recordings together, ids once."""
 
-from collections import Counter
-
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-from data_prep.index import Index, make_index, read_index, sample, side, split_key
+from data_prep.index import Index, make_index, read_index, sample
 from data_prep.utterance import Reject, Sound, Utterance
 
 
@@ -13,11 +8,9 @@ def utterance(id: str, recording: str = "", prompt: str = "") -> Utterance:
     return Utterance(id, Sound(f"{id}.wav", name="ü", start=0.5), f"text of {id}", "s", "en", prompt, recording)
 
 
-def index(folder, items, size=4, valid=0.2, test=0.1) -> tuple[Index, list[Reject]]:
+def index(folder, items, size=4) -> tuple[Index, list[Reject]]:
     rejects: list[Reject] = []
-    made = make_index(
-        items, folder / "index", shard_size=size, valid_share=valid, test_share=test, reject=rejects.append
-    )
+    made = make_index(items, folder / "index", shard_size=size, reject=rejects.append)
     return made, rejects
 
 
@@ -64,25 +57,6 @@ def test_a_changed_file_changes_the_key_of_its_shard_alone(tmp_path):
     assert [a == b for a, b in zip(before, after, strict=True)] == [True, False]
 
 
-@settings(max_examples=30, deadline=None)
-@given(
-    st.lists(st.integers(0, 40), min_size=3, max_size=80),
-    st.sampled_from([0.0, 0.05, 0.3]),
-    st.sampled_from([0.0, 0.05, 0.3]),
-    st.randoms(),
-)
-def test_sides_by_prompt(tmp_path_factory, prompts, valid, test, random):
-    folder = tmp_path_factory.mktemp("sides")
-    items = [utterance(f"u{i}", prompt=f"p{p}") for i, p in enumerate(prompts)]
-    bounds = index(folder, items, valid=valid, test=test)[0].bounds
-    groups = Counter(side(key, bounds) for key in {split_key(u) for u in items})
-    n = len(set(prompts))
-    for name, share in (("valid", valid), ("test", test)):
-        assert groups[name] == max(round(share * n), 1 if share and n >= 3 else 0)
-    random.shuffle(items)
-    assert index(folder, items, valid=valid, test=test)[0].bounds == bounds
-
-
 def test_sample_does_not_depend_on_the_order(tmp_path):
     items = [utterance(f"u{i}") for i in range(50)]
     some = [u.id for u, _ in sample(index(tmp_path, items)[0].shards, 10, lambda u: u.id != "u7")]
@@ -111,6 +85,4 @@ def test_ids_of_any_characters(tmp_path):
 
 
 def test_no_utterances(tmp_path):
-    made, _ = index(tmp_path, [])
-    assert made.shards == []
-    assert side("any", made.bounds) in ("train", "valid", "test")
+    assert index(tmp_path, [])[0].shards == []

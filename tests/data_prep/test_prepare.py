@@ -10,15 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import soundfile
-from hypothesis import given
-from hypothesis import strategies as st
 
 from data_prep import encode
 from data_prep.choose import load_data_codec
 from data_prep.codecs import load_codec
 from data_prep.codecs.embedded import EmbeddedCodec
 from data_prep.prepare import prepare
-from data_prep.split import group_prompts
 from data_prep.units import read_units
 from megatron_soda.config import Recipe, load_recipe
 from megatron_soda.data.store import Store
@@ -321,20 +318,6 @@ def test_mimi_is_a_setting_away(speech, tmp_path, mimi_folder):  # noqa: F811
     assert np.array_equal(codec.encode([wave])[0], row["codes"])
     with pytest.raises(SodaError, match=r"codec_path|local folder"):
         prepare(recipe(tmp_path / "none", speech, "prepare.codec=mimi", f"prepare.codec_path={tmp_path}/nothing"))
-
-
-@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 40)), min_size=1, max_size=80))
-def test_prompts_that_share_a_text_are_one_group(pairs):
-    named = [(f"p{a}", f"t{b}") for a, b in pairs]
-    groups = group_prompts(named)
-    assert sorted(p for group in groups for p in group) == sorted({p for p, _ in named})
-    networks = [{p} | {t for q, t in named if q == p} for p in {p for p, _ in named}]
-    while True:  # joins sets that meet, until none do
-        joined = [set().union(*(other for other in networks if other & one)) for one in networks]
-        if joined == networks:
-            break
-        networks = joined
-    assert {frozenset(g) for g in groups} == {frozenset(x for x in n if x[0] == "p") for n in networks}
 
 
 def write_text(path: Path, count: int = 400) -> Path:

@@ -90,10 +90,10 @@ def test_columns_and_segments(tmp_path: Path) -> None:
     put(tmp_path / "manifest.jsonl", "\n".join(map(json.dumps, rows)))
     path = str(tmp_path / "long.wav")
     assert both(tmp_path, "manifest") == [
-        Utterance("long:1.5-3.5", Sound(path, start=1.5, end=3.5), "a", language="de", prompt="a"),
-        Utterance("long:0.0-1.25", Sound(path, end=1.25), "b", "x", prompt="b", recording="r"),
+        Utterance("long:1.5-3.5", Sound(path, start=1.5, end=3.5), "a", language="de"),
+        Utterance("long:0.0-1.25", Sound(path, end=1.25), "b", "x", recording="r"),
         Utterance("long", Sound(path), "c", "y", prompt="P"),
-        Utterance("own", Sound(path, start=2.0), "d", prompt="d"),
+        Utterance("own", Sound(path, start=2.0), "d"),
     ]
     bad = [
         {"start": -1},
@@ -117,7 +117,7 @@ def test_no_text_is_told_where_one_is_needed(tmp_path: Path) -> None:
     put(tmp_path / "a.wav", 0.1)
     put(tmp_path / "x.csv", "wav,speaker\na.wav,s\n")
     found = both(tmp_path / "x.csv", "manifest", needs_text=False)
-    assert [(u.text, u.prompt, u.speaker) for u in found] == [("", "a", "s")]
+    assert [(u.text, u.prompt, u.speaker) for u in found] == [("", "", "s")]
     put(tmp_path / "x.csv", "wav,text\na.wav,\na.wav\n")
     assert read(tmp_path / "x.csv") == ([], {"x.csv:2": "no transcript", "x.csv:3": "no transcript"})
     assert len(read(tmp_path / "x.csv", needs_text=False)[0]) == 2

@@ -69,9 +69,9 @@ GOOD = [
 
 def check_good(folder: Path, found: list[Utterance]) -> None:
     assert found == [
-        Utterance("first", Sound(str(folder / "wavs/a.wav")), "Hello, World.", "anna", "en", "hello world"),
-        Utterance("wavs/b", Sound(str(folder / "wavs/b.flac")), "Да.", "", "", "да"),
-        Utterance("wavs/c d", Sound(str(folder / "wavs/c d.ogg")), 'He said "no", twice.', "", "", "he said no twice"),
+        Utterance("first", Sound(str(folder / "wavs/a.wav")), "Hello, World.", "anna", "en"),
+        Utterance("wavs/b", Sound(str(folder / "wavs/b.flac")), "Да."),
+        Utterance("wavs/c d", Sound(str(folder / "wavs/c d.ogg")), 'He said "no", twice.'),
     ]
 
 
@@ -170,8 +170,8 @@ def test_text_files_beside_sound_files(speech: Path) -> None:
     soundfile.write(speech / "wavs/a.flac", np.zeros(100), 24000)
     found, rejects = read(speech)
     assert found == [
-        Utterance("wavs/a", Sound(str(speech / "wavs/a.flac")), "Good morning.", prompt="good morning"),
-        Utterance("wavs/a", Sound(str(speech / "wavs/a.wav")), "Good morning.", prompt="good morning"),
+        Utterance("wavs/a", Sound(str(speech / "wavs/a.flac")), "Good morning."),
+        Utterance("wavs/a", Sound(str(speech / "wavs/a.wav")), "Good morning."),
     ]
     assert reasons(rejects) == {
         "wavs/b.flac": "not UTF-8: b.txt",
@@ -231,7 +231,6 @@ def test_any_bytes_give_utterances_rejects_or_soda_error(speech: Path, kind: str
     assert len(found) + len(rejects) == len(given_lines)
     for utterance in found:
         assert utterance.text or kind == "jsonl"  # without any text column there is none
-        assert utterance.prompt
         assert Path(utterance.audio.path).is_relative_to(speech)
 
 
@@ -372,25 +371,6 @@ def test_fetch_and_read(archive: Archive, tmp_path: Path) -> None:
     notice = (folder / "ATTRIBUTION.md").read_text()
     for part in ("Source: somewhere", "Allison", "CC-BY-SA-3.0", "Carlo", "CC-BY-3.0"):
         assert part in notice
-
-
-def test_prompts_that_share_a_text_are_one(archive: Archive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also by way of another language: c shares a text with b in one, and b with a in the other."""
-    asterisk.fetch(tmp_path, ["en", "it"])
-    prompts = ("hello", "digits/1", "letters/dash")
-    spoken = {"en": ("Yes!", "yes", "no"), "it": ("uno", "due", "Due.")}
-
-    def transcripts(root: Path, language: str) -> tuple[dict[str, str], list[Reject]]:
-        return dict(zip(prompts, spoken[language], strict=True)), []
-
-    monkeypatch.setattr(asterisk, "_transcripts", transcripts)
-    for languages, expected in (
-        (["en", "it"], {"hello": "digits/1", "digits/1": "digits/1", "letters/dash": "digits/1"}),
-        (["en"], {"hello": "digits/1", "digits/1": "digits/1", "letters/dash": "letters/dash"}),
-        (["it"], {"hello": "hello", "digits/1": "digits/1", "letters/dash": "digits/1"}),
-    ):
-        found, _ = asterisk.read(tmp_path, languages)
-        assert {u.id.partition("/")[2]: u.prompt for u in found} == expected
 
 
 def test_fetch_goes_on_where_it_was(archive: Archive, tmp_path: Path) -> None:
