@@ -46,6 +46,7 @@ class Groups:
         for statement in (
             "PRAGMA journal_mode=OFF",
             "PRAGMA synchronous=OFF",
+            "PRAGMA cache_size=-65536",  # KiB
             # `above` leads to the key that stands for the group, the smallest of it, whose `count` is the group's.
             "CREATE TABLE keys (key TEXT PRIMARY KEY, above TEXT, count INTEGER) WITHOUT ROWID",
             "BEGIN",
