@@ -116,7 +116,7 @@ def test_interrupted_prepare_goes_on(tmp_path, number):
     command = [sys.executable, "-m", "megatron_soda.cli", "prepare", str(tmp_path / "r.yaml")]
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests may run where a shell ignores it
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # nohup, and a shell for what it starts, ignore some
     )  # fmt: skip
     units = tmp_path / "run" / "data" / "units"
     for _ in range(600):
