@@ -32,6 +32,7 @@ SAMPLE_RATES = (4000, 384000)  # anything else is a damaged header
 BLOCK = 1 << 20  # samples of all channels that are decoded at once
 STEP = 1 << 14  # samples resampled at once: they fit the cache, where soxr is nearly twice as fast
 CUT_SECONDS = 10.0  # the end of a piece that is searched for a quiet place
+LENGTH_SLACK = 0.5, 0.02  # seconds, and of the length: what a manifest's may be wrong by, whichever is more
 SEGMENT_SLACK = 0.1  # seconds that a segment may go on after the end: transcripts are rounded
 DECLARED_SLACK = 0.25  # seconds that may lack of what a file declares: what encoders add and players leave out
 DECLARING = {"mov", "wv", "tta", "ape", "matroska", "webm"}  # ffmpeg's formats that state a length
@@ -57,7 +58,8 @@ def read_pieces(
     left out, but for 0.2 s (see speech_activity.py).
 
     Raises BadAudio for a recording that cannot be read, is cut off (where the format tells), has NaN or infinite
-    samples, is silent (peak below -60 dBFS), too loud, shorter than one codec frame, or, with `trim`, has no speech;
+    samples, is silent (peak below -60 dBFS), too loud, not of the `sound.seconds` that a manifest says, shorter than
+    one codec frame, or, with `trim`, has no speech;
     some of it shows only at the end, so pieces may come first: they are to be thrown away. Raises SodaError for
     `trim` without its package, and nothing else.
     """
@@ -79,6 +81,8 @@ def _wave(sound: Sound | Path | str, sample_rate: int, shortest: float, longest:
     sound = sound if isinstance(sound, Sound) else Sound(os.fspath(sound))
     with ExitStack() as stack:
         rate, blocks = _decode(sound, longest, stack)
+        if sound.seconds:
+            blocks = _of_length(blocks, rate, sound.seconds)
         yield from finish(blocks, rate, sample_rate, shortest=shortest, longest=longest, trim=trim)
 
 
@@ -96,6 +100,24 @@ def finish(blocks: Blocks, rate: int, sample_rate: int, *, shortest: float, long
 
         blocks = speech_activity.trim(blocks, sample_rate)
     return blocks
+
+
+def _of_length(blocks: Blocks, rate: int, seconds: float) -> Blocks:
+    """The same blocks. Raises BadAudio as soon as they are longer than a manifest says, or at the end if shorter: then
+    its duration was not meant as this file's, or the file is another one."""
+    count = 0
+    for block in blocks:
+        count += len(block)
+        if count / rate > seconds and not is_as_long(count / rate, seconds):
+            raise BadAudio(f"not as long as the manifest says: over {seconds:g} s")
+        yield block
+    if not is_as_long(count / rate, seconds):
+        raise BadAudio(f"not as long as the manifest says: {count / rate:.2f} s, not {seconds:g} s")
+
+
+def is_as_long(length: float, seconds: float) -> bool:
+    """Whether a recording of `length` seconds may be one of which a manifest says `seconds`."""
+    return abs(length - seconds) <= max(LENGTH_SLACK[0], LENGTH_SLACK[1] * seconds)
 
 
 def _checked(blocks: Blocks, rate: int, shortest: float, longest: float) -> Blocks:

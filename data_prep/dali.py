@@ -17,7 +17,7 @@ import numpy as np
 
 from megatron_soda.errors import SodaError
 
-from .audio import cut, finish, open_decoder, read_pieces, reasons
+from .audio import cut, finish, is_as_long, open_decoder, read_pieces, reasons
 from .containers import Container, examine
 from .sound_bytes import open_sound
 from .utterance import BadAudio, Sound
@@ -97,6 +97,8 @@ def _load(sound: Sound) -> tuple[np.ndarray, int, int] | None:
                 return None
             decoder = open_decoder(sound, file, container, stack)
             if decoder.frames > LONGEST * decoder.samplerate or decoder.channels > 2:
+                return None
+            if sound.seconds and not is_as_long(decoder.frames / decoder.samplerate, sound.seconds):
                 return None
             file.seek(0)
             return np.frombuffer(file.read(), np.uint8), decoder.samplerate, decoder.frames

@@ -144,7 +144,8 @@ def check_sides(groups: Groups, rejects: Rejects) -> None:
 def _source(recipe: Recipe, work: Path) -> Iterator[Utterance | Reject]:
     p = recipe.prepare
     if p.speech != "asterisk":
-        return sources.read(p.speech, p.layout, work / "scratch", needs_text(p.orders))
+        scratch = work / "scratch"
+        return sources.read(p.speech, p.layout, scratch, needs_text(p.orders), p.columns, p.audio_root)
     folder = Path(p.downloads) / "asterisk"
     with console.status("fetching the Asterisk prompts"):
         asterisk.fetch(folder, p.languages)

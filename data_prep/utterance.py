@@ -18,6 +18,7 @@ class Sound:
     name: str = ""
     start: float = 0.0
     end: float = 0.0  # 0: to the end
+    seconds: float = 0.0  # how long the manifest says that all of it is; 0: it does not say
 
     def __str__(self) -> str:
         return f"{self.path}:{self.name or self.row}" if self.offset >= 0 or self.row >= 0 else self.path

@@ -23,6 +23,9 @@ class Prepare:
     # Speech: `asterisk`, the free prompts, fetched; or a folder, a manifest or a glob; empty: none.
     speech: str = "asterisk"
     layout: str = "auto"  # see data_prep/sources: manifest, audio, pairs, librispeech, ..
+    # The corpus's column for one of ours (text, speaker, ..): {text: sentence}. {id: null}: its ids are not used.
+    columns: dict[str, str | None] = field(default_factory=dict)
+    audio_root: str = ""  # the folder that paths in manifests are relative to, and in; empty: the manifest's own
     languages: list[str] = field(default_factory=lambda: ["en", "es", "fr"])  # of the prompts
     downloads: str = "downloads"  # where fetched material is kept
     units: list[str] = field(default_factory=list)  # unit shards (globs) made before, instead of speech

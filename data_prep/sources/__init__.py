@@ -4,38 +4,46 @@ files.py: what a pattern names, and lines. rows.py: the checks that all share. T
 tars.py, saved.py.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from megatron_soda.errors import SodaError
 
 from ..utterance import Reject, Utterance
 from . import files, folders, manifest, saved, tars
-from .rows import SOUND_SUFFIXES
+from .rows import SOUND_SUFFIXES, Wanted, both_forms
 
 EXAMPLES = {
-    "manifest": "a file .jsonl, .csv, .tsv or .parquet (also .gz), or a folder with manifest.jsonl, manifest.csv, "
-    "manifest.tsv or manifest.parquet",
+    "manifest": "a file .jsonl, .csv, .tsv or .parquet (also .gz), or NeMo's .json with an object a line, or a folder "
+    "with manifest.jsonl, manifest.csv, manifest.tsv, manifest.parquet or manifest.json",
     "audio": "a folder of sound files alone; prepare.orders=[audio-only] needs no transcripts",
     "pairs": "a folder of sound files with X.txt beside X.wav",
-    "librispeech": "84/121123/84-121123.trans.txt beside 84/121123/84-121123-0000.flac",
+    "librispeech": "84/121123/84-121123.trans.txt beside 84/121123/84-121123-0000.flac (or .wav, ..)",
     "ljspeech": "metadata.csv with lines `LJ001-0001|The text.|The text.` beside wavs/LJ001-0001.wav",
     "commonvoice": "validated.tsv or train.tsv beside clips/",
     "emilia": "EN_B00000_S00000_W000000.json beside EN_B00000_S00000_W000000.mp3, in folders or in tars",
-    "webdataset": "tars (also .tar.gz) with X.flac and X.txt or X.json, one after the other",
+    "webdataset": "tars (also .tar.gz) with X.flac and X.txt or X.json",
     "hf": "a folder that datasets' save_to_disk made, or one of Parquet shards like data/train-00000-of-00002.parquet",
 }
 LAYOUTS = ("auto", *EXAMPLES)
 
 
-def read(pattern: str, layout: str, scratch: Path, needs_text: bool = True) -> Iterator[Utterance | Reject]:
+def read(
+    pattern: str,
+    layout: str,
+    scratch: Path,
+    needs_text: bool = True,
+    columns: Mapping[str, str | None] | None = None,
+    audio_root: str = "",
+) -> Iterator[Utterance | Reject]:
     """The utterances of what `pattern` names: a folder, a file or a glob (`**`: any number of folders).
 
     The order is fixed: by file, and in a file by line. A line or file that is not usable is a Reject; if `needs_text`,
     that includes one without a transcript. Memory does not grow with the number of utterances. Ids are not checked to
-    be unique here. What must be unpacked goes to `scratch`.
+    be unique here. What must be unpacked goes to `scratch`. For `columns` and `audio_root` see rows.Wanted.
 
-    Layout "auto" goes by names, from the top folder down. What save_to_disk writes is "hf", manifest.* a manifest,
+    Layout "auto" goes by names, from the top folder down. What save_to_disk writes is "hf", manifest.* a manifest (a
+    .json if its first line is an object with a sound),
     metadata.csv beside wavs/ "ljspeech", validated.tsv or train.tsv beside clips/ "commonvoice", a .trans.txt
     "librispeech". Tars are "emilia" where the first sound is called like RECORDING_W000000 and else "webdataset". A
     .parquet or .arrow in a folder is "hf", a sound with X.json beside it "emilia", with X.txt "pairs". The first folder
@@ -43,41 +51,44 @@ def read(pattern: str, layout: str, scratch: Path, needs_text: bool = True) -> I
     named is told by its suffix and what is beside it.
 
     Raises SodaError, some of it before the first utterance: the pattern names nothing, nothing there is of a known
-    layout, a table has the wrong columns.
+    layout, a table has the wrong columns, `columns` names a column that is not there.
     """
     if layout not in LAYOUTS:
         raise SodaError(f"layout {layout!r}: there is no such layout. There are:\n{_listing()}")
+    wanted = Wanted(needs_text, columns or {}, Path(audio_root).expanduser() if audio_root else None)
     root, places = files.expand(pattern)
     known: dict[tuple[Path, str], str] = {}
     layouts: dict[str, list[Path]] = {}
     for place in places:
-        key = (place, "") if place.is_dir() else (place.parent, _suffix(place))
+        # What is a .json is told one by one.
+        key = (place, "") if place.is_dir() or _suffix(place) == ".json" else (place.parent, _suffix(place))
         if key not in known:
-            known[key] = layout if layout != "auto" else _detect(place)
+            known[key] = layout if layout != "auto" else _detect(place, wanted)
         layouts.setdefault(known[key], []).append(place)
     unknown = layouts.pop("", [])
     if not layouts:
         raise SodaError(f"{pattern}: nothing here is of a known layout. The layouts:\n{_listing()}\n{manifest.EXAMPLE}")
-    return _read(root, layouts, unknown, Path(scratch), needs_text)
+    return _read(root, layouts, unknown, Path(scratch), wanted)
 
 
 def _read(
-    root: Path, layouts: dict[str, list[Path]], unknown: list[Path], scratch: Path, needs_text: bool
+    root: Path, layouts: dict[str, list[Path]], unknown: list[Path], scratch: Path, wanted: Wanted
 ) -> Iterator[Utterance | Reject]:
     for layout, places in layouts.items():
-        yield from _reader(layout)(root, places, scratch, needs_text)
+        yield from _reader(layout)(root, places, scratch, wanted)
     yield from (Reject(files.relative(place, root), "of no known layout") for place in unknown)
+    wanted.check_found()
 
 
-def _reader(layout: str) -> Callable[[Path, list[Path], Path, bool], Iterator[Utterance | Reject]]:
-    def emilia(root: Path, places: list[Path], scratch: Path, needs_text: bool) -> Iterator[Utterance | Reject]:
+def _reader(layout: str) -> Callable[[Path, list[Path], Path, Wanted], Iterator[Utterance | Reject]]:
+    def emilia(root: Path, places: list[Path], scratch: Path, wanted: Wanted) -> Iterator[Utterance | Reject]:
         packed = [place for place in places if place.is_dir() or tars.is_tar(place)]
         loose = [place for place in places if place.is_dir() or not tars.is_tar(place)]
-        yield from tars.read(root, packed, scratch, needs_text, emilia=True)
-        yield from folders.read("emilia", root, loose, needs_text)
+        yield from tars.read(root, packed, scratch, wanted, emilia=True)
+        yield from folders.read("emilia", root, loose, wanted)
 
     special = {"manifest": manifest.read, "webdataset": tars.read, "hf": saved.read, "emilia": emilia}
-    return special.get(layout) or (lambda root, places, _, needs_text: folders.read(layout, root, places, needs_text))
+    return special.get(layout) or (lambda root, places, _, wanted: folders.read(layout, root, places, wanted))
 
 
 def _suffix(place: Path) -> str:
@@ -88,12 +99,12 @@ def _listing() -> str:
     return "\n".join(f"  {layout}: {example}" for layout, example in EXAMPLES.items())
 
 
-def _detect(place: Path) -> str:
+def _detect(place: Path, wanted: Wanted) -> str:
     """The layout of a folder or a file; empty where none fits."""
     if place.is_dir():
         found, sounds = "", False
         for folder, subfolders, names in files.walk(place, []):
-            if found := _of_folder(folder, subfolders, names):
+            if found := _of_folder(folder, subfolders, names, wanted):
                 break
             sounds = sounds or any(map(folders.is_sound, names))
         return found or ("audio" if sounds else "")
@@ -104,25 +115,29 @@ def _detect(place: Path) -> str:
         return "ljspeech"
     if suffix == ".tsv" and (place.parent / "clips").is_dir():
         return "commonvoice"
-    if suffix in manifest.KINDS:
+    if suffix != ".json" and suffix in manifest.KINDS:
         return "manifest"
     if suffix == ".arrow":
         return "hf"
     if place.name.endswith(".trans.txt"):
         return "librispeech"
     if suffix in folders.BESIDE:  # the text of a sound that is named too
-        sounds = (place.with_suffix(sound).is_file() for sound in SOUND_SUFFIXES)
-        return folders.BESIDE[suffix] if any(sounds) else ""
+        sounds = (
+            (place.parent / name).is_file() for sound in SOUND_SUFFIXES for name in both_forms(f"{place.stem}{sound}")
+        )
+        if any(sounds):
+            return folders.BESIDE[suffix]
+        return "manifest" if suffix == ".json" and manifest.is_manifest(place, wanted) else ""
     if folders.is_sound(place.name):
         return _of_sound(place.name, lambda name: (place.parent / name).is_file()) or "audio"
     return ""
 
 
-def _of_folder(folder: Path, subfolders: list[str], names: list[str]) -> str:
+def _of_folder(folder: Path, subfolders: list[str], names: list[str], wanted: Wanted) -> str:
     present = set(names)
     if saved.is_dataset(names):
         return "hf"
-    if present & set(manifest.FILE_NAMES):
+    if manifest.of_folder(folder, names, wanted):
         return "manifest"
     if "metadata.csv" in present and "wavs" in subfolders:
         return "ljspeech"
@@ -140,4 +155,11 @@ def _of_folder(folder: Path, subfolders: list[str], names: list[str]) -> str:
 
 
 def _of_sound(name: str, is_there: Callable[[str], bool]) -> str:
-    return next((layout for suffix, layout in folders.BESIDE.items() if is_there(files.stem(name) + suffix)), "")
+    return next(
+        (
+            layout
+            for suffix, layout in folders.BESIDE.items()
+            if any(map(is_there, both_forms(files.stem(name) + suffix)))
+        ),
+        "",
+    )

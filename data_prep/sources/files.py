@@ -17,6 +17,7 @@ from megatron_soda.files import atomic_path
 from ..utterance import Reject
 
 PACKED = (".gz", ".zst")
+TARS = (".tar", ".tar.gz", ".tgz")
 LONGEST_LINE = 16 * 2**20  # bytes
 # Bytes read at once. One byte of gzip unpacks to 1 kB at most, one of zstd to 32 kB, and all of a block is unpacked.
 BLOCK = {".gz": 2**14, ".tgz": 2**14, ".zst": 2**12}

@@ -1,7 +1,8 @@
 """Corpora that are folders of sound files: alone, with X.txt or X.json beside X.wav, LibriSpeech, LJSpeech, Common
 Voice, Emilia.
 
-Every id is the sound's path without suffix, from the folder that was named, so it is unique.
+Every id is the sound's path without suffix, from the folder that was named, so it is unique. A start, end or duration
+in an X.json says where the sound was cut from: it is not looked at.
 """
 
 import itertools
@@ -13,19 +14,34 @@ from pathlib import Path
 from ..utterance import Reject, Sound, Utterance
 from . import files, manifest, rows
 from .files import BadLine
-from .rows import SOUND_SUFFIXES, Found, Row
+from .rows import SOUND_SUFFIXES, Found, Row, Wanted
 
 COMMON_VOICE = ("validated.tsv", "train.tsv")  # the first that is there
 BESIDE = {".json": "emilia", ".txt": "pairs"}  # the layout where a sound has such a file beside it
+# Files that are no utterances: what tells of a corpus, and other views of its sounds (spectrograms, alignments).
+ABOUT = re.compile(
+    r"(readme|licen[cs]e|copying|copyright|changelog|changes|notice|authors|citation|version|makefile|"
+    r"(check|md5|sha\d+)sums?)(?![a-z0-9])",
+    re.IGNORECASE,
+)
+ABOUT_SUFFIXES = frozenset(
+    ".md .rst .pdf .doc .docx .html .htm .xml .json .jsonl .yaml .yml .toml .csv .tsv .xls .xlsx .log .lst .list .scp "
+    ".png .jpg .jpeg .gif .svg .py .sh .ipynb .npy .npz .pt .h5 .textgrid .lab .ctm .eaf .srt .vtt .md5 .sha1 .sha256 "
+    ".sha512 .sig .asc .bib .cff .sfv".split()
+)
 # What a layout finds in a folder: (where, row or what is wrong). The names are the folder's, or those that were named:
 # `whole` tells which.
 Rows = Iterator[tuple[str, Row | BadLine]]
-Transcripts = Callable[[Path, list[str], bool], Rows]
+Transcripts = Callable[[Path, list[str], Wanted, bool], Rows]
 
 
-def read(layout: str, root: Path, places: list[Path], needs_text: bool) -> Found:
-    """The utterances of folders (and all folders in them) or of single files, in one of LAYOUTS."""
-    transcripts, wanted, closed = LAYOUTS[layout]
+def read(layout: str, root: Path, places: list[Path], wanted: Wanted) -> Found:
+    """The utterances of folders (and all folders in them) or of single files, in one of LAYOUTS.
+
+    In the layouts where each sound file is an utterance every other file there is a Reject, so that none is passed over
+    in silence: but for hidden ones, those with the name of a sound (X.lab beside X.wav), and those that tell of a
+    corpus, by ABOUT and ABOUT_SUFFIXES."""
+    transcripts, ends, closed = LAYOUTS[layout]
     failed: list[Reject] = []
     for folder, names, whole in _listed(places, closed, failed):
         prefix = f"{files.relative(folder, root)}/" if folder != root else ""
@@ -34,16 +50,20 @@ def read(layout: str, root: Path, places: list[Path], needs_text: bool) -> Found
             audio = rows.string(row, "audio")
             if not audio:
                 raise BadLine("no 'audio'")
-            path, _ = rows.inside(folder, audio)
+            path, _ = rows.inside(folder, f"clips/{audio}" if layout == "commonvoice" else audio)
             id = files.stem(files.relative(path, root))
-            recording = emilia_recording(id) if layout == "emilia" else ""
-            return rows.utterance({**row, "recording": recording}, Sound(str(path)), id, needs_text)
+            recording = emilia_recording(id) if layout == "emilia" else rows.string(row, "recording")
+            return rows.utterance({**row, "recording": recording}, Sound(str(path)), id, wanted.needs_text)
 
-        found = transcripts(folder, names, whole)
-        yield from rows.collect(((prefix + where, row) for where, row in found), make)
+        found = transcripts(folder, names, wanted, whole)
+        yield from rows.collect(((prefix + where, row) for where, row in found), make, wanted)
         if not whole:
-            unfit = [name for name in names if not name.lower().endswith(wanted)]
-            yield from (Reject(prefix + name, f"not {layout}: a name ends in {', '.join(wanted)}") for name in unfit)
+            unfit = [name for name in names if not name.lower().endswith(ends)]
+            yield from (Reject(prefix + name, f"not {layout}: a name ends in {', '.join(ends)}") for name in unfit)
+        elif layout in ("audio", "pairs", "emilia", "librispeech"):
+            text = {"pairs": ".txt", "emilia": ".json"}.get(layout, "")
+            rest = names if layout != "emilia" else [name for name in names if not name.lower().endswith(files.TARS)]
+            yield from (Reject(prefix + name, reason) for name, reason in _left_over(rest, text))
     yield from failed
 
 
@@ -60,38 +80,56 @@ def _listed(places: list[Path], closed: str, failed: list[Reject]) -> Iterator[t
                 folders.remove(closed)
 
 
-def _audio(folder: Path, names: list[str], whole: bool) -> Rows:
+def _left_over(names: list[str], text: str) -> Iterator[tuple[str, str]]:
+    """The files of a folder that should have been utterances, by their look, and why they are not. Texts end in `text`;
+    where that is empty a .txt tells of the corpus."""
+    heard = {rows.one_form(files.stem(name)) for name in names if is_sound(name)}
+    others: list[str] = []
+    for name in names:
+        base = rows.one_form(name)
+        dots = [place for place, letter in enumerate(base) if letter == "."]
+        if not is_sound(name) and not any(base[:dot] in heard for dot in dots) and not ABOUT.match(base):
+            others.append(name)
+    texts = {name: files.stem(name) for name in others if text and name.lower().endswith(text)}
+    spoken = set(texts.values())
+    unknown: set[str] = set()
+    for name in others:
+        stem, suffix = files.stem(name), os.path.splitext(name)[1]
+        about = suffix.lower() in ABOUT_SUFFIXES or suffix.lower() == ".txt"
+        if name not in texts and (stem in spoken or not about):
+            unknown.add(stem)
+            yield name, f"not a sound file: {suffix or 'without a suffix'}"
+    yield from ((name, "no sound file: only the text") for name, stem in texts.items() if stem not in unknown)
+
+
+def _audio(folder: Path, names: list[str], wanted: Wanted, whole: bool) -> Rows:
     """Sounds, whatever else is there."""
     yield from ((name, {"audio": name}) for name in filter(is_sound, names))
 
 
-def _pairs(folder: Path, names: list[str], whole: bool) -> Rows:
+def _pairs(folder: Path, names: list[str], wanted: Wanted, whole: bool) -> Rows:
     """X.txt with the text beside each X.wav."""
     for name in filter(is_sound, names):
         yield name, _beside(folder, name, ".txt")
 
 
-def _emilia(folder: Path, names: list[str], whole: bool) -> Rows:
+def _emilia(folder: Path, names: list[str], wanted: Wanted, whole: bool) -> Rows:
     """X.json with text, speaker and language beside each X.mp3. X is RECORDING_WNUMBER: the utterances of a recording
     follow each other in the order of their numbers."""
-    sounds = sorted(filter(is_sound, names), key=emilia_order)
-    for name in sounds:
+    for name in sorted(filter(is_sound, names), key=emilia_order):
         yield name, _beside(folder, name, ".json")
-    heard = {files.stem(name) for name in sounds}
-    for name in names:
-        if whole and name.lower().endswith(".json") and files.stem(name) not in heard:
-            yield name, BadLine("no sound file: only the text")
 
 
 def _beside(folder: Path, name: str, suffix: str) -> Row | BadLine:
     path = folder / f"{os.path.splitext(name)[0]}{suffix}"
+    forms = [folder / form for form in rows.both_forms(path.name)]
     try:
-        with open(path, "rb") as file:
+        with open(next((form for form in forms if form.exists()), path), "rb") as file:
             raw = file.read(files.LONGEST_LINE + 1)
         if len(raw) > files.LONGEST_LINE:
             return BadLine(f"text too long: {path.name}")
         text = raw.decode("utf-8-sig")
-        row = rows.numbers_as_names(rows.parse_json(text)) if suffix == ".json" else {"text": text}
+        row = rows.parse_json(text) if suffix == ".json" else {"text": text}
     except BadLine as error:
         return error
     except FileNotFoundError:
@@ -103,9 +141,11 @@ def _beside(folder: Path, name: str, suffix: str) -> Row | BadLine:
     return {**{key: found for key, found in row.items() if key not in rows.NAMES["audio"]}, "audio": name}
 
 
-def _librispeech(folder: Path, names: list[str], whole: bool) -> Rows:
-    """SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt, its lines `ID TEXT`, beside ID.flac. The language is English."""
+def _librispeech(folder: Path, names: list[str], wanted: Wanted, whole: bool) -> Rows:
+    """SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt, its lines `ID TEXT`, beside ID.flac, or another sound file of this
+    name. The language is English."""
     seen: set[str] = set()
+    sounds = {rows.one_form(files.stem(name)): name for name in _sounds_in(folder, names, whole)}
     for name in (name for name in names if name.endswith(".trans.txt")):
         for number, line in files.lines(folder / name):
             row: Row | BadLine = line if isinstance(line, BadLine) else BadLine("not 'ID TEXT'")
@@ -113,16 +153,24 @@ def _librispeech(folder: Path, names: list[str], whole: bool) -> Rows:
                 if not line.strip():
                     continue
                 id, _, text = line.strip().partition(" ")
-                seen.add(f"{id}.flac")
-                row = {"audio": f"{id}.flac", "text": text, "speaker": id.split("-")[0], "language": "en"}
+                name_of_sound = sounds.get(rows.one_form(id), f"{id}.flac")
+                seen.add(name_of_sound)
+                row = {"audio": name_of_sound, "text": text, "speaker": id.split("-")[0], "language": "en"}
             yield f"{name}:{number}", row
     for name in filter(is_sound, names):
         if name not in seen:
             yield name, {"audio": name, rows.NO_TEXT: "no .trans.txt beside it names this file"}
 
 
-def _ljspeech(folder: Path, names: list[str], whole: bool) -> Rows:
-    """metadata.csv, its lines `ID|TEXT|TEXT WITH NUMBERS SPELLED OUT` (one text is enough), beside wavs/ID.wav.
+def _sounds_in(folder: Path, names: list[str], whole: bool) -> list[str]:
+    """The sound files of a folder of which `names` are known; of two of one name, the .flac is last."""
+    everything = names if whole else sorted(os.listdir(folder))
+    return sorted(filter(is_sound, everything), key=lambda name: name.lower().endswith(".flac"))
+
+
+def _ljspeech(folder: Path, names: list[str], wanted: Wanted, whole: bool) -> Rows:
+    """metadata.csv, its lines `ID|TEXT|TEXT WITH NUMBERS SPELLED OUT` (one text is enough), beside wavs/ID.wav, or
+    another sound file of this name.
     The text as written is taken, the other where there is none."""
     for name in (name for name in names if name == "metadata.csv"):
         for number, line in files.lines(folder / name):
@@ -132,25 +180,29 @@ def _ljspeech(folder: Path, names: list[str], whole: bool) -> Rows:
             cells = line.split("|") if isinstance(line, str) else []
             if len(cells) in (2, 3):
                 row = dict(zip(("id", "text", "normalized_text"), cells, strict=False))
-                row = {**row, "audio": f"wavs/{cells[0].strip()}.wav"}
+                row = {**row, "audio": f"wavs/{_with_suffix(folder / 'wavs', cells[0].strip())}"}
             yield f"{name}:{number}", row
 
 
-def _commonvoice(folder: Path, names: list[str], whole: bool) -> Rows:
-    """A .tsv with client_id, path, sentence and locale beside clips/: the one named, or of a folder validated.tsv, or
-    train.tsv where there is no validated one. There may be quotes in a text."""
+def _with_suffix(folder: Path, name: str) -> str:
+    """The name of a sound file, of which the suffix may lack."""
+    if is_sound(name):
+        return name
+    return next(
+        (name + suffix for suffix in SOUND_SUFFIXES if os.path.isfile(folder / f"{name}{suffix}")), f"{name}.wav"
+    )
+
+
+def _commonvoice(folder: Path, names: list[str], wanted: Wanted, whole: bool) -> Rows:
+    """A .tsv with client_id, path (in clips/), sentence and locale beside clips/: the one named, or of a folder
+    validated.tsv, or train.tsv where there is no validated one. There may be quotes in a text."""
     tables = [name for name in names if name.lower().endswith(".tsv")]
     if whole:
         tables = [name for name in COMMON_VOICE if name in tables][:1]
         if not tables and (folder / "clips").is_dir():
             yield "clips", BadLine(f"no {' or '.join(COMMON_VOICE)} beside it: give the path of another .tsv")
     for table in tables:
-        for where, row in manifest.records(folder / table, table):
-            if isinstance(row, BadLine):
-                yield where, row
-            else:
-                clip = rows.string(row, "audio")
-                yield where, {**row, "audio": f"clips/{clip}" if clip else ""}
+        yield from manifest.records(folder / table, table, wanted)
 
 
 # The layout's function, the ends of its files' names, and a folder of sound files that is not looked through.
@@ -158,7 +210,7 @@ LAYOUTS: dict[str, tuple[Transcripts, tuple[str, ...], str]] = {
     "audio": (_audio, SOUND_SUFFIXES, ""),
     "pairs": (_pairs, (*SOUND_SUFFIXES, ".txt"), ""),
     "emilia": (_emilia, (*SOUND_SUFFIXES, ".json"), ""),
-    "librispeech": (_librispeech, (".trans.txt", ".flac"), ""),
+    "librispeech": (_librispeech, (".trans.txt", *SOUND_SUFFIXES), ""),
     "ljspeech": (_ljspeech, ("metadata.csv",), "wavs"),
     "commonvoice": (_commonvoice, (".tsv",), "clips"),
 }

@@ -1,11 +1,17 @@
 """Manifests: a line, or a Parquet row, for each utterance, with the path of its sound file or the sound itself.
 
-Columns: audio (path relative to the manifest); optional text, speaker, language, id, recording, prompt, and start and
-end (or NeMo's offset and duration) in seconds. rows.NAMES has the other names they go by. jsonl has one object a line;
-csv and tsv begin with a line of column names (tsv has no quoting).
+Columns: audio (path relative to the manifest); optional text, speaker, language, id, recording, prompt, and start (or
+offset) and end or duration in seconds. rows.NAMES has the other names they go by. jsonl has one object a line, and so
+has NeMo's json; csv and tsv begin with a line of column names. A tsv is quoted if all of it is as Python's csv module
+would write it: Common Voice's, which has no quoting, has quotes in its texts.
 """
 
+import contextlib
 import csv
+import json
+import os
+import re
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,121 +24,277 @@ from megatron_soda.errors import SodaError
 from ..utterance import Reject, Sound, Utterance
 from . import files, rows
 from .files import BadLine
-from .rows import Found, Row
+from .rows import Found, Row, Wanted
 
-KINDS = (".jsonl", ".csv", ".tsv", ".parquet")
+KINDS = (".jsonl", ".csv", ".tsv", ".parquet", ".json")
 FILE_NAMES = tuple(f"manifest{kind}{packed}" for kind in KINDS for packed in ("", *files.PACKED))
+MOST_LINES = 1000  # of one quoted cell
 EXAMPLE = """Example of a manifest.jsonl (UTF-8), beside the sound files:
 {"audio": "wavs/a.wav", "text": "Good morning.", "speaker": "anna", "language": "en"}
 {"audio": "wavs/b.flac", "text": "Guten Morgen.", "speaker": "bert", "language": "de"}"""
 
 
-def read(root: Path, places: list[Path], scratch: Path, needs_text: bool) -> Found:
+def read(root: Path, places: list[Path], scratch: Path, wanted: Wanted) -> Found:
     """Manifest files, and the manifest.* of folders and of the folders in them.
 
-    The sound files are only checked to exist inside the manifest's folder; a symbolic link in it may point anywhere.
+    The sound files are only checked to exist inside the manifest's folder, or wanted.audio_root; a symbolic link in it
+    may point anywhere.
     An id that is not given is the sound's path without suffix, after the manifest's name where there are several.
     Raises SodaError for columns that do not fit, two manifests in a folder, a single file that is none.
     """
     failed: list[Reject] = []
-    manifests = [file for place in places for file in (_of_folder(place, failed) if place.is_dir() else [place])]
+    manifests = [
+        file for place in places for file in (_of_folder(place, failed, wanted) if place.is_dir() else [place])
+    ]
     for file in manifests:
         name = files.relative(file, root)
         if files.kind(file) not in KINDS:
             if len(manifests) == 1:
-                raise SodaError(f"{file}: a manifest's name ends in .jsonl, .csv or .tsv, or .parquet.\n{EXAMPLE}")
+                raise SodaError(
+                    f"{file}: a manifest's name ends in .jsonl, .csv or .tsv, or .parquet, or .json.\n{EXAMPLE}"
+                )
             yield Reject(name, f"not a manifest: its name does not end in {', '.join(KINDS)}")
         elif files.kind(file) == ".parquet":
-            yield from parquet(file, name, scratch, len(manifests) > 1, needs_text)
+            yield from parquet(file, name, scratch, len(manifests) > 1, wanted)
         else:
-            yield from _text(file, name, len(manifests) > 1, needs_text)
+            yield from _text(file, name, len(manifests) > 1, wanted)
     yield from failed
 
 
-def _of_folder(folder: Path, failed: list[Reject]) -> Iterator[Path]:
+def is_manifest(path: Path, wanted: Wanted) -> bool:
+    """By its name; a .json, which may be anything, by its first line."""
+    if files.kind(path) != ".json":
+        return files.kind(path) in KINDS
+    for _, line in files.lines(path):
+        if isinstance(line, BadLine) or not line.strip():
+            continue
+        try:
+            return not set(rows.parse_json(line)).isdisjoint(wanted.names("audio"))
+        except BadLine:
+            return False
+    return False
+
+
+def of_folder(folder: Path, names: list[str], wanted: Wanted) -> list[str]:
+    """Which of the files of a folder are its manifests."""
+    present = set(names)
+    return [name for name in FILE_NAMES if name in present and is_manifest(folder / name, wanted)]
+
+
+def _of_folder(folder: Path, failed: list[Reject], wanted: Wanted) -> Iterator[Path]:
     for here, folders, names in files.walk(folder, failed):
-        present = [name for name in FILE_NAMES if name in names]
+        present = of_folder(here, names, wanted)
         if len(present) > 1:
             raise SodaError(f"{here}: has {' and '.join(present)}; keep one, or give the path of the one to use")
         if present:
             folders.clear()  # there is nothing but its sound files
             yield here / present[0]
+        elif not wanted.audio_root and (sounds := sum(name.lower().endswith(rows.SOUND_SUFFIXES) for name in names)):
+            failed.append(Reject(str(here), f"no manifest: {sounds} sound files in a folder of none"))
 
 
-def _text(file: Path, name: str, several: bool, needs_text: bool) -> Found:
+def _text(file: Path, name: str, several: bool, wanted: Wanted) -> Found:
     prefix = f"{files.stem(name)}:" if several else ""
 
     def make(row: Row) -> Utterance:
-        return of_path(row, file.parent, prefix, needs_text)
+        return of_path(row, file.parent, prefix, wanted)
 
-    yield from rows.collect(records(file, name), make)
+    yield from rows.collect(records(file, name, wanted), make, wanted)
 
 
-def of_path(row: Row, folder: Path, prefix: str, needs_text: bool) -> Utterance:
+def of_path(row: Row, folder: Path, prefix: str, wanted: Wanted) -> Utterance:
     """The utterance of a row with a path. Raises BadLine."""
-    audio, id = rows.string(row, "audio"), rows.string(row, "id")
+    audio = rows.string(row, "audio")
     if not audio:
         raise BadLine("no 'audio'")
-    path, relative = rows.inside(folder, audio)
-    start, end = rows.segment(row)
-    if not id:
-        id = prefix + files.stem(relative) + (f":{start}-{end}" if start or end else "")
-    return rows.utterance(row, Sound(str(path), start=start, end=end), id, needs_text)
+    path, relative = _sound_file(audio, folder, wanted.audio_root)
+    start, end, seconds = rows.segment(row)
+    id = rows.own_id(row, prefix + files.stem(relative) + (f":{start}-{end}" if start or end else ""))
+    return rows.utterance(row, Sound(str(path), start=start, end=end, seconds=seconds), id, wanted.needs_text)
 
 
-def records(file: Path, name: str) -> Iterator[tuple[str, Row | BadLine]]:
-    """The lines of a jsonl, csv or tsv as rows, or what is wrong with them, with where they are.
+def _sound_file(audio: str, folder: Path, root: Path | None) -> tuple[Path, str]:
+    """The path of a sound, and relative to `root`, or where that is not given to the manifest's `folder`."""
+    try:
+        return rows.inside(root or folder, audio)
+    except BadLine:
+        if root:
+            with contextlib.suppress(BadLine):  # relative to the manifest, but in `root`
+                return rows.inside(root, os.path.join(os.path.abspath(folder), audio))
+        raise
 
-    Raises SodaError for a first line without a column for the sound."""
-    parse: Callable[[str], Row] | None = rows.parse_json if files.kind(file) == ".jsonl" else None
+
+def records(file: Path, name: str, wanted: Wanted) -> Iterator[tuple[str, Row | BadLine]]:
+    """The lines of a jsonl, json, csv or tsv as rows, or what is wrong with them, with where they begin.
+
+    Raises SodaError for a first line of a csv or tsv without a column for the sound."""
+    if files.kind(file) in (".csv", ".tsv"):
+        yield from ((f"{name}:{number}", row) for number, row in _table(file, wanted))
+        return
     for number, line in files.lines(file):
-        where = f"{name}:{number}"
         if isinstance(line, BadLine):
-            yield where, line
+            yield f"{name}:{number}", line
+        elif line.strip():
+            try:
+                yield f"{name}:{number}", rows.parse_json(line)
+            except BadLine as error:
+                yield f"{name}:{number}", error
+
+
+def _table(file: Path, wanted: Wanted) -> Iterator[tuple[int, Row | BadLine]]:
+    if files.kind(file) == ".csv":
+        cells = _csv_cells
+    else:
+        cells = _quoted_tsv_cells if _is_quoted(file) else _tsv_cells
+    names: list[str] = []
+    source, ahead = files.lines(file), deque[tuple[int, str | BadLine]]()
+    while (item := ahead.popleft() if ahead else next(source, None)) is not None:
+        number, line = item
+        if isinstance(line, BadLine):
+            yield number, line
             continue
         if not line.strip():
             continue
         try:
-            if parse is None:  # the first line of a csv or tsv
-                parse = _table_parser(file, line)
+            try:
+                values = cells(line)
+            except _OpenCell:
+                values = _over_lines(line, source, ahead, cells, len(names))
+            if names:
+                yield number, _row(names, values)
             else:
-                yield where, parse(line)
+                names = _names(file, values, wanted)
         except BadLine as error:
-            yield where, error
+            yield number, error
 
 
-def _table_parser(manifest: Path, header: str) -> Callable[[str], Row]:
-    def cells(line: str) -> list[str]:
-        if files.kind(manifest) == ".tsv":
-            return line.split("\t")
-        try:
-            return next(csv.reader([line], strict=True, skipinitialspace=True))
-        except csv.Error as error:
-            raise BadLine(f"not csv: {error}") from None
-
-    names = [name.strip().casefold() for name in cells(header)]
-    if not set(names) & set(rows.NAMES["audio"]):
+def _names(file: Path, header: list[str], wanted: Wanted) -> list[str]:
+    given = [name.strip() for name in header]
+    names = [name if name in wanted.columns.values() else name.casefold() for name in given]
+    if not set(names) & set(wanted.names("audio")):
         raise SodaError(
-            f"{manifest}: its first line must name the columns, one of {', '.join(rows.NAMES['audio'])} among them, "
-            f"but has {names}."
+            f"{file}: its first line must name the columns, one of {', '.join(wanted.names('audio'))} among them, "
+            f"but has {given}."
         )
+    wanted.there = wanted.there or given
+    wanted.see(names)
+    return names
 
-    def parse(line: str) -> Row:
-        values = cells(line)
-        if len(values) > len(names):
-            raise BadLine(
-                f"wrong number of cells: {len(values)} cells for {len(names)} columns; quote a text that has the "
-                "separator in it"
-            )
-        return dict(zip(names, values + [""] * (len(names) - len(values)), strict=True))
 
-    return parse
+def _row(names: list[str], values: list[str]) -> Row:
+    if len(values) > len(names):
+        raise BadLine(
+            f"wrong number of cells: {len(values)} cells for {len(names)} columns; quote a text that has the "
+            "separator in it"
+        )
+    return {**dict(zip(names, values + [""] * (len(names) - len(values)), strict=True)), rows.UNTYPED: True}
+
+
+class _OpenCell(BadLine):
+    """A quoted cell does not end in these lines."""
+
+
+def _tsv_cells(line: str) -> list[str]:
+    return line.split("\t")
+
+
+def _quoted_tsv_cells(line: str) -> list[str]:
+    return _parsed(line, delimiter="\t")
+
+
+def _csv_cells(line: str) -> list[str]:
+    return _parsed(line, skipinitialspace=True)
+
+
+def _parsed(line: str, **options: Any) -> list[str]:
+    try:
+        return next(csv.reader([line], strict=True, **options))
+    except csv.Error as error:
+        kind = _OpenCell if str(error) == "unexpected end of data" else BadLine
+        raise kind(f"not csv: {error}") from None
+
+
+def _over_lines(
+    line: str,
+    source: Iterator[tuple[int, str | BadLine]],
+    ahead: deque[tuple[int, str | BadLine]],
+    cells: Callable[[str], list[str]],
+    columns: int,
+) -> list[str]:
+    """The cells of a record that goes on in the lines that follow; these are then taken from `ahead`. If no line ends
+    it well, the quote is a stray one: only `line` is bad, and those after it are lines of their own."""
+    parts, size = [line], len(line)
+    while len(parts) <= MOST_LINES and size <= files.LONGEST_LINE:
+        if len(parts) > len(ahead):
+            item = next(source, None)
+            if item is None:
+                break
+            ahead.append(item)
+        _, more = ahead[len(parts) - 1]
+        if isinstance(more, BadLine):
+            break
+        parts.append(more)
+        size += len(more)
+        if '"' not in more:
+            continue
+        try:
+            values = cells("\n".join(parts))
+        except _OpenCell:
+            continue
+        except BadLine:
+            break
+        if columns and len(values) > columns:
+            break
+        for _ in parts[1:]:
+            ahead.popleft()
+        return values
+    raise BadLine("not csv: a quote is not closed")
+
+
+_CELL = r'(?:"[^"]*(?:""[^"]*)*"|[^"\t]*)'
+_RECORD = re.compile(rf"{_CELL}(?:\t{_CELL})*")
+
+
+def _is_quoted(file: Path) -> bool:
+    """Whether a tsv is as Python's csv module writes one: every cell with a quote in it is quoted whole, its own quotes
+    doubled, and some cell had to be, or all of the first line are. The first quote that is not so decides against it.
+    """
+    if not file.is_file():  # a pipe can be read only once
+        return False
+    columns, needed, parts, quotes, size = 0, False, [], 0, 0
+    for _, line in files.lines(file):
+        if isinstance(line, BadLine) or not (parts or line.strip()):
+            continue
+        if parts and columns > 1 and parts[0].count("\t") >= columns - 1 and line.count("\t") >= columns - 1:
+            return False  # both are whole lines: what looks like a cell over lines is two stray quotes
+        parts.append(line)
+        quotes, size = quotes + line.count('"'), size + len(line)
+        if quotes % 2:
+            if len(parts) > MOST_LINES or size > files.LONGEST_LINE:
+                return False
+            continue
+        record, parts, quotes, size = "\n".join(parts), [], 0, 0
+        if '"' not in record and columns:
+            continue
+        if not _RECORD.fullmatch(record):
+            return False
+        try:
+            values = _quoted_tsv_cells(record)
+        except BadLine:
+            return False
+        if not columns:
+            columns = len(values)
+            needed = all(cell.startswith('"') for cell in record.split("\t"))
+        elif len(values) != columns:
+            return False
+        needed = needed or any(mark in value for value in values for mark in '\t\n"')
+    return needed and not parts
 
 
 # --- Parquet ---
 
 
-def parquet(file: Path, name: str, scratch: Path, several: bool, needs_text: bool) -> Found:
+def parquet(file: Path, name: str, scratch: Path, several: bool, wanted: Wanted) -> Found:
     """Rows with the path of a sound file, or with the sound itself in a struct column {bytes, path}, not read here.
 
     A start and end beside the sound itself say where it was cut from: they are not looked at.
@@ -141,7 +303,7 @@ def parquet(file: Path, name: str, scratch: Path, several: bool, needs_text: boo
     try:
         source = files.unpacked(file, scratch) if file.suffix.lower() == ".gz" else file
         table = pq.ParquetFile(source)
-        sound = sound_column(file, table.schema_arrow)
+        sound = sound_column(file, table.schema_arrow, wanted)
     except (pa.ArrowException, OSError, ValueError) as error:
         yield Reject(name, f"not Parquet: or it is cut short ({error})")
         return
@@ -149,33 +311,60 @@ def parquet(file: Path, name: str, scratch: Path, several: bool, needs_text: boo
         prefix = f"{files.stem(name)}:" if several else ""
 
         def make(row: Row) -> Utterance:
-            inner = row.get(sound)
+            inner = row[SOUND]
             if not isinstance(inner, dict):
-                return of_path(rows.numbers_as_names(row), file.parent, prefix, needs_text)
-            others = rows.numbers_as_names({key: found for key, found in row.items() if key != sound})
+                return of_path({**row, "audio": inner}, file.parent, prefix, wanted)
             if inner["bytes"] is None:
-                return of_path({**others, "audio": inner.get("path")}, file.parent, prefix, needs_text)
+                return of_path({**row, "audio": inner.get("path")}, file.parent, prefix, wanted)
             number = row[ROW]
             assert isinstance(number, int)
             within = Sound(str(source), row=number, column=sound, name=base_name(inner))
-            return rows.utterance(
-                others, within, rows.string(others, "id") or f"{files.stem(name)}:{number}", needs_text
-            )
+            id = rows.own_id(row, f"{files.stem(name)}:{number}")
+            return rows.utterance(row, within, id, wanted.needs_text)
 
-        yield from rows.collect(_parquet_rows(table, name, sound), make)
-
-
-ROW = "\0row"  # beside a row's columns
+        yield from rows.collect(_parquet_rows(table, name, sound, wanted), make, wanted)
 
 
-def _parquet_rows(table: pq.ParquetFile, name: str, sound: str) -> Iterator[tuple[str, Row | BadLine]]:
+ROW, SOUND = "\0row", "\0sound"  # beside a row's columns: its number, and what is in the column of the sound
+
+
+def known_columns(schema: pa.Schema, sound: str, wanted: Wanted) -> list[str]:
+    """Those with something of ours in them, but for the column of a `sound` in itself."""
+    ours = {name for column in rows.NAMES for name in wanted.names(column)}
+    known = [name for name in schema.names if name in ours and not pa.types.is_nested(schema.field(name).type)]
+    wanted.there = wanted.there or list(schema.names)
+    wanted.see([*known, sound])
+    return known
+
+
+def class_names(schema: pa.Schema) -> dict[str, list[str]]:
+    """The names of the classes in columns where datasets keeps their numbers (a ClassLabel), by column."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        labels = {name: feature.get("names") for name, feature in features.items() if isinstance(feature, dict)}
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
+        return {}
+    return {
+        name: names
+        for name, names in labels.items()
+        if isinstance(names, list) and all(isinstance(one, str) for one in names)
+    }
+
+
+def with_class_names(row: dict[str, object], classes: dict[str, list[str]]) -> dict[str, object]:
+    """The row with names for the numbers of classes; -1 is none."""
+    for column, names in classes.items():
+        number = row.get(column)
+        if isinstance(number, int) and number < len(names):
+            row[column] = names[number] if number >= 0 else None
+    return row
+
+
+def _parquet_rows(table: pq.ParquetFile, name: str, sound: str, wanted: Wanted) -> Iterator[tuple[str, Row | BadLine]]:
     schema = table.schema_arrow
     embedded = pa.types.is_struct(schema.field(sound).type)
-    others = [
-        column
-        for column in schema.names
-        if column in rows.ALL_NAMES and not pa.types.is_nested(schema.field(column).type)
-    ]
+    classes = class_names(schema)
+    others = known_columns(schema, sound, wanted)
     if embedded and schema.field(sound).type.get_field_index("path") >= 0:
         others.append(f"{sound}.path")
     number = 0
@@ -190,12 +379,12 @@ def _parquet_rows(table: pq.ParquetFile, name: str, sound: str) -> Iterator[tupl
                         yield f"{name}:{number}", row
                         number += 1
                         continue
+                    held: Any = row.pop(sound, None)
                     if embedded:
-                        held = row.get(sound)
                         inner = held if isinstance(held, dict) else {}
                         known = inner.get("bytes") if mixed else b"" if bytes_there else None
-                        row[sound] = {**inner, "bytes": known}
-                    yield f"{name}:{number}", {**row, ROW: number}
+                        held = {**inner, "bytes": known}
+                    yield f"{name}:{number}", {**with_class_names(row, classes), ROW: number, SOUND: held}
                     number += 1
         except (pa.ArrowException, OSError, ValueError) as error:
             yield f"{name}:{number}", BadLine(f"damaged: {error}")
@@ -223,20 +412,22 @@ def _bytes_there(table: pq.ParquetFile, group: int, sound: str) -> bool | None:
     return False
 
 
-def sound_column(file: Path, schema: pa.Schema) -> str:
+def sound_column(file: Path, schema: pa.Schema, wanted: Wanted) -> str:
     """The column with the sounds: the first struct with bytes, else one with paths. Raises SodaError for neither."""
-    known = [name for name in (*rows.NAMES["audio"], *schema.names) if schema.get_field_index(name) >= 0]
+    paths = wanted.names("audio")
+    any_name = () if "audio" in wanted.columns else schema.names
+    known = [name for name in (*paths, *any_name) if schema.get_field_index(name) >= 0]
     for name in known:
         held = schema.field(name).type
         if pa.types.is_struct(held) and held.get_field_index("bytes") >= 0:
             return name
     for name in known:
         held: Any = schema.field(name).type
-        if name in rows.NAMES["audio"] and (pa.types.is_string(held) or pa.types.is_large_string(held)):
+        if name in paths and (pa.types.is_string(held) or pa.types.is_large_string(held)):
             return name
     raise SodaError(
         f"{file}: has the columns {', '.join(schema.names) or '(none)'}. Wanted: one of "
-        f"{', '.join(rows.NAMES['audio'])}, with paths or as a struct {{bytes, path}}; text, speaker, language and id "
+        f"{', '.join(paths)}, with paths or as a struct {{bytes, path}}; text, speaker, language and id "
         "may follow."
     )
 

@@ -1,17 +1,29 @@
 """From the columns that a source has to an utterance: the names a column goes by, and the checks all sources share."""
 
 import json
-import math
 import os
+import re
+import unicodedata
+import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
+
+from megatron_soda.errors import SodaError
 
 from ..utterance import Reject, Sound, Utterance, one_line
 from .files import BadLine
 
 Row = Mapping[str, object]
 Found = Iterator[Utterance | Reject]
-SOUND_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".g722")
+# What libsndfile and FFmpeg's libraries know by its content (.g722: by this name). No other headerless formats.
+SOUND_SUFFIXES = (
+    *(".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".g722", ".aac", ".ac3", ".aif", ".aifc", ".aiff", ".amr"),
+    *(".ape", ".au", ".caf", ".dts", ".eac3", ".m4b", ".mka", ".mp2", ".mpa", ".mpc", ".oga", ".rf64", ".snd", ".sph"),
+    *(".spx", ".tak", ".tta", ".voc", ".w64", ".wave", ".wma", ".wv"),
+    *(".3gp", ".avi", ".flv", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv"),  # of films, the sound
+)
 NAMES = {  # of several that are there, the first that has something in it
     "audio": ("audio", "audio_filepath", "audio_path", "path", "wav", "file"),
     "text": ("text", "transcript", "transcription", "sentence", "normalized_text"),
@@ -20,7 +32,61 @@ NAMES = {  # of several that are there, the first that has something in it
     **{name: (name,) for name in ("id", "recording", "prompt", "start", "end", "offset", "duration")},
 }
 NO_TEXT = "\0no text"  # beside a row's columns: why it has no text
-ALL_NAMES = frozenset(name for names in NAMES.values() for name in names)
+UNTYPED = "\0untyped"  # beside them: there are no numbers but in strings
+AGREE = Decimal("0.01")  # seconds by which two columns that say the same may differ: they are rounded
+
+
+@dataclass
+class Wanted:
+    """What the user wants of a source, beside where it is: whether an utterance `needs_text`; `columns`, the column of
+    the source for a column of ours, None for one that is not to be read; and `audio_root`, the folder that the
+    paths in tables are relative to and must lead into, where it is not the table's own."""
+
+    needs_text: bool = True
+    columns: Mapping[str, str | None] = field(default_factory=dict)
+    audio_root: Path | None = None
+    there: list[str] = field(default_factory=list)  # the columns of the first row
+    found: set[str] = field(default_factory=set)  # of the columns that `columns` names, those that were there
+
+    def __post_init__(self) -> None:
+        for column, name in self.columns.items():
+            if column not in NAMES:
+                raise SodaError(f"prepare.columns: there is no column {column!r}; there are {', '.join(NAMES)}.")
+            if not name and column == "audio":
+                raise SodaError("prepare.columns: audio: a column is needed; without the sound there is nothing.")
+        if self.audio_root and not self.audio_root.is_dir():
+            raise SodaError(f"prepare.audio_root: {self.audio_root}: no such folder.")
+
+    def names(self, column: str) -> tuple[str, ...]:
+        """What one of our columns may be called in the source."""
+        if column not in self.columns:
+            return NAMES[column]
+        name = self.columns[column]
+        return (name,) if name else ()
+
+    def see(self, names: list[str]) -> None:
+        """Notes the columns of a table, or of a row."""
+        self.there = self.there or names
+        self.found |= set(names) & set(filter(None, self.columns.values()))
+
+    def named(self, row: Row) -> Row:
+        """The row under our names, without what is not to be read."""
+        if not self.columns:
+            return row
+        if own := [name for name in row if not name.startswith("\0")]:
+            self.see(own)
+        hidden = {name for column in self.columns for name in NAMES[column]}
+        kept = {name: found for name, found in row.items() if name not in hidden}
+        return kept | {NAMES[column][0]: row[name] for column, name in self.columns.items() if name and name in row}
+
+    def check_found(self) -> None:
+        """At the end of a source. Raises SodaError for a column that was in no row."""
+        lacking = [f"{column}: {name}" for column, name in self.columns.items() if name and name not in self.found]
+        if self.there and lacking:
+            raise SodaError(
+                f"prepare.columns: {', '.join(lacking)}: no row has such a column; the first one has "
+                f"{', '.join(self.there)}."
+            )
 
 
 def value(row: Row, column: str) -> object:
@@ -29,15 +95,28 @@ def value(row: Row, column: str) -> object:
 
 
 def string(row: Row, column: str) -> str:
-    """The same, as a string without outer white space. Raises BadLine where it is none."""
+    """The same, as a string without outer white space. Speakers, ids and the like are often whole numbers, which are
+    taken as names; with a gap in their column, pandas makes floats of them. Raises BadLine for anything else."""
     found = value(row, column)
     if found is None:
         return ""
+    if column not in ("audio", "text") and isinstance(found, int | float) and not isinstance(found, bool):
+        found = str(int(found)) if found == found // 1 else found
     if not isinstance(found, str):
         raise BadLine(f"wrong type: {column}: a string is needed, not {type(found).__name__}")
     if _has_surrogates(found):
         raise BadLine(f"not valid Unicode: {column}")
     return found.strip()
+
+
+def own_id(row: Row, otherwise: str, prefix: str = "") -> str:
+    """The id column's, after `prefix`. A number may count something that comes again (in FLEURS, the sentence), so it
+    only follows the id that there is `otherwise`."""
+    own = string(row, "id")
+    if not own:
+        return otherwise
+    is_number = not isinstance(value(row, "id"), str) or (UNTYPED in row and re.fullmatch("0|[1-9][0-9]*", own))
+    return f"{otherwise}:{own}" if is_number else f"{prefix}{own}"
 
 
 def utterance(row: Row, sound: Sound, id: str, needs_text: bool) -> Utterance:
@@ -53,54 +132,92 @@ def utterance(row: Row, sound: Sound, id: str, needs_text: bool) -> Utterance:
     return Utterance(id, sound, text, speaker, language, prompt, recording)
 
 
-def segment(row: Row) -> tuple[float, float]:
-    """Start and end in seconds; 0 and 0 for all of it. NeMo's duration counts only beside an offset: without one it is
-    the rounded length of the file."""
-    start = _seconds(row, "start")
-    end = _seconds(row, "end")
-    offset, duration = _seconds(row, "offset"), _seconds(row, "duration")
-    if start is None and end is None and offset is not None:
-        start, end = offset, None if duration is None else offset + duration
-    if end is not None and end <= (start or 0.0):
-        raise BadLine(f"not a segment: it ends at {end:g} s and starts at {start or 0.0:g} s")
-    return start or 0.0, end or 0.0
+def segment(row: Row) -> tuple[float, float, float]:
+    """Start and end in seconds, 0 and 0 for all of the file, whose length is then the third: that of a duration alone,
+    as NeMo has it, or 0. Raises BadLine for columns that contradict each other. They are added as decimals, as they
+    are written: 1.1 and 2.2 are 3.3."""
+    start, end, offset, duration = (_seconds(row, column) for column in ("start", "end", "offset", "duration"))
+    if start is not None and offset is not None and abs(start - offset) > AGREE:
+        raise BadLine(f"contradiction: start {start} s and offset {offset} s")
+    start = offset if start is None else start
+    if start is None and end is None:
+        if duration == 0:
+            raise BadLine("not a segment: it lasts 0 s")
+        return 0.0, 0.0, float(duration or 0)
+    if duration is not None:
+        until = (start or 0) + duration
+        if end is not None and abs(end - until) > AGREE:
+            raise BadLine(f"contradiction: {start or 0} s and a duration of {duration} s, and end {end} s")
+        end = until if end is None else end
+    begin, stop = float(start or 0), None if end is None else float(end)
+    if stop is not None and stop <= begin:
+        raise BadLine(f"not a segment: it ends at {stop:g} s and starts at {begin:g} s")
+    return begin, stop or 0.0, 0.0
 
 
-def _seconds(row: Row, column: str) -> float | None:
+def _seconds(row: Row, column: str) -> Decimal | None:
     found = value(row, column)
     if found is None:
         return None
     try:
-        seconds = math.nan if isinstance(found, bool) else float(found)  # pyright: ignore[reportArgumentType]
-    except (ValueError, TypeError, OverflowError):
-        seconds = math.nan
-    if not 0 <= seconds < math.inf:
+        seconds = Decimal("nan" if isinstance(found, bool) else str(found).strip())
+    except (InvalidOperation, ValueError):  # ValueError: an integer of very many digits
+        seconds = Decimal("nan")
+    if seconds.is_nan() or not 0 <= seconds < 10**9:
         raise BadLine(f"not a number of seconds: {column}")
-    return seconds
+    return abs(seconds)  # of -0.0, too
 
 
 def inside(base: Path, name: str) -> tuple[Path, str]:
     """-> the sound file's path, and its path relative to `base`, with '/'. A link in there may point anywhere."""
-    if "\0" in name:
-        raise BadLine("not a path: there is a zero byte in it")
+    name = plain_path(name)
     root = os.path.abspath(base)
     relative = os.path.relpath(os.path.join(root, name), root)
     if os.path.isabs(name) and relative.startswith(".."):  # the user may have named the folder through a link
         relative = os.path.relpath(name, os.path.realpath(root))
     if relative.split(os.sep)[0] == "..":
-        raise BadLine(f"outside the folder: {name!r}")
-    path = Path(root, relative)
-    check_file(path, name)
-    return path, relative.replace(os.sep, "/")
+        raise BadLine(f"outside the folder: {name!r}; prepare.audio_root names the one that paths may lead into")
+    return existing(Path(root), relative, name), relative.replace(os.sep, "/")
 
 
-def check_file(path: Path, name: str) -> None:
+def plain_path(name: str) -> str:
+    """The path, of ~/a and of file:///home/me/a%20b too. Raises BadLine for what is none."""
+    if name.startswith("file://"):
+        host, slash, path = name.removeprefix("file://").partition("/")
+        if host not in ("", "localhost"):
+            raise BadLine(f"not on this machine: {name!r}")
+        name = slash + urllib.parse.unquote(path)
+    if "\0" in name:
+        raise BadLine("not a path: there is a zero byte in it")
+    return os.path.expanduser(name)
+
+
+def existing(folder: Path, relative: str, name: str) -> Path:
+    """The file in a folder. Accents may be written in two ways (NFC, NFD), and a file's name and what is said about it
+    were often not written by the same system. Raises BadLine where there is none."""
+    path = folder / relative
     try:
+        if not path.is_file() and not relative.isascii():
+            path = folder
+            for part in Path(relative).parts:
+                forms = [path / form for form in both_forms(part)]
+                path = next((form for form in forms if form.exists()), forms[0])
         there = path.is_file()
     except (OSError, ValueError) as error:  # a name that is too long, a folder that may not be entered
         raise BadLine(f"cannot be opened: {getattr(error, 'strerror', None) or error}") from None
     if not there:
         raise BadLine(f"no file: {name!r}")
+    return path
+
+
+def both_forms(name: str) -> list[str]:
+    """The name, and its other Unicode forms if it has any."""
+    return list(dict.fromkeys((name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name))))
+
+
+def one_form(name: str) -> str:
+    """The same for names that differ in their Unicode form alone."""
+    return unicodedata.normalize("NFC", name)
 
 
 def parse_json(line: str) -> dict[str, object]:
@@ -114,22 +231,13 @@ def parse_json(line: str) -> dict[str, object]:
     return row
 
 
-def numbers_as_names(row: Row) -> dict[str, object]:
-    """In typed tables and beside them, speakers and ids are often whole numbers."""
-    names = (*NAMES["speaker"], *NAMES["id"])
-    return {
-        key: str(found) if key in names and isinstance(found, int) and not isinstance(found, bool) else found
-        for key, found in row.items()
-    }
-
-
-def collect(rows: Iterator[tuple[str, Row | BadLine]], make: Callable[[Row], Utterance]) -> Found:
-    """An utterance or a Reject for each (where, row or what is wrong with it)."""
+def collect(rows: Iterator[tuple[str, Row | BadLine]], make: Callable[[Row], Utterance], wanted: Wanted) -> Found:
+    """An utterance or a Reject for each (where, row or what is wrong with it). `make` gets rows under our names."""
     for where, row in rows:
         try:
             if isinstance(row, BadLine):
                 raise row
-            found = make(row)
+            found = make(wanted.named(row))
         except BadLine as error:
             found = Reject(where, str(error))
         yield found

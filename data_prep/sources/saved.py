@@ -16,12 +16,12 @@ from megatron_soda.files import read_json, reading
 from ..utterance import Reject, Sound, Utterance
 from . import files, manifest, rows
 from .files import BadLine
-from .rows import Found, Row
+from .rows import Found, Row, Wanted
 
 STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
 
 
-def read(root: Path, places: list[Path], scratch: Path, needs_text: bool) -> Found:
+def read(root: Path, places: list[Path], scratch: Path, wanted: Wanted) -> Found:
     """Datasets, their .arrow files or Parquet shards, and all of those in folders.
 
     An id is the id column's, after its split's or folder's name for an Arrow dataset; without such a column it is the
@@ -35,10 +35,10 @@ def read(root: Path, places: list[Path], scratch: Path, needs_text: bool) -> Fou
                 continue
             name = files.relative(file, root)
             if files.kind(file) == ".parquet":
-                yield from manifest.parquet(file, name, scratch, True, needs_text)
+                yield from manifest.parquet(file, name, scratch, True, wanted)
             elif file.suffix.lower() == ".arrow":
                 prefix = "" if folder == root else f"{files.relative(folder, root)}/"
-                yield from _arrow(file, name, prefix, needs_text)
+                yield from _arrow(file, name, prefix, wanted)
             else:
                 yield Reject(name, "not a dataset: its name does not end in .arrow or .parquet")
     yield from failed
@@ -77,7 +77,7 @@ def _strings(path: Path, get: Callable[[Any], list[object]]) -> list[str]:
         return list(dict.fromkeys(str(one) for one in get(read_json(path))))
 
 
-def _arrow(file: Path, name: str, prefix: str, needs_text: bool) -> Found:
+def _arrow(file: Path, name: str, prefix: str, wanted: Wanted) -> Found:
     number = 0
     try:
         with pa.memory_map(str(file)) as mapped:
@@ -87,28 +87,29 @@ def _arrow(file: Path, name: str, prefix: str, needs_text: bool) -> Found:
         return
     try:
         stream = pa.ipc.open_stream(whole)
-        column = manifest.sound_column(file, stream.schema)
+        column = manifest.sound_column(file, stream.schema, wanted)
     except (pa.ArrowException, OSError, ValueError) as error:
         yield Reject(name, f"not an Arrow stream: or it is cut short ({error})")
         return
 
+    known, classes = manifest.known_columns(stream.schema, column, wanted), manifest.class_names(stream.schema)
+
     def make(row: Row) -> Utterance:
-        others = rows.numbers_as_names({key: found for key, found in row.items() if key != column})
-        sound = row[column]
+        sound = row[manifest.SOUND]
         if not isinstance(sound, Sound):
             path = rows.string({"audio": sound}, "audio")
             if not path:
                 raise BadLine("no 'audio'")
-            sound = Sound(str(_existing(file.parent, path)))
-        own = rows.string(others, "id")
-        id = f"{prefix}{own}" if own else f"{files.stem(name)}:{row[manifest.ROW]}"
-        return rows.utterance(others, sound, id, needs_text)
+            start, end, seconds = rows.segment(row)
+            sound = Sound(str(_path(file.parent, path, wanted)), start=start, end=end, seconds=seconds)
+        id = rows.own_id(row, f"{files.stem(name)}:{row[manifest.ROW]}", prefix)
+        return rows.utterance(row, sound, id, wanted.needs_text)
 
     def found() -> Iterator[tuple[str, Row | BadLine]]:
         nonlocal number
         try:
             for batch in stream:
-                for row in _rows(file, whole, batch, column):
+                for row in _rows(file, whole, batch, column, known, classes):
                     yield f"{name}:{number}", {**row, manifest.ROW: number}
                     number += 1
         except (pa.ArrowException, OSError, ValueError) as error:
@@ -117,25 +118,27 @@ def _arrow(file: Path, name: str, prefix: str, needs_text: bool) -> Found:
         if whole.slice(max(0, whole.size - len(STREAM_END))).to_pybytes() != STREAM_END:
             yield f"{name}:{number}", BadLine("cut short: the Arrow stream has no end")
 
-    yield from rows.collect(found(), make)
+    yield from rows.collect(found(), make, wanted)
 
 
-def _rows(file: Path, whole: pa.Buffer, batch: pa.RecordBatch, column: str) -> list[dict[str, object]]:
-    """The small columns of a batch, and in `column` a Sound, or the path as it stands there."""
+def _rows(
+    file: Path, whole: pa.Buffer, batch: pa.RecordBatch, column: str, known: list[str], classes: dict[str, list[str]]
+) -> list[dict[str, object]]:
+    """The `known` columns of a batch, and beside them the Sound in `column`, or the path as it stands there."""
     batch.validate()
-    names = [name for name in batch.schema.names if name in rows.ALL_NAMES and name != column]
     values: dict[str, list[object]] = {}
-    for name in names:
-        if not pa.types.is_nested(batch.column(name).type):
+    for name in known:
+        if name != column:
             batch.column(name).validate(full=True)
             values[name] = batch.column(name).to_pylist()
     held: Any = batch.column(column)
     if pa.types.is_struct(held.type):
-        values[column] = _sounds(file, whole, held)
+        values[manifest.SOUND] = _sounds(file, whole, held)
     else:
         held.validate(full=True)
-        values[column] = held.to_pylist()
-    return [{name: found[row] for name, found in values.items()} for row in range(batch.num_rows)]
+        values[manifest.SOUND] = held.to_pylist()
+    found = [{name: held[row] for name, held in values.items()} for row in range(batch.num_rows)]
+    return [manifest.with_class_names(row, classes) for row in found]
 
 
 def _sounds(file: Path, whole: pa.Buffer, structs: Any) -> list[object]:
@@ -170,10 +173,9 @@ def _sounds(file: Path, whole: pa.Buffer, structs: Any) -> list[object]:
     return found
 
 
-def _existing(folder: Path, name: str) -> Path:
-    """A path in a dataset is mostly an absolute one, to where the sounds were when it was made."""
-    if "\0" in name:
-        raise BadLine("not a path: there is a zero byte in it")
-    path = folder / name
-    rows.check_file(path, name)
-    return path
+def _path(folder: Path, name: str, wanted: Wanted) -> Path:
+    """A path in a dataset is mostly an absolute one, to where the sounds were when it was made: it may lead anywhere,
+    unless there is a wanted.audio_root."""
+    if wanted.audio_root:
+        return rows.inside(wanted.audio_root, name)[0]
+    return rows.existing(folder, rows.plain_path(name), name)

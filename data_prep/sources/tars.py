@@ -1,4 +1,4 @@
-"""WebDataset tars: X.mp3 and X.json or X.txt follow each other. The sound stays in the tar: it is a range of its bytes.
+"""WebDataset tars: X.mp3 and X.json or X.txt, in any order. The sound stays in the tar: it is a range of its bytes.
 
 A .tar.gz is unpacked once to a plain tar in the scratch folder; nothing is ever extracted from a tar.
 """
@@ -7,28 +7,29 @@ import os
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from ..utterance import Reject, Sound, Utterance
 from . import files, rows
 from .files import BadLine
 from .folders import emilia_order, emilia_recording, is_sound
-from .rows import Found, Row
+from .rows import Found, Row, Wanted
 
-SUFFIXES = (".tar", ".tar.gz", ".tgz")
+OTHER_ARCHIVES = (".zip", ".7z", ".rar", ".tar.zst", ".tar.xz", ".tar.bz2", ".txz", ".tbz", ".tbz2", ".tzst")
 
 
-def read(root: Path, places: list[Path], scratch: Path, needs_text: bool, emilia: bool = False) -> Found:
+def read(root: Path, places: list[Path], scratch: Path, wanted: Wanted, emilia: bool = False) -> Found:
     """The tars that are named, and those in folders. An id is TAR/MEMBER without suffixes.
 
     Text and speaker are sought in X.txt and X.json, under the names of a manifest's columns. A start and end say where
     a member was cut from: they are not looked at.
+    Samples whose members do not follow each other come last, and of these all names are held in memory.
     With `emilia`, those of a tar are sorted so that a recording's follow each other, and one tar's are held in memory.
     """
     failed: list[Reject] = []
     for place in places:
-        for tar in _of_folder(place, failed) if place.is_dir() else [place]:
-            found = _utterances(tar, files.relative(tar, root), scratch, needs_text, emilia)
+        for tar in _of_folder(place, root, failed, emilia) if place.is_dir() else [place]:
+            found = _utterances(tar, files.relative(tar, root), scratch, wanted, emilia)
             if not emilia:
                 yield from found
                 continue
@@ -43,30 +44,35 @@ def read(root: Path, places: list[Path], scratch: Path, needs_text: bool, emilia
 
 
 def is_tar(path: Path | str) -> bool:
-    return str(path).lower().endswith(SUFFIXES)
+    return str(path).lower().endswith(files.TARS)
 
 
 def looks_like_emilia(tar: Path) -> bool:
-    """Whether the first sound in it is called like Emilia's."""
+    """Whether the first sound or text in it is called like Emilia's."""
     try:
         with tarfile.open(tar, "r|*") as stream:
             for _ in range(64):
                 member = stream.next()
                 if member is None:
                     break
-                if is_sound(os.path.basename(member.name)):
+                base = os.path.basename(member.name)
+                if is_sound(base) or (base.endswith(".json") and not base.startswith(".")):
                     return bool(emilia_recording(_key(member.name)))
     except Exception:  # a damaged tar: its reader will say so
         pass
     return False
 
 
-def _of_folder(folder: Path, failed: list[Reject]) -> Iterator[Path]:
+def _of_folder(folder: Path, root: Path, failed: list[Reject], emilia: bool) -> Iterator[Path]:
     for here, _, names in files.walk(folder, failed):
         yield from (here / name for name in names if is_tar(name))
+        for name in names:
+            if name.lower().endswith(OTHER_ARCHIVES) or (is_sound(name) and not emilia):  # Emilia's may be loose
+                reason = f"not in a tar: only what is in {', '.join(files.TARS)} is read"
+                failed.append(Reject(files.relative(here / name, root), reason))
 
 
-def _utterances(tar: Path, name: str, scratch: Path, needs_text: bool, emilia: bool) -> Found:
+def _utterances(tar: Path, name: str, scratch: Path, wanted: Wanted, emilia: bool) -> Found:
     try:
         plain = tar if tar.suffix.lower() == ".tar" else files.unpacked(tar, scratch)
         file = open(plain, "rb")  # noqa: SIM115
@@ -76,35 +82,53 @@ def _utterances(tar: Path, name: str, scratch: Path, needs_text: bool, emilia: b
     except OSError as error:
         yield Reject(name, f"cannot be read: {error.strerror or error}")
         return
-    stem = name[: -len(next(suffix for suffix in SUFFIXES if name.lower().endswith(suffix)))] if is_tar(name) else name
+    stem = (
+        name[: -len(next(suffix for suffix in files.TARS if name.lower().endswith(suffix)))] if is_tar(name) else name
+    )
 
     def make(row: Row) -> Utterance:
         sound = row[SOUND]
-        assert isinstance(sound, tarfile.TarInfo)
+        assert isinstance(sound, Member)
         key = _key(sound.name)
         if emilia:
             row = {**row, "recording": emilia_recording(key)}
-        within = Sound(str(plain), offset=sound.offset_data, size=sound.size, name=os.path.basename(sound.name))
-        return rows.utterance(row, within, f"{stem}/{key}", needs_text)
+        within = Sound(str(plain), offset=sound.offset, size=sound.size, name=os.path.basename(sound.name))
+        return rows.utterance(row, within, f"{stem}/{key}", wanted.needs_text)
 
     with file:
-        yield from rows.collect(((f"{name}{where}", row) for where, row in _samples(file)), make)
+        yield from rows.collect(((f"{name}{where}", row) for where, row in _samples(file)), make, wanted)
 
 
 SOUND = "\0sound"  # beside a row's columns
 
 
+class Member(NamedTuple):
+    """A file in a tar: bytes [offset, offset + size) of it."""
+
+    name: str
+    offset: int
+    size: int
+
+    @property
+    def suffix(self) -> str:
+        return os.path.splitext(self.name)[1].lower()
+
+
 def _samples(file: BinaryIO) -> Iterator[tuple[str, Row | BadLine]]:
-    """Members that follow each other and have the same name up to the first dot of its last part, as one row."""
-    group: list[tarfile.TarInfo] = []
+    """Members of the same name up to the first dot of its last part, as one row. Those that follow each other come at
+    once, if there are a sound and a text among them; the others wait for what else there may be, up to the end."""
+    waiting: dict[str, list[Member]] = {}
+    group: list[Member] = []
     for member in _members(file):
         if isinstance(member, CutShort):
             # What follows may have belonged to the last group: without it, only one with a text is sure to be whole.
-            sides = {os.path.splitext(one.name)[1].lower() for one in group}
-            if sides & {".txt", ".json"} and not (group and member.name and _key(member.name) == _key(group[0].name)):
-                yield from _sample(file, group)
-            yield "", member
-            return
+            key = _key(member.name) if member.name else ""
+            if group and any(one.suffix in TEXTS for one in group) and _key(group[0].name) != key:
+                waiting.setdefault(_key(group[0].name), []).extend(group)
+            waiting.pop(key, None)
+            group = []
+            cut = member
+            break
         if member.isdir() or os.path.basename(member.name).startswith("."):
             continue
         unsafe = _unsafe(member)
@@ -112,15 +136,35 @@ def _samples(file: BinaryIO) -> Iterator[tuple[str, Row | BadLine]]:
             yield f":{member.name}", BadLine(f"unsafe member: {unsafe}")
             continue
         if group and _key(group[0].name) != _key(member.name):
-            yield from _sample(file, group)
+            yield from _whole_or_waiting(file, group, waiting)
             group = []
-        group.append(member)
-    yield from _sample(file, group)
+        group.append(Member(member.name, member.offset_data, member.size))
+    else:
+        cut = None
+    yield from _whole_or_waiting(file, group, waiting)
+    for members in waiting.values():
+        yield from _sample(file, members)
+    if cut:
+        yield "", cut
 
 
-def _sample(file: BinaryIO, group: list[tarfile.TarInfo]) -> Iterator[tuple[str, Row | BadLine]]:
+TEXTS = (".json", ".txt")  # of two, that of the .txt is taken
+
+
+def _whole_or_waiting(
+    file: BinaryIO, group: list[Member], waiting: dict[str, list[Member]]
+) -> Iterator[tuple[str, Row | BadLine]]:
     if not group:
         return
+    key = _key(group[0].name)
+    sounds = any(is_sound(os.path.basename(one.name)) for one in group)
+    if key not in waiting and sounds and any(one.suffix in TEXTS for one in group):
+        yield from _sample(file, group)
+    else:
+        waiting.setdefault(key, []).extend(group)
+
+
+def _sample(file: BinaryIO, group: list[Member]) -> Iterator[tuple[str, Row | BadLine]]:
     sounds = [member for member in group if is_sound(os.path.basename(member.name))]
     for extra in sounds[1:]:
         yield f":{extra.name}", BadLine(f"a second sound: beside {sounds[0].name}")
@@ -128,21 +172,23 @@ def _sample(file: BinaryIO, group: list[tarfile.TarInfo]) -> Iterator[tuple[str,
         if not sounds:
             raise BadLine("no sound file: among the members of this name")
         row: dict[str, object] = {}
-        for suffix in (".json", ".txt"):  # of two texts, that of the .txt
-            side = next((member for member in group if member.name.lower().endswith(suffix)), None)
-            if side is not None:
+        for suffix in TEXTS:
+            sides = [member for member in group if member.suffix == suffix]
+            for extra in sides[1:]:
+                yield f":{extra.name}", BadLine(f"a second text: beside {sides[0].name}")
+            for side in sides[:1]:
                 text = _text(file, side)
-                row |= rows.numbers_as_names(rows.parse_json(text)) if suffix == ".json" else {"text": text}
+                row |= rows.parse_json(text) if suffix == ".json" else {"text": text}
         yield f":{sounds[0].name}", {**row, SOUND: sounds[0]}
     except BadLine as error:
         yield f":{(sounds or group)[0].name}", error
 
 
-def _text(file: BinaryIO, member: tarfile.TarInfo) -> str:
+def _text(file: BinaryIO, member: Member) -> str:
     if member.size > files.LONGEST_LINE:
         raise BadLine(f"text too long: {os.path.basename(member.name)}")
     try:
-        return os.pread(file.fileno(), member.size, member.offset_data).decode("utf-8-sig")
+        return os.pread(file.fileno(), member.size, member.offset).decode("utf-8-sig")
     except UnicodeDecodeError:
         raise BadLine(f"not UTF-8: {os.path.basename(member.name)}") from None
 
@@ -191,5 +237,5 @@ def _unsafe(member: tarfile.TarInfo) -> str:
 
 
 def _key(name: str) -> str:
-    folder, base = os.path.split(name.removeprefix("./"))
+    folder, base = os.path.split(rows.one_form(name.removeprefix("./")))
     return os.path.join(folder, base.split(".", 1)[0])

@@ -111,8 +111,8 @@ def test_every_bad_json_line_is_a_reject(speech: Path) -> None:
         (b'{"audio": "wavs/b.flac", "text": "\xff\xfe"}', "not UTF-8"),
         (b'{"audio": 7, "text": "x"}', "audio: a string is needed"),
         (b'{"audio": "wavs/b.flac", "text": ["x"]}', "text: a string is needed"),
-        (b'{"audio": "wavs/b.flac", "text": "x", "speaker": 3}', "speaker: a string is needed"),
-        (b'{"audio": "wavs/b.flac", "text": "x", "id": 3}', "id: a string is needed"),
+        (b'{"audio": "wavs/b.flac", "text": "x", "speaker": true}', "speaker: a string is needed"),
+        (b'{"audio": "wavs/b.flac", "text": "x", "id": 3.5}', "id: a string is needed"),
         (b'{"audio": "wavs/b.flac"}', "no transcript"),
         (b'{"audio": "wavs/b.flac", "text": null}', "no transcript"),
         (b'{"audio": "wavs/b.flac", "text": " \\n "}', "no transcript"),
@@ -228,7 +228,8 @@ def test_any_bytes_give_utterances_rejects_or_soda_error(speech: Path, kind: str
         return
     # Every line that is not blank is one or the other.
     given_lines = [line for line in content.split(b"\n")[len(header) :] if not is_blank(line)]
-    assert len(found) + len(rejects) == len(given_lines)
+    if kind != "csv" or b'"' not in content:  # where a cell may go on over lines
+        assert len(found) + len(rejects) == len(given_lines)
     for utterance in found:
         assert utterance.text or kind == "jsonl"  # without any text column there is none
         assert Path(utterance.audio.path).is_relative_to(speech)
