@@ -105,6 +105,8 @@ def check_rejects(recipe: Recipe, bad: int, total: int, rejects: Rejects, stoppe
             f" The documents of prepare.orders=[{', '.join(p.orders)}] need a transcript of every recording: give a "
             "manifest.jsonl, or X.txt beside X.wav; or train on the sound alone, with prepare.orders=[audio-only]."
         )
+    if rejects.reasons["duplicate id"]:
+        advice += " Where `id` names something else than the utterance, leave it out: prepare.columns={id: null}."
     raise SodaError(
         f"stopped: {bad} of {total} utterances cannot be used{more} ({rejects.in_words()}); the limit is "
         f"prepare.max_rejects={p.max_rejects:g}.{rejects.keep()}{advice}"
@@ -146,6 +148,8 @@ def _source(recipe: Recipe, work: Path) -> Iterator[Utterance | Reject]:
     if p.speech != "asterisk":
         scratch = work / "scratch"
         return sources.read(p.speech, p.layout, scratch, needs_text(p.orders), p.columns, p.audio_root)
+    if p.columns or p.audio_root:
+        raise SodaError("prepare.columns and prepare.audio_root are for corpora of your own, not for speech=asterisk")
     folder = Path(p.downloads) / "asterisk"
     with console.status("fetching the Asterisk prompts"):
         asterisk.fetch(folder, p.languages)

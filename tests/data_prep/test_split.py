@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import soundfile
 from hypothesis import given, settings
@@ -296,3 +297,34 @@ def test_a_corpus_that_hangs_together_says_why(tmp_path):
     with pytest.raises(SodaError, match="split_by"):
         recipe(tmp_path / "run", speech, "prepare.split_by=[recording,sentence]")
     assert np.all([Store(tmp_path / "run" / "data" / side).size for side in SIDES])
+
+
+def test_the_three_forms_of_segments_give_identical_bytes(tmp_path):
+    speech = tmp_path / "speech"
+    speech.mkdir()
+    soundfile.write(speech / "long.wav", np.concatenate([voice(i, 1.3) for i in range(20)]), 24_000)
+    made = set()
+    for first, second in (("start", "end"), ("start", "duration"), ("offset", "duration")):
+        rows = []
+        for i in range(20):
+            start, length = round(1.3 * i, 1), 1.1
+            last = round(start + length, 1) if second == "end" else length
+            rows.append({"audio": "long.wav", "text": f"sentence {i}", first: start, second: last})
+        (speech / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        run = tmp_path / first / second
+        prepare(recipe(run, speech))
+        assert validate(run / "data")
+        made.add(tuple((run / "data" / f"{side}.bin").read_bytes() for side in SIDES))
+        table = pq.read_table(run / "data" / "units" / "part-000000.parquet")
+        made.add(tuple(map(str, table.to_pylist())))
+    assert len(made) == 2
+
+
+def test_what_to_do_about_ids_that_are_none(tmp_path):
+    rows = [{"voice": i, "text": f"sentence {i}", "id": f"speaker {i % 2}"} for i in range(10)]
+    speech = write_corpus(tmp_path / "speech", rows)
+    with pytest.raises(SodaError, match=r"duplicate id: 8.*prepare\.columns=\{id: null\}"):
+        prepare(recipe(tmp_path / "run", speech))
+    assert prepare(recipe(tmp_path / "run", speech, "prepare.columns={id: null}"))["utterances"] == 10
+    with pytest.raises(SodaError, match="not for speech=asterisk"):
+        prepare(recipe(tmp_path / "none", Path("asterisk"), "prepare.columns={id: null}"))
