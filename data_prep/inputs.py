@@ -2,6 +2,7 @@
 
 import glob
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,9 +188,13 @@ def items(index: Index) -> Iterator[Utterance]:
 
 
 def files(patterns: list[str], setting: str) -> list[Path]:
+    """The files that globs match. What exists of a glob's folders as it is written comes before what it could match."""
     found: list[Path] = []
     for pattern in patterns:
-        some = [Path(path) for path in sorted(glob.glob(pattern, recursive=True)) if Path(path).is_file()]
+        parts = Path(pattern).parts
+        there = next(n for n in range(len(parts), -1, -1) if os.path.exists(Path(*parts[:n])))
+        names = glob.iglob(str(Path(glob.escape(str(Path(*parts[:there]))), *parts[there:])), recursive=True)
+        some = [Path(path) for path in sorted(names) if Path(path).is_file()]
         if not some:
             raise SodaError(f"{setting}: no file matches {pattern}")
         found += some

@@ -5,12 +5,13 @@ recipe = load_recipe("examples/quickstart/recipe.yaml", ["training.steps=20", "m
 
 import difflib
 import math
+import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+import yaml
 
 from .errors import SodaError
 from .files import write_text
@@ -219,35 +220,40 @@ class Recipe:
         return Path(self.data.path) if self.data.path else Path(self.run) / "data"
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which every scalar is the text that stands there. What it means is said by the type of its key: `no` is a
+    language in prepare.languages, and false in parallel.sequence."""
+
+    yaml_implicit_resolvers = {"<": yaml.SafeLoader.yaml_implicit_resolvers["<"]}  # noqa: RUF012  (merges, <<)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key, other in zip(sorted(keys), sorted(keys)[1:], strict=False):
+            if key == other:
+                raise yaml.constructor.ConstructorError(None, None, f"{key} stands there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def load_recipe(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
     """Reads a YAML recipe (None: all defaults), applies `section.key=value` overrides, checks everything.
+
+    A value is read by the type of its key. Where that is a string an override is taken as it stands, but for quotes
+    around all of it; a list of strings is [A,B], with quotes where an element has a comma. All else is YAML. Nothing
+    is substituted: `${X}` is four characters.
 
     Raises SodaError for a file that is not there or not YAML, an unknown key (naming the nearest), a value of the
     wrong type, and values that contradict each other.
     """
-    tree = OmegaConf.structured(Recipe)
+    recipe = Recipe()
     if path is not None:
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise SodaError(f"{path}: cannot read the recipe ({error})") from None
-        try:
-            loaded = OmegaConf.create(text)  # omegaconf's loader is a safe one
-        except Exception as error:  # yaml raises many kinds
-            raise SodaError(f"{path}: not YAML: {error}") from None
-        tree = _merge(tree, loaded, str(path))
+        if (values := _yaml(text, f"{path}: not YAML")) is not None:
+            _set(recipe, values, "", str(path))
     for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals or not key:
-            raise SodaError(f"{override!r}: an override is written section.key=value")
-        key = _full_key(key)
-        try:
-            parsed = OmegaConf.from_dotlist([f"{key}={value}"])
-        except Exception as error:
-            raise SodaError(f"{override!r}: the value is not YAML: {error}") from None
-        tree = _merge(tree, parsed, override)
-    recipe = OmegaConf.to_object(tree)
-    assert isinstance(recipe, Recipe)
+        _override(recipe, override)
     _fill_preset(recipe.model)
     _check(recipe)
     if recipe.training.learning_rate == 0:
@@ -256,40 +262,137 @@ def load_recipe(path: str | Path | None, overrides: list[str] | tuple[str, ...] 
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
-    write_text(path, OmegaConf.to_yaml(OmegaConf.create(asdict(recipe))))
+    write_text(path, yaml.safe_dump(asdict(recipe), sort_keys=False, allow_unicode=True))
 
 
-def _merge(tree: Any, other: Any, source: str) -> Any:
-    plain = OmegaConf.to_container(other)
-    if plain is None:
-        return tree
-    if not isinstance(plain, dict):
-        raise SodaError(f"{source}: a recipe is a mapping of sections")
-    _check_keys(Recipe, plain, "", source)
+def _yaml(text: str, problem: str) -> Any:
     try:
-        return OmegaConf.merge(tree, other)
-    except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or ""
-        raise SodaError(f"{source}: {key}: {str(error).splitlines()[0]}") from None
+        return yaml.load(text, _Loader)  # a safe loader
+    except Exception as error:  # yaml raises many kinds
+        raise SodaError(f"{problem}: {' '.join(str(error).split()) or type(error).__name__}") from None
 
 
-def _check_keys(kind: Any, values: dict, prefix: str, source: str) -> None:
-    known = {f.name: f for f in fields(kind)}
-    for key, value in values.items():
-        if key not in known:
-            near = difflib.get_close_matches(str(key), _all_keys() if not prefix else list(known), 1, 0.4)
-            hint = f" Did you mean {prefix}{near[0]}?" if near else f" Known here: {', '.join(known)}."
-            raise SodaError(f"{source}: unknown key {prefix}{key}.{hint}")
-        section = known[key].default_factory
-        if is_dataclass(section):
-            if not isinstance(value, dict):
-                raise SodaError(f"{source}: {prefix}{key} is a section, not a value: write {prefix}{key}.KEY=VALUE")
-            _check_keys(section, value, f"{prefix}{key}.", source)
-        if key == "mix" and isinstance(value, list):
-            for index, stage in enumerate(value):
-                if not isinstance(stage, dict):
-                    raise SodaError(f"{source}: data.mix[{index}] must have the keys from_step and shares")
-                _check_keys(MixStage, stage, f"data.mix[{index}].", source)
+def _override(recipe: Recipe, override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise SodaError(f"{override!r}: an override is written section.key=value")
+    key = _full_key(key)
+    owner, prefix, name = recipe, "", key
+    section, dot, rest = key.partition(".")
+    if dot and is_dataclass(getattr(recipe, section, None)):
+        owner, prefix, name = getattr(recipe, section), f"{section}.", rest
+    name, dot, entry = name.partition(".")  # an entry of a mapping: data.corpora.NAME
+    kind = _kind(owner, name, prefix, override)
+    if dot and get_origin(kind) is not dict:
+        raise SodaError(f"{override}: unknown key {key}: {prefix}{name} is no section.")
+    if dot:
+        kind = get_args(kind)[1]
+    if kind is str:
+        value = _unquoted(text)
+    elif kind == list[str]:
+        value = _elements(text, override)
+    else:
+        value = _yaml(text, f"{override!r}: the value is not YAML")
+    _set(owner, {name: {entry: value} if dot else value}, prefix, override)
+
+
+_DOUBLE, _SINGLE = r'"(?:[^"\\]|\\.)*"', r"'(?:[^']|'')*'"
+_ELEMENT = re.compile(rf"\s*(?:(?P<quoted>{_DOUBLE}|{_SINGLE})\s*|(?P<plain>(?:\[[^\[\]]*\]|[^,])*))(?:,|$)", re.S)
+
+
+def _unquoted(text: str) -> str:
+    """The text, or what is between the quotes around all of it, as a shell has it."""
+    if re.fullmatch("'[^']*'", text):
+        return text[1:-1]
+    return re.sub(r'\\(["\\])', r"\1", text[1:-1]) if re.fullmatch(_DOUBLE, text, re.S) else text
+
+
+def _elements(text: str, source: str) -> list[str]:
+    """The strings of [A,'B',"C"]. A comma between brackets, as in /data/[a,b].txt, is part of an element."""
+    text = text.strip()
+    if not (text.startswith("[") and text.endswith("]") and len(text) > 1):
+        raise SodaError(f"{source}: a list is written [A,B], and an empty one []")
+    text, at, found = text[1:-1].strip(), 0, []
+    while at < len(text) and (match := _ELEMENT.match(text, at)):
+        quoted, at = match["quoted"], match.end()
+        found.append(_yaml(quoted, f"{source}: {quoted} is not YAML") if quoted else match["plain"].strip())
+        if not (quoted or found[-1]):
+            raise SodaError(f"{source}: there is nothing between two commas of the list")
+    return found
+
+
+def _set(owner: Any, values: Any, prefix: str, source: str) -> None:
+    """Sets fields of a section to values as `_yaml` gives them."""
+    if not isinstance(values, dict):
+        raise SodaError(f"{source}: a recipe is a mapping of sections")
+    for name, value in values.items():
+        kind, key = _kind(owner, name, prefix, source), f"{prefix}{name}"
+        if not is_dataclass(kind):
+            value = _typed(kind, value, key, source)
+            setattr(owner, name, {**getattr(owner, name), **value} if isinstance(value, dict) else value)
+        elif isinstance(value, dict):
+            _set(getattr(owner, name), value, f"{key}.", source)
+        else:
+            raise SodaError(f"{source}: {key} is a section, not a value: write {key}.KEY=VALUE")
+
+
+def _kind(owner: Any, name: Any, prefix: str, source: str) -> Any:
+    """The type of a field. SodaError if there is none of that name."""
+    known = get_type_hints(type(owner))
+    if name not in known:
+        near = difflib.get_close_matches(str(name), known if prefix else _all_keys(), 1, 0.4)
+        hint = f" Did you mean {prefix}{near[0]}?" if near else f" Known here: {', '.join(known)}."
+        raise SodaError(f"{source}: unknown key {prefix}{name}.{hint}")
+    return known[name]
+
+
+def _typed(kind: Any, value: Any, key: str, source: str) -> Any:
+    """A value of a type that the recipe has. SodaError, naming the key, if it is none."""
+    inner = get_args(kind)
+    if get_origin(kind) is dict:
+        if not isinstance(value, dict):
+            raise SodaError(f"{source}: {key}: must be a mapping, {{NAME: VALUE}}, not {value!r}")
+        return {str(name): _typed(inner[1], one, f"{key}.{name}", source) for name, one in value.items()}
+    if get_origin(kind) is list:
+        if not isinstance(value, list):
+            raise SodaError(f"{source}: {key}: must be a list, [A,B], not {value!r}")
+        return [_typed(inner[0], one, f"{key}[{number}]", source) for number, one in enumerate(value)]
+    if kind is MixStage:
+        if not isinstance(value, dict):
+            raise SodaError(f"{source}: {key} must have the keys from_step and shares")
+        stage = MixStage()
+        _set(stage, value, f"{key}.", source)
+        return stage
+    if kind == bool | None and value in ("", "~", "null"):
+        return None
+    what, read = _SCALARS[bool if kind == bool | None else kind]
+    try:
+        if not isinstance(value, str):
+            raise ValueError
+        return read(value)
+    except Exception:  # yaml raises many kinds
+        raise SodaError(f"{source}: {key}: must be {what}, not {value!r}") from None
+
+
+def _number(text: str) -> float:
+    value = yaml.safe_load(text)
+    if isinstance(value, str):
+        return float(value)  # 1e-4 is a string to YAML 1.1
+    return _one_of((int, float), value)
+
+
+def _one_of(kinds: tuple[type, ...], value: Any) -> Any:
+    if type(value) not in kinds:
+        raise ValueError
+    return value
+
+
+_SCALARS: dict[type, tuple[str, Callable[[str], Any]]] = {
+    str: ("text", str),
+    int: ("a whole number", lambda text: _one_of((int,), yaml.safe_load(text))),
+    float: ("a number", lambda text: float(_number(text))),
+    bool: ("true or false", lambda text: bool(_one_of((bool, int), yaml.safe_load(text)))),
+}
 
 
 def _all_keys() -> list[str]:

@@ -1,6 +1,6 @@
 import pytest
 
-from megatron_soda.config import PRESETS, Model, load_recipe
+from megatron_soda.config import PRESETS, MixStage, Model, load_recipe, save_recipe
 from megatron_soda.errors import SodaError
 from megatron_soda.model.size import parameter_count, size_of
 from megatron_soda.parallel.layout import check_layout
@@ -184,3 +184,120 @@ def test_presets_fill_only_what_is_not_set():
     model = load_recipe(None, ["model.preset=135m", "model.num_layers=2"]).model
     assert isinstance(model, Model)
     assert (model.num_layers, model.hidden_size) == (2, PRESETS["135m"][1])
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ('prepare.speech=""', ""),
+        ("prepare.speech=''", ""),
+        ("prepare.speech=", ""),
+        ("prepare.speech=/data/a #1", "/data/a #1"),
+        ("prepare.speech=/data/a: b", "/data/a: b"),
+        ("prepare.speech=[a]", "[a]"),
+        ("prepare.speech={a: b}", "{a: b}"),
+        ("prepare.speech=*.tar", "*.tar"),
+        ("prepare.speech=&x", "&x"),
+        ("prepare.speech=${HOME}/x", "${HOME}/x"),
+        ("prepare.speech=${run}", "${run}"),
+        ("prepare.speech=???", "???"),
+        ("prepare.speech=a=b", "a=b"),
+        ("prepare.speech=no", "no"),
+        ("prepare.speech=2024-99-99", "2024-99-99"),
+        ("prepare.speech=0x10", "0x10"),
+        ("prepare.speech=1e3", "1e3"),
+        ("prepare.speech=null", "null"),
+        ("prepare.speech=~", "~"),
+        ("prepare.speech='/data/it\"s'", '/data/it"s'),
+        ('prepare.speech="/data/a \\"b\\" \\\\c"', '/data/a "b" \\c'),
+        ("prepare.speech='a' and 'b'", "'a' and 'b'"),
+        ('prepare.speech="', '"'),
+        ("speech=/data/a #1", "/data/a #1"),
+    ],
+)
+def test_a_string_is_what_stands_there(override, value, tmp_path):
+    recipe = load_recipe(None, [override, "prepare.text=[x]"])
+    assert recipe.prepare.speech == value
+    save_recipe(recipe, tmp_path / "recipe.yaml")
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [
+        ("[]", []),
+        ("[ ]", []),
+        ("[no]", ["no"]),
+        ("[no, yes,on , 1e3,null,~, 3,]", ["no", "yes", "on", "1e3", "null", "~", "3"]),
+        ("['no', \"a, b\"]", ["no", "a, b"]),
+        ("['it''s', \"\\u00e9\"]", ["it's", "é"]),
+        ("[it's, 5\"]", ["it's", '5"']),
+        ("[/data/[a]/x, b]", ["/data/[a]/x", "b"]),
+        ("[/data/[a,b]/*.txt,[c].txt]", ["/data/[a,b]/*.txt", "[c].txt"]),
+        ("[/data/a]b/x, c[d]", ["/data/a]b/x", "c[d"]),
+        ("[*.txt, ?.txt, &a, !b, %c, @d, a: b, {e}, a #1]", "*.txt ?.txt &a !b %c @d a:_b {e} a_#1".split()),
+        ("[${HOME}/x,${run}]", ["${HOME}/x", "${run}"]),
+    ],
+)
+def test_a_list_of_strings_holds_strings(written, value, tmp_path):
+    recipe = load_recipe(None, [f"prepare.text={written}"])
+    assert recipe.prepare.text == [one.replace("_", " ") for one in value]
+    save_recipe(recipe, tmp_path / "recipe.yaml")
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe
+
+
+@pytest.mark.parametrize("written", ["", "a", "a,b", "[a", "{a: b}", "[", "[a,,b]", '["\\d"]'])
+def test_what_is_no_list_is_named(written):
+    with pytest.raises(SodaError, match=r"prepare\.text=.*(a list is written|two commas|not YAML)"):
+        load_recipe(None, [f"prepare.text={written}"])
+
+
+def test_a_recipe_is_read_by_the_types_of_its_keys(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        "run: 2024-01-02\nname: null\n"
+        "prepare: {languages: [no, on, 1e3, null], speech: '${X} #1', text: ['/data/[a]/x', '*'], downloads: 1.10}\n"
+        "data:\n  corpora: &same {no: 010, b: '${b}'}\n  mix: [{shares: {no: 1, b: 1e-1}}]\n"
+        "training: {learning_rate: 1e-4, steps: '0x10', loss_weights: {no: 2}, async_save: on}\n"
+        "model: {tie_embeddings: null}\nparallel: {sequence: no}\n"
+    )
+    r = load_recipe(path, ["data.corpora.c.d=/x #1", "data.corpora={e: no}", "training.loss_weights.text=3"])
+    assert (r.run, r.name, r.prepare.downloads, r.prepare.speech) == ("2024-01-02", "null", "1.10", "${X} #1")
+    assert r.prepare.languages == ["no", "on", "1e3", "null"]
+    assert r.prepare.text == ["/data/[a]/x", "*"]
+    assert r.data.corpora == {"no": "010", "b": "${b}", "c.d": "/x #1", "e": "no"}
+    assert r.data.mix == [MixStage(0, {"no": 1.0, "b": 0.1})]
+    assert (r.training.learning_rate, r.training.steps, r.training.async_save) == (1e-4, 16, True)
+    assert r.training.loss_weights == {"no": 2.0, "text": 3.0}
+    assert (r.model.tie_embeddings, r.parallel.sequence) == (False, False)
+    save_recipe(r, tmp_path / "again.yaml")
+    assert load_recipe(tmp_path / "again.yaml") == r
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("training: {steps: 7, steps: 8}", "steps stands there twice"),
+        ("training: {steps: 1.5}", r"training\.steps: must be a whole number, not '1.5'"),
+        ("training: {steps: true}", r"training\.steps: must be a whole number"),
+        ("training: {steps: }", r"training\.steps: must be a whole number, not ''"),
+        ("training: {beta1: [1]}", r"training\.beta1: must be a number"),
+        ("training: {async_save: often}", r"training\.async_save: must be true or false, not 'often'"),
+        ("prepare: {text: a}", r"prepare\.text: must be a list"),
+        ("prepare: {text: [[a]]}", r"prepare\.text\[0\]: must be text"),
+        ("prepare: {speech: {a: b}}", r"prepare\.speech: must be text"),
+        ("data: {corpora: [a]}", r"data\.corpora: must be a mapping"),
+        ("data: {mix: [{shares: {a: b}}]}", r"data\.mix\[0\]\.shares\.a: must be a number, not 'b'"),
+        ("training:", "training is a section"),
+    ],
+)
+def test_values_of_another_type_are_named(tmp_path, text, message):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(SodaError, match=message):
+        load_recipe(tmp_path / "r.yaml")
+
+
+def test_yaml_merges(tmp_path):
+    (tmp_path / "r.yaml").write_text("model: &m {norm_epsilon: 1e-3}\ntraining: {<<: {steps: 3}, log_every: 2}\n")
+    training = load_recipe(tmp_path / "r.yaml").training
+    assert (training.steps, training.log_every) == (3, 2)

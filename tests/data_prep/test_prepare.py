@@ -15,6 +15,7 @@ from data_prep import encode
 from data_prep.choose import load_data_codec
 from data_prep.codecs import load_codec
 from data_prep.codecs.embedded import EmbeddedCodec
+from data_prep.inputs import files
 from data_prep.prepare import prepare
 from data_prep.units import read_units
 from megatron_soda.config import Recipe, load_recipe
@@ -475,3 +476,21 @@ def test_dali_decodes_if_asked(prepared, speech, tmp_path, monkeypatch):
     }
     del wanted["clip_002"]
     assert found == wanted
+
+
+def test_a_path_that_is_there_comes_before_a_glob(tmp_path):
+    """Folder by folder: [a] is a folder where there is one of that name, and else stands for `a`."""
+    for name in ("[a]/x.txt", "[a]/y.txt", "a/x.txt", "b/[1].txt", "b/1.txt", "b/2.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+
+    def found(*patterns: str) -> list[str]:
+        return [str(p.relative_to(tmp_path)) for p in files([f"{tmp_path}/{one}" for one in patterns], "prepare.units")]
+
+    assert found("[a]/x.txt") == ["[a]/x.txt"]
+    assert found("[a]/*.txt") == ["[a]/x.txt", "[a]/y.txt"]
+    assert found("b/[1].txt") == ["b/[1].txt"]
+    assert found("b/[12].txt") == ["b/1.txt", "b/2.txt"]
+    assert found("[ab]/1.txt", "**/2.txt") == ["b/1.txt", "b/2.txt"]
+    with pytest.raises(SodaError, match="no file matches"):
+        found("[a]")
