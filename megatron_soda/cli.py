@@ -105,12 +105,15 @@ def inspect(
         "soda convert-store runs/quickstart/data/train compact",
         "soda convert-store runs/quickstart compact",
         "soda convert-store data/train megatron --out /scratch/train",
+        "soda convert-store runs/quickstart compact --out /scratch/data",
     ),
 )
 def convert_store(
     target: Annotated[str, typer.Argument(metavar="STORE|RUN", help="A store, without suffix, or all three of a run.")],
     format: Annotated[str, typer.Argument(metavar="compact|megatron", help="The format that is wanted.")],
-    out: Annotated[Path | None, typer.Option(metavar="STORE", help="Keep the store, and write another one.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="STORE|FOLDER", help="Keep what is there; write another one, ready to train.")
+    ] = None,
 ) -> None:
     """Change the format of token stores: compact (a third of the size) or megatron (.bin/.idx). Nothing is lost."""
     from .data.convert import convert_stores
@@ -121,11 +124,15 @@ def convert_store(
 
 
 def _stores(target: str) -> tuple[Path, list[str]] | None:
-    """The folder and the name of a store; of a data folder no name. None for a recipe or a run."""
+    """The folder and the name of a store; of a data folder no name, nor of a run that has no recipe.yaml yet, as
+    training writes it. None for a recipe or another run."""
     path = Path(target)
     if path.name and not path.is_dir() and path.with_name(f"{path.name}.json").is_file():
         return path.parent, [path.name]
-    return (path, []) if (path / "train.json").is_file() else None
+    if (path / "train.json").is_file():
+        return path, []
+    is_prepared = (path / "data" / "train.json").is_file() and not (path / "recipe.yaml").is_file()
+    return (path / "data", []) if is_prepared else None
 
 
 @app.command(

@@ -106,6 +106,21 @@ def test_stores_on_the_command_line(monkeypatch, capsys, tmp_path):
         assert message in capsys.readouterr().err
 
 
+def test_a_run_that_is_prepared_and_not_trained(monkeypatch, capsys, tmp_path):
+    """Training writes recipe.yaml; the stores are there before."""
+    write_data(tmp_path / "run" / "data")
+    for target in (tmp_path / "run", tmp_path / "run" / "data"):
+        assert soda(monkeypatch, "validate", str(target)) == 0
+        assert "train: " in capsys.readouterr().out
+        assert soda(monkeypatch, "convert-store", str(target), "compact") == 0
+        assert (tmp_path / "run" / "data" / "train.frames").is_file()
+        assert soda(monkeypatch, "convert-store", str(target), "megatron") == 0
+    (tmp_path / "run" / "recipe.yaml").write_text(f"data: {{path: {write_data(tmp_path / 'other', 7)}}}\n")
+    assert soda(monkeypatch, "convert-store", str(tmp_path / "run"), "compact") == 0  # as its recipe says
+    assert (tmp_path / "run" / "data" / "train.bin").is_file()
+    assert (tmp_path / "other" / "train.frames").is_file()
+
+
 def test_train_refuses_a_damaged_store_and_one_with_foreign_ids(monkeypatch, capsys, tmp_path):
     write_data(tmp_path / "data")
     recipe = tmp_path / "recipe.yaml"

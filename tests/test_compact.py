@@ -220,8 +220,10 @@ def test_conversion_both_ways(tmp_path, capsys):
     convert_stores(tmp_path, [], "megatron", None)
     shutil.rmtree(tmp_path / "other")
     assert contents(tmp_path) == before
-    with pytest.raises(SodaError, match="takes one store"):
-        convert_stores(tmp_path, [], "compact", tmp_path / "x")
+    convert_stores(tmp_path, [], "compact", tmp_path / "x")
+    assert {name.split(".")[1] for name in contents(tmp_path / "x")} == set(COMPACT)
+    shutil.rmtree(tmp_path / "x")
+    assert contents(tmp_path) == before
     with pytest.raises(SodaError, match="no format"):
         convert_stores(tmp_path, [], "zip", None)
 

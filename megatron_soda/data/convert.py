@@ -1,5 +1,7 @@
 """`soda convert-store`: stores from one format to the other."""
 
+import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,40 +9,97 @@ from rich.console import Console
 from rich.progress import Progress
 
 from ..errors import SodaError
-from ..files import locked
+from ..files import atomic_path, locked, read_json, reading, sha256, sync_folder, write_json
+from ..tokenizer import NAMES
+from .files import store_file
 from .store import FORMATS, Store, convert, files_of_others, remove_others
 from .validate import SIDES
+
+BESIDE = (*NAMES, "codec.json", "codec.safetensors")  # what the ids of a data folder mean
+STAMPS = ("text_tokenizer.key", "codec.key")  # what these were made from, for `soda prepare`
 
 console = Console(stderr=True)
 
 
 def convert_stores(folder: Path, names: Sequence[str], format: str, out: Path | None) -> None:
-    """Converts the stores `names` of a folder (none: train, valid and test), in place or one of them to `out`."""
+    """Converts the stores `names` of a folder (none: train, valid and test), in place; or one of them to the store
+    `out`; or all of them to the folder `out`, which appears when all of it is there. What belongs to a store goes with
+    it: the tokenizer, the codec and the held-out utterances. SodaError, before anything is written, if there is
+    something else already where they go."""
     if format not in FORMATS:
         raise SodaError(f"{format}: no format of a store; it is {' or '.join(FORMATS)}")
-    if out and len(names) != 1:
-        raise SodaError(f"--out takes one store, and {folder} has {', '.join(names or SIDES)}: name one of them")
-    for name in names or SIDES:
-        store = Store(folder / name)
-        if store.format == format and out is None:
+    if out is None:
+        for name in names or SIDES:
+            store = Store(folder / name)
+            if store.format != format:
+                _convert(store, store.path, format)
+                continue
             if files_of_others(store.path, format):
                 with locked(folder):
                     Store(store.path).verify()  # before anything goes that may be the only whole copy
                     remove_others(store.path, format)
             console.print(f"{store.path}: is {format} already", soft_wrap=True, markup=False)
-            continue
-        path = out or store.path
-        before = _bytes(store)
-        with Progress(console=console) as bar:
-            task = bar.add_task(f"{name} to {format}", total=2 * store.size)  # once to write, once to compare
-            convert(store, path, format, lambda n, task=task, bar=bar: bar.advance(task, n))
-        after = _bytes(Store(path))
-        console.print(
-            f"{path}: {before:,} -> {after:,} bytes, {after / store.size:.2f} a token, read back and compared",
-            highlight=False,
-            soft_wrap=True,
-            markup=False,
-        )
+        _copy_summary(folder, folder)
+    elif names:
+        (name,) = names
+        store_file(out, "json")  # SodaError if that is no name of a store
+        beside = {folder / one: out.with_name(one) for one in BESIDE}
+        beside[store_file(folder / name, "parquet")] = store_file(out, "parquet")
+        for path, copy in beside.items():
+            if copy.exists() and not (path.is_file() and sha256(copy) == sha256(path)):
+                raise SodaError(
+                    f"{copy}: does not belong to {folder / name}; give a new folder, as in --out NEW/{name}"
+                )
+        _convert(Store(folder / name), out, format)
+        for path, copy in beside.items():
+            if path.is_file() and not copy.exists():
+                _copy(path, copy)
+    else:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise SodaError(f"{out}: there is something already; remove it, or give another folder")
+        made = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+        try:
+            for name in SIDES:
+                _convert(Store(folder / name), made / name, format, out / name)
+            for name in (*BESIDE, *STAMPS, *(f"{side}.parquet" for side in SIDES)):
+                if (folder / name).is_file():
+                    _copy(folder / name, made / name)
+            _copy_summary(folder, made)
+            os.replace(made, out)
+            sync_folder(out.parent)
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+
+
+def _convert(store: Store, path: Path, format: str, shown: Path | None = None) -> None:
+    before = _bytes(store)
+    with Progress(console=console) as bar:
+        task = bar.add_task(f"{store.path.name} to {format}", total=2 * store.size)  # once to write, once to compare
+        convert(store, path, format, lambda n: bar.advance(task, n))
+    after = _bytes(Store(path))
+    console.print(
+        f"{shown or path}: {before:,} -> {after:,} bytes, {after / store.size:.2f} a token, read back and compared",
+        highlight=False,
+        soft_wrap=True,
+        markup=False,
+    )
+
+
+def _copy(path: Path, copy: Path) -> None:
+    with atomic_path(copy) as temporary, reading(path):
+        shutil.copyfile(path, temporary)
+
+
+def _copy_summary(folder: Path, to: Path) -> None:
+    """prepare.json, of which a conversion changes nothing but the size of the stores."""
+    path = folder / "prepare.json"
+    if not (path.is_file() and all(store_file(to / name, "json").is_file() for name in SIDES)):
+        return
+    summary = read_json(path, dict)
+    if isinstance(summary.get("bytes"), dict):
+        summary["bytes"]["stores"] = sum(_bytes(Store(to / name)) for name in SIDES)
+    with locked(to):
+        write_json(to / "prepare.json", summary)
 
 
 def _bytes(store: Store) -> int:

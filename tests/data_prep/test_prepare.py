@@ -19,10 +19,12 @@ from data_prep.inputs import files
 from data_prep.prepare import prepare
 from data_prep.units import read_units
 from megatron_soda.config import Recipe, load_recipe
+from megatron_soda.data.compact import SUFFIXES
+from megatron_soda.data.convert import convert_stores
 from megatron_soda.data.store import Store
 from megatron_soda.data.validate import validate
 from megatron_soda.errors import SodaError
-from megatron_soda.tokenizer import data_tokenizer, train_sentencepiece
+from megatron_soda.tokenizer import data_tokenizer, train_sentencepiece, write_byte_tokenizer
 from tests.data_prep.test_codecs import mimi_folder  # noqa: F401  a fixture
 from tests.test_tokenizer import SENTENCES
 from tests.voices import RATE, WORDS, voice, write_speech
@@ -494,3 +496,66 @@ def test_a_path_that_is_there_comes_before_a_glob(tmp_path):
     assert found("[ab]/1.txt", "**/2.txt") == ["b/1.txt", "b/2.txt"]
     with pytest.raises(SodaError, match="no file matches"):
         found("[a]")
+
+
+def test_a_converted_copy_of_a_data_folder_is_one(speech, tmp_path):
+    """Trained on, heard and prepared on, without the folder it was made from."""
+    settings = ("prepare.codebooks=4", "prepare.entries=32")
+    summary = prepare(recipe(tmp_path / "run", speech, *settings))
+    data, copy = tmp_path / "run" / "data", tmp_path / "copy"
+    kept = {"text_tokenizer.model", "codec.json", "codec.safetensors", "valid.parquet", "test.parquet"}
+    before = {name: (data / name).read_bytes() for name in kept}
+    convert_stores(data, [], "compact", copy)
+    assert not list(tmp_path.glob(".*"))
+    assert {name: (copy / name).read_bytes() for name in kept} == before
+    codec, text = load_data_codec(data).fingerprint, data_tokenizer(data).fingerprint
+    described = json.loads((copy / "prepare.json").read_text())
+    assert described["stores"] == {side: Store(copy / side).fingerprint for side in ("train", "valid", "test")}
+    assert described["bytes"]["stores"] == sum(p.stat().st_size for s in SUFFIXES for p in copy.glob(f"*.{s}"))
+    assert described | {"bytes": 0} == json.loads((data / "prepare.json").read_text()) | {"bytes": 0}
+    with pytest.raises(SodaError, match="there is something already"):
+        convert_stores(data, [], "compact", copy)
+    shutil.rmtree(data)
+    assert validate(copy)
+    assert (load_data_codec(copy).fingerprint, data_tokenizer(copy).fingerprint) == (codec, text)
+    before = times(copy)
+    assert prepare(recipe(tmp_path / "run", speech, *settings, f"data.path={copy}"))["stores"] == summary["stores"]
+    after = {p: t for p, t in times(copy).items() if "units" not in p.parts}
+    assert {p.name for p in after if after[p] != before[p]} == {"codec.json"}  # it says where the codec is now
+    convert_stores(copy, [], "megatron", None)
+    described = json.loads((copy / "prepare.json").read_text())
+    assert described["bytes"]["stores"] == sum(p.stat().st_size for s in ("bin", "idx") for p in copy.glob(f"*.{s}"))
+
+
+def test_a_converted_copy_of_one_store_has_its_tokenizer_and_codec(prepared, speech, tmp_path):
+    for side in ("train", "valid"):
+        convert_stores(prepared, [side], "compact", tmp_path / "new" / side)
+    names = {
+        p.name
+        for p in (tmp_path / "new").iterdir()
+        if p.suffix[1:] not in (*SUFFIXES, "json") or p.name == "codec.json"
+    } - {".lock"}
+    assert names == {"text_tokenizer.model", "codec.json", "valid.parquet"}
+    assert validate(tmp_path / "new", ["train", "valid"])
+    for name, change in (
+        ("text_tokenizer.model", lambda path: train_sentencepiece(path, SENTENCES, 310)),
+        ("text_tokenizer.json", write_byte_tokenizer),
+        ("codec.safetensors", lambda path: path.write_bytes(b"")),
+        ("test.parquet", lambda path: path.write_bytes(b"")),
+    ):
+        shutil.copytree(tmp_path / "new", tmp_path / "other")
+        change(tmp_path / "other" / name)
+        with pytest.raises(SodaError, match=f"{name}: does not belong to .*--out NEW/test"):
+            convert_stores(prepared, ["test"], "compact", tmp_path / "other" / "test")
+        assert not (tmp_path / "other" / "test.json").exists()
+        shutil.rmtree(tmp_path / "other")
+
+
+def test_a_copy_that_fails_leaves_nothing(prepared, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("megatron_soda.data.convert.shutil.copyfile", full)
+    with pytest.raises(SodaError, match="the disk is full"):
+        convert_stores(prepared, [], "compact", tmp_path / "copy")
+    assert not list(tmp_path.iterdir())
