@@ -22,7 +22,7 @@ from megatron_soda.tokenizer import (
 )
 from megatron_soda.vocab import TokenSpace
 
-from .audio import read_audio
+from .audio import read_pieces
 from .codecs import Codec, load_codec
 from .index import Index, digest, sample
 from .split import ID, Groups
@@ -92,11 +92,12 @@ def _trains(utterance: Utterance, groups: Groups) -> bool:
 
 
 def _fit_audio(train: list[Utterance]) -> list[np.ndarray]:
-    """Audio of the utterances, FIT_AT_MOST seconds in all. What cannot be read is reported by encoding."""
+    """Audio of the utterances, of long ones the first minute, FIT_AT_MOST seconds in all. What cannot be read is
+    reported by encoding."""
     waves, seconds = [], 0.0
     for utterance in train:
         try:
-            waves.append(read_audio(utterance.audio, 24_000))
+            waves.append(next(read_pieces(utterance.audio, 24_000, samples_per_frame=1920)))
         except BadAudio:
             continue
         seconds += len(waves[-1]) / 24_000

@@ -11,13 +11,14 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 
-from data_prep import encode
+from data_prep import choose, encode
 from data_prep.choose import load_data_codec
 from data_prep.codecs import load_codec
 from data_prep.codecs.embedded import EmbeddedCodec
 from data_prep.inputs import files
 from data_prep.prepare import prepare
 from data_prep.units import read_units
+from data_prep.utterance import Sound, Utterance
 from megatron_soda.config import Recipe, load_recipe
 from megatron_soda.data.compact import SUFFIXES
 from megatron_soda.data.convert import convert_stores
@@ -445,6 +446,24 @@ def test_long_audio_becomes_one_utterance(tmp_path):
     found = {r["id"]: r for r in read_units(sorted((tmp_path / "run/data/units").rglob("*.parquet")))}
     assert found["0"]["codes"].shape == (1625, 8)
     assert found["0"]["seconds"] == pytest.approx(130)
+
+
+def test_the_codec_is_fitted_on_long_recordings_too(tmp_path):
+    """On the first minute of each. Four recordings of more than a minute, and nothing else."""
+    folder = tmp_path / "speech"
+    folder.mkdir()
+    for i in range(4):
+        soundfile.write(folder / f"{i}.wav", voice(i, 61.0 + 70 * (i == 3)), RATE)
+        (folder / f"{i}.txt").write_text(f"words {i} and please stay on the line {i}")
+    (folder / "noise.wav").write_bytes(b"noise")
+    whole = [soundfile.read(folder / f"{i}.wav", dtype="float32")[0] for i in range(4)]
+    waves = choose._fit_audio([Utterance(n, Sound(f"{folder}/{n}.wav"), "") for n in ("0", "noise", "3")])
+    assert [50 < len(wave) / RATE <= 60 for wave in waves] == [True, True]
+    for wave, number in zip(waves, (0, 3), strict=True):
+        assert np.array_equal(wave, whole[number][: len(wave)])
+    (folder / "noise.wav").unlink()
+    prepare(recipe(tmp_path / "run", folder, "prepare.codebooks=2", "prepare.entries=16", "prepare.valid_share=0.3"))
+    assert load_data_codec(tmp_path / "run" / "data").entries == 16
 
 
 def test_dali_decodes_if_asked(prepared, speech, tmp_path, monkeypatch):
