@@ -170,18 +170,28 @@ def choose_tokenizer(
     if any(_is_stamped(folder / name, stamp, key) for name in NAMES):
         return data_tokenizer(folder)
     _forget(folder)
-    spoken = _some(transcripts, TOKENIZER_SENTENCES)
-    some = _some(lines, max(200, len(spoken) // 4) if spoken else TOKENIZER_SENTENCES)
-    if spoken or some:
+    if some := sentences(transcripts, lines, sizes):
         with console.status("training the text tokenizer"):
-            cleaned = [clean_text(text, TokenSpace(0, 0, 0, *sizes)) for text in sorted(spoken) + some]
-            train_sentencepiece(folder / NAMES[0], cleaned, p.text_pieces)
+            train_sentencepiece(folder / NAMES[0], some, p.text_pieces)
     else:
         console.print("no transcript and no text: the text tokenizer, which a model must have, is one of bytes")
         write_byte_tokenizer(folder / NAMES[1])
     made = data_tokenizer(folder)
     _stamp(made.path, stamp, key)
     return made
+
+
+def sentences(
+    transcripts: Iterable[tuple[str, str]],
+    lines: Iterable[tuple[str, str]],
+    sizes: tuple[int, int],
+    count: int = TOKENIZER_SENTENCES,
+) -> list[str]:
+    """What the tokenizer is trained on, arguments as of choose_tokenizer: at most `count` transcripts, and a quarter of
+    that of lines; without transcripts, lines."""
+    spoken = _some(transcripts, count)
+    some = _some(lines, max(200, len(spoken) // 4) if spoken else count)
+    return [clean_text(text, TokenSpace(0, 0, 0, *sizes)) for text in sorted(spoken) + some]
 
 
 def _stamp(made: Path, stamp: Path, key: str) -> None:

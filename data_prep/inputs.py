@@ -11,9 +11,9 @@ from rich.markup import escape
 
 from megatron_soda.config import Recipe
 from megatron_soda.errors import SodaError
-from megatron_soda.tokenizer import TextTokenizer
+from megatron_soda.tokenizer import TextTokenizer, check_pieces
 
-from . import asterisk, sources
+from . import asterisk, choose, sources
 from .index import Index, make_index, read_index
 from .interleave import needs_text
 from .show import Rejects, console, progress
@@ -91,7 +91,16 @@ def read_inputs(recipe: Recipe, work: Path, rejects: Rejects) -> Inputs:
     found = Inputs(index, speech_rejects, text_index, repeats, corpora, groups)
     if not corpora and not p.units:
         check_sides(groups, rejects)
+    if not p.tokenizer and not p.units:  # it is trained after encoding; that it cannot be can be said now
+        check_pieces(training_sentences(recipe, found), p.text_pieces)
     return found
+
+
+def training_sentences(recipe: Recipe, found: Inputs, count: int = choose.TOKENIZER_SENTENCES) -> list[str]:
+    """Much like what the tokenizer will be trained on: of all sides, because the split is made after encoding."""
+    p = recipe.prepare
+    spoken, written = (((one.id, one.text) for one in items(index)) for index in (found.speech, found.texts))
+    return choose.sentences(spoken, written, (p.codebooks or 8, p.entries or 2048), count)
 
 
 def check_rejects(recipe: Recipe, bad: int, total: int, rejects: Rejects, stopped_early: bool = False) -> None:

@@ -6,6 +6,7 @@ tokenizers library, so that an exported tokenizer, which is the same engine with
 import json
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ PROBES = (
     "a" * 50,
 )  # any text must have ids
 PREFIX = "▁"  # how sentencepiece writes a space
+COVERAGE = 0.9995  # of the text: rarer letters are written as bytes
 NORMAL, USER_DEFINED, UNUSED, BYTE = 1, 4, 5, 6  # kinds of sentencepiece's pieces
 
 
@@ -58,11 +60,11 @@ class TextTokenizer:
         self.bos, self.eos = (int(i) for i in ids)
         vocabulary = self._model.get_vocab(with_added_tokens=True)
         self.size = 1 + max(vocabulary.values())
+        declared = {token["content"]: token["id"] for token in spec["added_tokens"]}
+        if wrong := [t for t, number in declared.items() if vocabulary.get(t) != number]:
+            raise SodaError(f"{path}: its added token {wrong[0]!r} cannot have the id {declared[wrong[0]]:,}")
         if self.size != len(vocabulary):
-            raise SodaError(
-                f"{path}: its {len(vocabulary):,} tokens do not have the ids 0 to {len(vocabulary) - 1:,}, each once "
-                f"(the largest is {self.size - 1:,}). The ids of the markers and the audio codes follow without a gap."
-            )
+            raise SodaError(f"{path}: two of its {len(vocabulary):,} tokens have one id")
         with reading(self.path, "a tokenizer that cannot encode any text"):
             self.encode_batch(PROBES)
             self.decode(self.encode(PROBES[0]))
@@ -156,12 +158,35 @@ def read_spec(path: Path) -> dict[str, Any]:
         spec["model"]["vocab"]
         spec.update(post_processor=None, truncation=None, padding=None)
         spec["added_tokens"] = spec.get("added_tokens") or []
+        _fill(spec, path)
         if _never_prefix_the_first(spec.get("pre_tokenizer")):
             _never_prefix_the_first(spec.get("decoder"))
             decoder = spec.get("decoder") or {}
             if "decoders" in decoder:
                 decoder["decoders"] = [d for d in decoder["decoders"] if d.get("type") != "Strip"]
     return spec
+
+
+def _fill(spec: dict[str, Any], path: Path) -> None:
+    """Gives every id up to the largest one a token: the library numbers tokens one after the other, whatever a
+    tokenizer.json with gaps says, so that added ones and SODA's would get ids of others. No text has the tokens that
+    fill gaps: an end follows no beginning."""
+    vocabulary, added = spec["model"]["vocab"], {int(token["id"]): token for token in spec["added_tokens"]}
+    of_model = set(vocabulary.values()) if isinstance(vocabulary, dict) else set(range(len(vocabulary)))
+    last, behind = max([*of_model, *added], default=-1), max(of_model, default=-1)
+    if last >= LARGEST:
+        raise SodaError(f"{path}: it has the id {last:,}; with that many rows no model can be made ({LARGEST:,})")
+    for number in sorted(set(range(last + 1)) - of_model):
+        token = added.get(number) or {"content": f"{BOS}{EOS}{number}"}
+        if number < behind:
+            vocabulary.setdefault(token["content"], number)
+        elif number not in added:
+            spec["added_tokens"].append({"id": number, **token, **_PLAIN})
+    spec["added_tokens"].sort(key=lambda token: token["id"])
+
+
+_PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+LARGEST = 1 << 22  # ids
 
 
 def engine(spec: dict[str, Any], path: Path) -> Any:
@@ -193,16 +218,18 @@ def _sentencepiece_spec(path: Path) -> dict[str, Any]:
     if trainer.model_type not in (1, 2) or trainer.treat_whitespace_as_suffix or not how.escape_whitespaces:
         raise SodaError(f"{path}: only sentencepiece's unigram and bpe models are read, with spaces before words")
     pieces = [(piece.piece, piece.score) for piece in proto.pieces]
+    defined = sorted((p.piece for p in proto.pieces if p.type == USER_DEFINED), key=len, reverse=True)
     unknown, byte_fallback = trainer.unk_id, any(piece.type == BYTE for piece in proto.pieces)
     if trainer.model_type == 1:
         model = models.Unigram(pieces, unk_id=unknown, byte_fallback=byte_fallback)
     else:
         ids = {piece: i for i, (piece, _) in enumerate(pieces)}
-        whole = [p.piece for p in proto.pieces if p.type in (NORMAL, USER_DEFINED) and len(p.piece) > 1]
+        whole = [p.piece for p in proto.pieces if p.type == NORMAL and len(p.piece) > 1]
         whole.sort(key=lambda piece: -pieces[ids[piece]][1])
         cuts = ((piece[:i], piece[i:]) for piece in whole for i in range(1, len(piece)))
         merges = [(left, right) for left, right in cuts if left in ids and right in ids]
         model = models.BPE(ids, merges, unk_token=pieces[unknown][0], fuse_unk=True, byte_fallback=byte_fallback)
+        model.ignore_merges = bool(defined)  # there is none that makes such a piece
     tokenizer = Tokenizer(model)
     steps: list[Any] = []
     if how.precompiled_charsmap:
@@ -212,12 +239,14 @@ def _sentencepiece_spec(path: Path) -> dict[str, Any]:
     if how.add_dummy_prefix:
         steps.append(normalizers.Prepend(PREFIX))
     tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", PREFIX)])
-    # Pieces that are no text, such as <unk> and <0x41>, would be found in a text that spells them: it is cut there.
-    spelled = [p.piece for p in proto.pieces if p.type not in (NORMAL, USER_DEFINED, BYTE, UNUSED)]
-    spelled = [re.escape(piece[1:]) for piece in {*spelled, BOS, EOS} if piece.startswith("<")]
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(
-        Regex(f"<(?={'|'.join([*sorted(spelled), '0x[0-9A-F]{2}>'])})"), "isolated"
-    )
+    # A text is cut around the pieces that a user defined, each of which stays whole, and inside what spells a piece
+    # that is no text, such as <unk> and <0x41>, where that would be found.
+    spelled = {p.piece for p in proto.pieces if p.type not in (NORMAL, USER_DEFINED, BYTE, UNUSED)} | {BOS, EOS}
+    if trainer.model_type != 1 and not defined:
+        spelled = {piece for piece in spelled if piece.startswith("<")}
+    inside = [f"{re.escape(piece[:1])}(?={re.escape(piece[1:])})" for piece in sorted(spelled) if len(piece) > 1]
+    cuts = "|".join([*map(re.escape, defined), *inside, "<(?=0x[0-9A-F]{2}>)"])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(cuts), "isolated")
     tokenizer.decoder = decoders.Sequence(
         [
             decoders.Replace(PREFIX, " "),
@@ -249,14 +278,16 @@ def train_sentencepiece(path: Path, sentences: Iterable[str], pieces: int) -> No
     """
     import sentencepiece
 
+    some = [part for sentence in sentences for part in _parts(sentence)]
+    check_pieces(some, pieces)
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         try:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=iter(sentences),
+                sentence_iterator=iter(some),
                 model_writer=file,
                 vocab_size=pieces,
                 model_type="unigram",
-                character_coverage=0.9995,
+                character_coverage=COVERAGE,
                 byte_fallback=True,  # any text can be written
                 normalization_rule_name="identity",
                 remove_extra_whitespaces=False,
@@ -267,12 +298,38 @@ def train_sentencepiece(path: Path, sentences: Iterable[str], pieces: int) -> No
                 minloglevel=2,
             )
         except RuntimeError as error:
-            needed = re.search(r"required_chars\. \d+ vs (\d+)", str(error))
             raise SodaError(
-                f"cannot train a tokenizer of {pieces} pieces on these transcripts: "
-                + (
-                    f"their letters and the 256 bytes need {needed[1]}. Set prepare.text_pieces={needed[1]} or higher."
-                    if needed
-                    else f"{error}. Give more text (prepare.text)."
-                )
+                f"cannot train a tokenizer of {pieces} pieces on these transcripts: {error}. Give more text "
+                "(prepare.text)."
             ) from None
+
+
+def check_pieces(sentences: Iterable[str], pieces: int) -> None:
+    """SodaError if train_sentencepiece would raise it because the sentences have more letters than pieces."""
+    counts: Counter[str] = Counter()
+    for sentence in sentences:
+        sentence = sentence.rstrip("\r\n")
+        if sentence and "▅" not in sentence:  # a letter of sentencepiece's own: it leaves the sentence out
+            counts.update(sentence)
+            counts[PREFIX] += 1  # before the first word
+    counts[PREFIX] += counts.pop(" ", 0)
+    counts.pop("\0", None)
+    if not counts[PREFIX]:
+        return
+    # sentencepiece's rule, in its single precision: the most frequent letters, until they are COVERAGE of the text.
+    so_far = np.cumsum(sorted(counts.values(), reverse=True))
+    covered = np.float32(so_far / so_far[-1]) >= np.float32(COVERAGE)
+    needed = 3 + 256 + int(np.argmax(covered)) + 1
+    if needed > pieces:
+        raise SodaError(
+            f"cannot train a tokenizer of {pieces} pieces on these transcripts: their letters and the 256 bytes need "
+            f"{needed}. Set prepare.text_pieces={needed} or higher."
+        )
+
+
+def _parts(sentence: str) -> list[str]:
+    """The sentence, or if it is longer than sentencepiece takes (4,192 bytes) parts of it, cut behind a space if there
+    is one."""
+    if len(sentence.encode()) <= 4192:
+        return [sentence]
+    return re.findall(r".{1,1000}(?:(?<= )|\Z)|.{1000}", sentence, re.S)

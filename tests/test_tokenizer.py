@@ -1,3 +1,4 @@
+import io
 import json
 from pathlib import Path
 
@@ -13,7 +14,14 @@ from typer.testing import CliRunner
 from data_prep import interleave
 from megatron_soda.errors import SodaError
 from megatron_soda.hf.tokenizer import build_tokenizer, save_tokenizer
-from megatron_soda.tokenizer import TextTokenizer, clean_text, document_string, train_sentencepiece
+from megatron_soda.tokenizer import (
+    TextTokenizer,
+    _parts,
+    check_pieces,
+    clean_text,
+    document_string,
+    train_sentencepiece,
+)
 from megatron_soda.tokenizer_commands import app
 from megatron_soda.vocab import BOS, EOS, LLAMA3, MARKERS, TokenSpace
 
@@ -209,6 +217,91 @@ def test_the_ids_of_a_sentencepiece_model_are_sentencepieces(tmp_path):
             assert one == pytest.approx(other, abs=1e-3), kind
 
 
+@pytest.mark.parametrize("settings", [{}, {"add_dummy_prefix": False, "normalization_rule_name": "identity"}])
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_pieces_that_a_user_defined_stay_one_id(kind, settings, tmp_path):
+    """As in sentencepiece itself, and in what transformers loads; and text never makes a control piece."""
+    defined, lines = ["[laughter]", "[laugh]", "<b>", "§", "(?i)a|b"], [f"{s} [noise] (ha)" for s in SENTENCES]
+    settings = settings | {"user_defined_symbols": defined, "control_symbols": ["<c>", "[c]"], "model_type": kind}
+    path = trained(tmp_path / "t.model", lines, vocab_size=360, **settings)
+    theirs, text = sentencepiece.SentencePieceProcessor(model_file=str(path)), TextTokenizer(path)
+    space = text.space(2, 4)
+    hf = build_tokenizer(text, space)
+    for string in (
+        *("a [laughter] b", "[laughter]", "x[laughter][laughter]y", "[laugh][laughter", "the[laughter]the", "<b>c</b>"),
+        *("1§§ §", "(?i)a|b", "a|b", SENTENCES[0]),
+    ):
+        ids = text.encode(string)
+        assert ids == theirs.encode(string)
+        assert text.decode(ids) == string
+        document = interleave.text_first([(ids, np.zeros((1, 2), int))], space)
+        assert hf.encode(document_string(document, space, text), add_special_tokens=False).ids == document.tolist()
+    for string in ("[c]", "[laughter][c]", "a [c] b", "<c>", "§<c>"):
+        assert not {text._model.token_to_id(c) for c in ("<c>", "[c]")} & {*text.encode(string)}
+
+
+def gaps(path: Path, **ids: int) -> Path:
+    """A byte-level BPE with the given ids for BOS, EOS, an added token and a word; else its letters have 0 to 255."""
+    spec = json.loads(byte_level(path, ["hello"], 258).read_text())
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    spec["model"]["vocab"] = {letter: i for i, letter in enumerate(letters)}
+    spec["model"] |= {"merges": [["h", "e"]]}
+    spec["model"]["vocab"]["he"] = ids["word"]
+    token = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    names = {"bos": BOS, "eos": EOS, "added": "<|eot_id|>"}
+    spec["added_tokens"] = [{"id": ids[name], "content": content, **token} for name, content in names.items()]
+    path.write_text(json.dumps(spec))
+    return path
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        {"word": 256, "bos": 257, "eos": 258, "added": 259},  # none
+        {"word": 300, "bos": 301, "eos": 302, "added": 303},  # in the model
+        {"word": 256, "bos": 260, "eos": 270, "added": 290},  # behind it
+        {"word": 400, "bos": 260, "eos": 450, "added": 300},  # added tokens in the gaps of the model
+        {"word": 259, "bos": 256, "eos": 257, "added": 258},
+        {"word": 300, "bos": 280, "eos": 260, "added": 999},  # not in the order of their ids
+    ],
+)
+def test_a_tokenizer_with_gaps_in_its_ids(ids, tmp_path):
+    """Every token keeps the id that the file says, none gets that of a gap, and SODA's follow the largest one."""
+    text = TextTokenizer(gaps(tmp_path / "g.json", **ids))
+    assert (text.size, text.bos, text.eos) == (max(ids.values()) + 1, ids["bos"], ids["eos"])
+    assert text.encode("he<|eot_id|>") == [ids["word"], ids["added"]]
+    space = text.space(2, 4)
+    save_tokenizer(text, space, tmp_path / "hf", 512)
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert len(loaded) == space.size
+    assert loaded.convert_tokens_to_ids([*MARKERS, "\ue000", "\ue007"]) == [
+        *(space.text_start, space.text_end, space.audio_start, space.audio_end, space.audio_base, space.size - 1)
+    ]
+    known = set(range(256)) | set(ids.values())
+    for string in (*random_texts(300), "he said <|eot_id|>", "hehe", *(f"{BOS}{EOS}{i}" for i in (256, 299, 303))):
+        clean = clean_text(string, space)
+        found = text.encode(clean)
+        assert set(found) <= known
+        assert text.decode(found) == clean
+        if not found:
+            continue
+        document = interleave.text_first([(found, np.zeros((1, 2), int))], space)
+        assert loaded(document_string(document, space, text), add_special_tokens=False)["input_ids"] == [*document]
+    run("extend", tmp_path / "g.json", tmp_path / "soda", "--codebooks", 2, "--entries", 4)
+    assert TextTokenizer(tmp_path / "soda").space(2, 4) == space
+
+
+def test_ids_that_cannot_be_are_named(tmp_path):
+    for ids, message in (
+        ({"word": 9, "bos": 256, "eos": 257, "added": 258}, "two of its 260 tokens have one id|cannot have the id"),
+        ({"word": 256, "bos": 9, "eos": 257, "added": 258}, r"added token .* cannot have the id 9"),
+        ({"word": 256, "bos": 257, "eos": 257, "added": 258}, r"added token .* cannot have the id"),
+        ({"word": 256, "bos": 257, "eos": 258, "added": 2**31}, "it has the id 2,147,483,648"),
+    ):
+        with pytest.raises(SodaError, match=message):
+            TextTokenizer(gaps(tmp_path / "g.json", **ids))
+
+
 def test_a_prefix_of_the_first_word_alone_is_of_none(tmp_path):
     """Mistral's kind: a space before the first word of the input. Inside a document no text is first."""
     train_sentencepiece(tmp_path / "t.model", SENTENCES, 340)
@@ -399,6 +492,36 @@ def test_bad_tokenizers_are_named(tmp_path):
     Tokenizer(models.BPE({"a": 0}, [])).save(str(tmp_path / "plain.json"))
     with pytest.raises(SodaError, match="has no <|begin_of_text|>".replace("|", r"\|")):
         TextTokenizer(tmp_path / "plain.json")
+
+
+@given(st.lists(st.text(st.sampled_from(" \t\0\r\n▁▅⁇ab你好世界é\u2028🙂" + "".join(map(chr, range(0x4E00, 0x4F00)))))))
+@settings(max_examples=60)
+def test_pieces_are_counted_as_sentencepiece_counts_them(texts):
+    texts = [*texts, "abc " * 300]
+    with pytest.raises(RuntimeError) as theirs:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts), model_writer=io.BytesIO(), vocab_size=260, byte_fallback=True,
+            character_coverage=0.9995, normalization_rule_name="identity", remove_extra_whitespaces=False,
+            minloglevel=2,
+        )  # fmt: skip
+    needed = str(theirs.value).split(" vs ")[1].split(".")[0]
+    with pytest.raises(SodaError, match=rf"need {needed}\."):
+        check_pieces(texts, 260)
+    check_pieces(texts, int(needed))
+
+
+def test_texts_longer_than_sentencepiece_takes_are_learned_from(tmp_path):
+    """It leaves out what has more than 4,192 bytes: of such texts alone it learns nothing."""
+    texts = [" ".join(SENTENCES * 2), "你好世界" * 1500, "x" * 4193]
+    train_sentencepiece(tmp_path / "t.model", texts, 320)
+    text = TextTokenizer(tmp_path / "t.model")
+    assert {"你", "V", "x"} <= set(text._model.get_vocab())
+    for one in texts:
+        parts = _parts(one)
+        assert "".join(parts) == one
+        assert max(len(part.encode()) for part in parts) <= 4192
+    assert all(part.endswith((" ", ".")) for part in _parts(texts[0]))
+    assert _parts("a" * 4192) == ["a" * 4192]
 
 
 def test_text_that_needs_more_pieces_says_how_many(tmp_path):

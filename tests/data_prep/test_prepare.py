@@ -578,3 +578,22 @@ def test_a_copy_that_fails_leaves_nothing(prepared, tmp_path, monkeypatch):
     with pytest.raises(SodaError, match="the disk is full"):
         convert_stores(prepared, [], "compact", tmp_path / "copy")
     assert not list(tmp_path.iterdir())
+
+
+def test_too_few_pieces_for_the_letters_are_said_before_encoding(tmp_path, monkeypatch):
+    """Of the letters of the training side; a dry run says the same, and what it says is enough."""
+    folder = write_speech(tmp_path / "speech")
+    lines = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+    for i, line in enumerate(lines):
+        line["text"] = "".join(chr(0x4E00 + 40 * i + k) for k in range(40))
+    (folder / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with monkeypatch.context() as patch:
+        patch.setattr("data_prep.prepare._encode", lambda *_: pytest.fail("encoded"))
+        said = []
+        for dry in (False, True):
+            with pytest.raises(SodaError, match=r"of 512 pieces .* Set prepare\.text_pieces=\d+ or higher") as error:
+                prepare(recipe(tmp_path / "run", folder, "prepare.text_pieces=512"), dry_run=dry)
+            said.append(str(error.value))
+    assert said[0] == said[1]
+    enough = said[0].split("text_pieces=")[1].split()[0]
+    assert prepare(recipe(tmp_path / "run", folder, f"prepare.text_pieces={enough}"))["utterances"] == 12
