@@ -1,35 +1,43 @@
-"""`soda prepare --dry-run`: what would be made, by the index and a few decoded utterances. The run is not touched.
+"""`soda prepare --dry-run`: what would be made, by the index and a few hundred decoded utterances. The run is not
+touched.
 
 Inputs are read, rejected, planned and split by the functions that `prepare` itself uses, so what they find wrong is
-found here too. Only the lengths are an estimate.
+found here too. Only the lengths are an estimate: of sound by what is decoded, and by the size of all the rest; of text
+by a tokenizer that is trained on some of it.
 """
 
-import math
+import heapq
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.table import Table
 
 from megatron_soda.config import Recipe
 from megatron_soda.errors import SodaError
+from megatron_soda.tokenizer import TextTokenizer, clean_text, train_sentencepiece, write_byte_tokenizer
 from megatron_soda.vocab import TokenSpace
 
 from .audio import read_pieces
 from .codecs import load_codec
 from .codecs.base import Codec
 from .documents import cleaned, plan_documents
-from .index import Index, read_index, sample
-from .inputs import Inputs, check_rejects, read_inputs, too_little
+from .index import Index, digest, read_index
+from .inputs import Inputs, check_rejects, items, read_inputs, too_little, training_sentences
+from .interleave import texts_of
 from .show import Rejects, console
 from .split import ID, SIDES, sides_of_texts
-from .utterance import BadAudio, Reject
+from .utterance import BadAudio, Reject, Utterance
 
-SAMPLE = 64  # utterances that are decoded
-LONGEST = 36_000  # seconds of one of them
-TEXTS = 1000
+SAMPLE = 512  # utterances that are decoded, of each sort in proportion
+FEWEST = 16  # of each sort
+ENOUGH = 36_000  # seconds of a sort, after which no more than FEWEST are decoded; and of one recording
+TEXTS = 2000  # that are encoded
+SENTENCES = 20_000  # that the tokenizer is trained on
 
 
 def estimate(recipe: Recipe) -> dict[str, Any]:
@@ -52,25 +60,26 @@ def _estimate(recipe: Recipe, scratch: Path, rejects: Rejects) -> dict[str, Any]
         p.codec, p.codec_path or None, codebooks=(p.codebooks or None) if p.codec != "embedded" else None
     )
     codebooks = p.codebooks or codec.codebooks
-    lengths, bad = _listen(recipe, index, codec, rejects)
-    decoded = len(lengths) + bad
-    usable = 1 - bad / max(1, decoded)
-    seconds = sum(lengths) / codec.sample_rate / max(1, len(lengths))
+    decoded, bad, frames, samples = _listen(recipe, index, codec, rejects)
+    usable = 1 - bad / max(1, index.utterances)
     if decoded == index.utterances:
-        check_rejects(recipe, inputs.speech_rejects + bad, inputs.speech_rejects + index.utterances, rejects)
-    elif inputs.speech_rejects + index.utterances * (1 - usable) > p.max_rejects * index.utterances:
+        check_rejects(recipe, inputs.speech_rejects + round(bad), inputs.speech_rejects + index.utterances, rejects)
+    elif inputs.speech_rejects + bad > p.max_rejects * index.utterances:
         console.print(
-            f"[yellow]{bad} of {decoded}[/] utterances could not be decoded: `soda prepare` is likely to stop at "
-            f"prepare.max_rejects={p.max_rejects:g} ({rejects.in_words()})"
+            f"[yellow]{1 - usable:.0%}[/] of {decoded} utterances could not be decoded: `soda prepare` is likely to "
+            f"stop at prepare.max_rejects={p.max_rejects:g} ({rejects.in_words()})"
         )
-    counts = _plan(recipe, inputs, TokenSpace(0, 0, 0, codebooks, p.entries or codec.entries), rejects)
-    frames_each = sum(-(-length // codec.samples_per_frame) for length in lengths) / max(1, len(lengths))
-    frames = usable * index.utterances * frames_each
-    letters_a_token = math.log2(p.text_pieces) / 4 if not p.tokenizer else 4.0  # a rule of thumb
-    codes = usable * frames_each * (codebooks * counts["frames"] + counts["semantic"])
-    spoken = codes + usable * (counts["markers"] + counts["letters"] / letters_a_token)
-    texts = [len(text.text) for text, _ in sample(inputs.texts.shards, TEXTS, lambda u: True)]
-    written = inputs.texts.utterances * (2 + sum(texts) / max(1, len(texts)) / letters_a_token)
+    space = TokenSpace(0, 0, 0, codebooks, p.entries or codec.entries)
+    counts, some = _plan(recipe, inputs, space, rejects)
+    texts = _Thinned()
+    for text in items(inputs.texts):
+        texts.add(text.text)
+    tokenizer = _tokenizer(recipe, inputs, scratch)
+    transcribed, written = some.tokens(tokenizer, space), texts.tokens(tokenizer, space)
+    letters_a_token = (some.letters + texts.letters) / max(1.0, transcribed + written)
+    codes = frames / max(1, index.utterances) * (codebooks * counts["frames"] + counts["semantic"])
+    spoken = codes + usable * (counts["markers"] + transcribed)
+    written += 2 * inputs.texts.utterances
     tokens = spoken + min(written, spoken * p.text_share / (1 - p.text_share)) if spoken else written
     found = {
         "utterances": index.utterances,
@@ -79,7 +88,7 @@ def _estimate(recipe: Recipe, scratch: Path, rejects: Rejects) -> dict[str, Any]
         "released_files": len(inputs.released),
         "rejects": rejects.count,
         "unreadable_share": 1 - usable,
-        "hours": usable * index.utterances * seconds / 3600,
+        "hours": samples / codec.sample_rate / 3600,
         "tokens": round(tokens),
     }
     of_token = {"megatron": 4.0, "compact": 1.5}[p.store]
@@ -96,29 +105,117 @@ def _estimate(recipe: Recipe, scratch: Path, rejects: Rejects) -> dict[str, Any]
     return {**found, "bytes": bytes_of}
 
 
-def _listen(recipe: Recipe, index: Index, codec: Codec, rejects: Rejects) -> tuple[list[int], int]:
-    """Decodes some utterances, all of few -> their lengths in samples, and how many could not be decoded."""
-    lengths: list[int] = []
-    bad = 0
-    for utterance, _ in sample(index.shards, SAMPLE, lambda u: True):
-        samples = 0
-        try:
-            pieces = read_pieces(utterance.audio, codec.sample_rate, codec.samples_per_frame, trim=recipe.prepare.trim)
-            for piece in pieces:
-                samples += len(piece)
-                if samples > LONGEST * codec.sample_rate:
-                    break
-            lengths.append(samples)
-        except BadAudio as error:
-            bad += 1
-            rejects.add(Reject(str(utterance.audio), str(error)))
-    return lengths, bad
+@dataclass
+class _Sort:
+    """Recordings of whose length the same thing tells something: the bytes of all .mp3, the seconds of all segments."""
+
+    sizes: list[float] = field(default_factory=lambda: [0.0, 0.0])  # number, sum
+    some: list[tuple[str, float, Utterance]] = field(default_factory=list)  # those of the lowest hashes, a heap
 
 
-def _plan(recipe: Recipe, inputs: Inputs, space: TokenSpace, rejects: Rejects) -> Counter:
+def _size(utterance: Utterance, stamp: str) -> tuple[str, float]:
+    """What sort a recording is of, and what tells of its length: seconds, bytes, or letters of the transcript."""
+    sound = utterance.audio
+    if sound.end:
+        return "segment", sound.end - sound.start
+    if sound.row < 0 and not sound.start and (sound.size >= 0 or stamp[:1].isdigit()):
+        return Path(sound.name or sound.path).suffix.lower(), sound.size if sound.size >= 0 else int(stamp.split()[0])
+    return "spoken" if utterance.text else "sound", float(len(utterance.text))
+
+
+def _listen(recipe: Recipe, index: Index, codec: Codec, rejects: Rejects) -> tuple[int, float, float, float]:
+    """Decodes some utterances, all of few -> how many; and of all utterances: how many cannot be decoded, frames and
+    samples of the others."""
+    sorts: defaultdict[str, _Sort] = defaultdict(_Sort)
+    for shard in index.shards:
+        for utterance, stamp in read_index(shard):
+            name, size = _size(utterance, stamp)
+            sorts[name].sizes[0] += 1
+            sorts[name].sizes[1] += size
+            lowest = digest(utterance.id).translate(_BACKWARDS)
+            (heapq.heappush if len(sorts[name].some) < SAMPLE else heapq.heappushpop)(
+                sorts[name].some, (lowest, size, utterance)
+            )
+    decoded, bad, frames, samples = 0, 0.0, 0.0, 0.0
+    for sort in sorts.values():
+        number, size = sort.sizes
+        wanted = max(FEWEST, round(SAMPLE * number / index.utterances))
+        sizes, lengths, failed, heard = [], [], 0, 0
+        for _, about, utterance in sorted(sort.some, key=lambda one: one[0], reverse=True)[:wanted]:
+            if heard > ENOUGH * codec.sample_rate and len(lengths) >= FEWEST:
+                break
+            try:
+                lengths.append(_length(recipe, utterance, codec))
+                sizes.append(about)
+                heard += lengths[-1]
+            except BadAudio as error:
+                failed += 1
+                rejects.add(Reject(str(utterance.audio), str(error)))
+        decoded += failed + len(lengths)
+        good = number * len(lengths) / (failed + len(lengths))
+        bad += number - good
+        frames += good * _mean([-(-length // codec.samples_per_frame) for length in lengths], sizes, size / number)
+        samples += good * _mean(lengths, sizes, size / number)
+    return decoded, bad, frames, samples
+
+
+_BACKWARDS = str.maketrans("0123456789abcdef", "fedcba9876543210")
+
+
+def _length(recipe: Recipe, utterance: Utterance, codec: Codec) -> int:
+    samples = 0
+    for piece in read_pieces(utterance.audio, codec.sample_rate, codec.samples_per_frame, trim=recipe.prepare.trim):
+        samples += len(piece)
+        if samples > ENOUGH * codec.sample_rate:
+            break
+    return samples
+
+
+def _mean(lengths: list[int], sizes: list[float], mean_size: float) -> float:
+    """The mean length of recordings of the mean size `mean_size`, by a line through those of some."""
+    if not lengths:
+        return 0.0
+    x, y = np.array(sizes), np.array(lengths, np.float64)
+    slope = np.cov(x, y)[0, 1] / x.var(ddof=1) if len(x) >= FEWEST and x.std() > 0 else 0.0
+    return max(0.0, float(y.mean() + slope * (mean_size - x.mean())))
+
+
+class _Thinned:
+    """Counts the letters of texts, and keeps some of them, evenly."""
+
+    def __init__(self) -> None:
+        self.letters, self._number, self._step, self._kept = 0, 0, 1, []
+
+    def add(self, text: str) -> None:
+        self.letters += len(text)
+        if self._number % self._step == 0:
+            self._kept.append(text)
+        self._number += 1
+        if len(self._kept) > 2 * TEXTS:
+            self._kept, self._step = self._kept[::2], 2 * self._step
+
+    def tokens(self, tokenizer: TextTokenizer, space: TokenSpace) -> float:
+        """Of all the texts, by those that are kept."""
+        ids = tokenizer.encode_batch([clean_text(text, space) for text in self._kept])
+        return self.letters * sum(map(len, ids)) / max(1, sum(map(len, self._kept)))
+
+
+def _tokenizer(recipe: Recipe, inputs: Inputs, scratch: Path) -> TextTokenizer:
+    """As `prepare` makes it, but of fewer sentences."""
+    p = recipe.prepare
+    if p.tokenizer:
+        return TextTokenizer(p.tokenizer)
+    if some := training_sentences(recipe, inputs, SENTENCES):
+        train_sentencepiece(path := scratch / "t.model", some, p.text_pieces)
+    else:
+        write_byte_tokenizer(path := scratch / "t.json")
+    return TextTokenizer(path)
+
+
+def _plan(recipe: Recipe, inputs: Inputs, space: TokenSpace, rejects: Rejects) -> tuple[Counter, _Thinned]:
     """Plans all documents. -> over all of them: utterances whose frames are in one (`frames`, and with codebook 0 alone
-    `semantic`), letters of transcripts, and markers. SodaError if a store would be empty."""
-    p, counts, sides = recipe.prepare, Counter(), Counter()
+    `semantic`), and markers; and their texts. SodaError if a store would be empty."""
+    p, counts, sides, texts = recipe.prepare, Counter(), Counter(), _Thinned()
     for shard in inputs.speech.shards:
         utterances = [cleaned(utterance, space) for utterance, _ in read_index(shard)]
         for _, group in groupby(enumerate(utterances), key=lambda u: u[1].recording or u[0]):
@@ -128,8 +225,8 @@ def _plan(recipe: Recipe, inputs: Inputs, space: TokenSpace, rejects: Rejects) -
                     continue
                 sides[inputs.groups.side([f"{ID}\0{planned.spoken[0].id}"])] += 1
                 counts["markers"] += 2 + 2 * sum(not isinstance(part, tuple) for part in planned.plan)
-                counts["letters"] += sum(len(part) for part in planned.plan if isinstance(part, str))
-                counts["letters"] += sum(len(part[0]) for part in planned.plan if isinstance(part, tuple))
+                for text in texts_of(planned.plan):
+                    texts.add(text)
                 audio = "semantic" if planned.order == "semantic-only" else "frames"
                 counts[audio] += sum(isinstance(part, int) for part in planned.plan)
     if not all(sides[name] for name in SIDES):
@@ -138,4 +235,4 @@ def _plan(recipe: Recipe, inputs: Inputs, space: TokenSpace, rejects: Rejects) -
     for name in SIDES:
         if not sides[name]:
             raise SodaError(too_little(name, rejects))
-    return counts
+    return counts, texts
