@@ -287,7 +287,7 @@ def _override(recipe: Recipe, override: str) -> None:
         raise SodaError(f"{override}: unknown key {key}: {prefix}{name} is no section.")
     if dot:
         kind = get_args(kind)[1]
-    if kind is str:
+    if kind in (str, str | None):
         value = _unquoted(text)
     elif kind == list[str]:
         value = _elements(text, override)
@@ -363,9 +363,11 @@ def _typed(kind: Any, value: Any, key: str, source: str) -> Any:
         stage = MixStage()
         _set(stage, value, f"{key}.", source)
         return stage
-    if kind == bool | None and value in ("", "~", "null"):
-        return None
-    what, read = _SCALARS[bool if kind == bool | None else kind]
+    if type(None) in inner:
+        if value in ("", "~", "null"):
+            return None
+        kind = inner[0]
+    what, read = _SCALARS[kind]
     try:
         if not isinstance(value, str):
             raise ValueError

@@ -297,6 +297,15 @@ def test_values_of_another_type_are_named(tmp_path, text, message):
         load_recipe(tmp_path / "r.yaml")
 
 
+def test_a_value_that_may_be_none(tmp_path):
+    (tmp_path / "r.yaml").write_text("prepare: {columns: {id: null, text: no, speaker: a}}\n")
+    r = load_recipe(tmp_path / "r.yaml", ["prepare.columns.speaker=a #1", "prepare.columns={language: ~}"])
+    assert r.prepare.columns == {"id": None, "text": "no", "speaker": "a #1", "language": None}
+    assert load_recipe(None, ["prepare.columns.id=null", "tie_embeddings=no"]).prepare.columns == {"id": None}
+    save_recipe(r, tmp_path / "again.yaml")
+    assert load_recipe(tmp_path / "again.yaml") == r
+
+
 def test_yaml_merges(tmp_path):
     (tmp_path / "r.yaml").write_text("model: &m {norm_epsilon: 1e-3}\ntraining: {<<: {steps: 3}, log_every: 2}\n")
     training = load_recipe(tmp_path / "r.yaml").training
