@@ -28,11 +28,15 @@ def says(rng: np.random.Generator, known: list[str], seconds: float) -> str:
     return " ".join(known[min(len(known), rng.zipf(1.3)) - 1] for _ in range(max(1, round(2.5 * seconds))))
 
 
+def sound(rng: np.random.Generator, seconds: float) -> np.ndarray:
+    start = int(rng.integers(0, len(SOUND) - seconds * 8000))
+    return SOUND[start : start + int(seconds * 8000)]
+
+
 def of_files(folder: Path, rng: np.random.Generator, suffix: str, alphabet: str, lengths: np.ndarray) -> list[str]:
     known = words(rng, alphabet, 400)
     for i, seconds in enumerate(lengths):
-        start = int(rng.integers(0, len(SOUND) - seconds * 8000))
-        soundfile.write(folder / f"{i}{suffix}", SOUND[start : start + int(seconds * 8000)], 8000)
+        soundfile.write(folder / f"{i}{suffix}", sound(rng, seconds), 8000)
         (folder / f"{i}.txt").write_text(says(rng, known, seconds))
     return []
 
@@ -72,9 +76,9 @@ def parquet_shards(folder: Path, rng: np.random.Generator) -> list[str]:
     known, rows = words(rng, "abcdefghijklmnopqrstuvwxyzéèüß", 400), []
     for i in range(COUNT):
         seconds = float(np.clip(rng.lognormal(0, 0.8), 0.2, 20))
-        soundfile.write(folder / "x.wav", SOUND[: int(seconds * 8000)], 8000)
-        sound = {"bytes": (folder / "x.wav").read_bytes(), "path": f"{i}.wav"}
-        rows.append({"audio": sound, "text": says(rng, known, seconds), "id": f"{i}"})
+        soundfile.write(folder / "x.wav", sound(rng, seconds), 8000)
+        audio = {"bytes": (folder / "x.wav").read_bytes(), "path": f"{i}.wav"}
+        rows.append({"audio": audio, "text": says(rng, known, seconds), "id": f"{i}"})
     (folder / "x.wav").unlink()
     pq.write_table(pa.Table.from_pylist(rows), folder / "train-00000-of-00001.parquet")
     return []
@@ -82,7 +86,7 @@ def parquet_shards(folder: Path, rng: np.random.Generator) -> list[str]:
 
 def sound_alone(folder: Path, rng: np.random.Generator) -> list[str]:
     for i, seconds in enumerate(rng.lognormal(0, 0.7, COUNT).clip(0.2, 20)):
-        soundfile.write(folder / f"{i}.wav", SOUND[: int(seconds * 8000)], 8000)
+        soundfile.write(folder / f"{i}.wav", sound(rng, seconds), 8000)
     return ["prepare.orders=[audio-only]"]
 
 
