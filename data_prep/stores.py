@@ -52,8 +52,7 @@ def write_stores(
     }
     tokens, written, classes = {}, {}, Counter()
     total = sum(sum(_tokens(facts, name, p.text_share)) for name in SIDES)
-    once = _Once(folder / "work" / "documents.sqlite")
-    with progress("stores", total) as advance, once:
+    with progress("stores", total) as advance, _Once(folder / "work" / "documents.sqlite", advance) as once:
         for name in SIDES:
             blend = once.of(_blend(jobs, facts, name, p.text_share))
             counted = _Counted(blend, advance, space if name == "train" else None)
@@ -155,8 +154,8 @@ def _thinned(parts: list[Path], name: str, wanted: int, total: int) -> Iterator[
 class _Once:
     """Leaves out documents that were there before, in whatever store: `soda validate` would refuse them."""
 
-    def __init__(self, path: Path) -> None:
-        self._seen, self.left_out = Seen(path, "documents"), 0
+    def __init__(self, path: Path, advance: Callable[[int], None]) -> None:
+        self._seen, self._advance, self.left_out = Seen(path, "documents"), advance, 0
 
     def __enter__(self) -> "_Once":
         return self
@@ -174,6 +173,7 @@ class _Once:
             if not all(new):
                 kept = np.array(new)
                 self.left_out += len(new) - int(kept.sum())
+                self._advance(int(lengths[~kept].sum()))
                 ids, lengths = ids[np.repeat(kept, lengths)], lengths[kept]
             yield ids, lengths
 
