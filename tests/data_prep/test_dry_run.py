@@ -29,7 +29,7 @@ def says(rng: np.random.Generator, known: list[str], seconds: float) -> str:
 
 
 def sound(rng: np.random.Generator, seconds: float) -> np.ndarray:
-    start = int(rng.integers(0, len(SOUND) - seconds * 8000))
+    start = int(rng.integers(0, len(SOUND) - int(seconds * 8000)))
     return SOUND[start : start + int(seconds * 8000)]
 
 
