@@ -38,7 +38,10 @@ with listening() as stop, listening() as same:
 
 def start(script: str, *arguments: str, before: tuple[str, ...] = (), **more) -> subprocess.Popen:
     command = [*before, sys.executable, "-c", script, *arguments]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL), **more,  # the tests may run under nohup
+    )  # fmt: skip
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     return process

@@ -49,7 +49,10 @@ def test_a_signal_ends_the_workers_too(number, group):
     process = subprocess.Popen(
         [sys.executable, "-c", "from tests.data_prep.test_executor import main; main()"],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a shell may have it ignored
+        preexec_fn=lambda: (  # a shell has the one ignored, nohup the other
+            signal.signal(signal.SIGINT, signal.default_int_handler),
+            signal.signal(signal.SIGHUP, signal.SIG_DFL),
+        ),
     )  # fmt: skip
     assert process.stdout
     assert process.stdout.readline() == "working\n"
