@@ -45,7 +45,7 @@ def choose_codec(recipe: Recipe, index: Index, groups: Groups, folder: Path) -> 
     if p.entries and p.codec != "embedded":
         raise SodaError(f"prepare.entries={p.entries}: only the embedded codec lets one choose; leave it at 0")
     if p.codec == "embedded" and not path:
-        some = sample(index.shards, FIT_UTTERANCES, lambda u: _trains(u, groups))
+        some = sample(index.shards, FIT_UTTERANCES, lambda u: groups.side([f"{ID}\0{u.id}"]) == "train")
         fitted, stamp = folder / "codec.safetensors", folder / "codec.key"
         key = digest(wanted, recipe.seed, [(u.id, when) for u, when in some])
         if _is_stamped(fitted, stamp, key):
@@ -82,13 +82,6 @@ def describe(codec: Codec, arguments: dict[str, Any]) -> dict[str, Any]:
         "samples_per_frame": codec.samples_per_frame,
         "arguments": arguments,
     }
-
-
-def _trains(utterance: Utterance, groups: Groups) -> bool:
-    """Whether it is on the training side, and far from the others: which sounds are the same is known only later, from
-    the codes, and may move groups near the border over it."""
-    key = f"{ID}\0{utterance.id}"
-    return groups.side([key]) == "train" and groups.rank(key) >= "4"
 
 
 def _fit_audio(train: list[Utterance]) -> list[np.ndarray]:

@@ -167,7 +167,7 @@ def _au(file: BinaryIO, size: int) -> Container:
 # ---- Matroska, WebM
 
 EBML = b"\x1a\x45\xdf\xa3"
-SEGMENT, CLUSTER = 0x18538067, 0x1F43B675
+SEGMENT = 0x18538067
 
 
 def _ebml(file: BinaryIO, size: int) -> Container:
@@ -176,7 +176,7 @@ def _ebml(file: BinaryIO, size: int) -> Container:
     while at < size:
         name, at = _vint(file, at, keep_marker=True)
         length, at = _vint(file, at)
-        if name in (0, -1) or length == 0:
+        if name == 0:  # nothing more that is an element
             break
         if length == -1 or name == SEGMENT:
             if length != -1 and at + length > size + SLACK:

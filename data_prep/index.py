@@ -102,7 +102,8 @@ def read_index(shard: dict[str, Any] | Shard) -> Iterator[tuple[Utterance, str]]
         yield Utterance(**{**values, "audio": Sound(**values["audio"])}), row["stamp"]
 
 
-def _hash(key: str) -> str:
+def hash_of(key: str) -> str:
+    """24 hexadecimal digits."""
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:24]
 
 
@@ -150,5 +151,5 @@ def sample(shards: list[Shard], count: int, keep: Callable[[Utterance], bool]) -
     """At most `count` utterances, the same ones whatever the order of the input: those of the lowest hashes."""
     import heapq
 
-    rows = ((_hash(u.id), u, stamp) for shard in shards for u, stamp in read_index(shard) if keep(u))
+    rows = ((hash_of(u.id), u, stamp) for shard in shards for u, stamp in read_index(shard) if keep(u))
     return [(u, stamp) for _, u, stamp in heapq.nsmallest(count, rows, key=lambda row: row[0])]

@@ -91,6 +91,12 @@ def read_inputs(recipe: Recipe, work: Path, rejects: Rejects) -> Inputs:
     found = Inputs(index, speech_rejects, text_index, repeats, corpora, groups)
     if not corpora and not p.units:
         check_sides(groups, rejects)
+        largest, total = groups.largest()
+        if largest > max(2, total / 2):
+            console.print(
+                f"[yellow]{largest:,} of {total:,}[/] hang together by what they share (prepare.split_by): they are "
+                "all on one side of the split"
+            )
     if not p.tokenizer and not p.units:  # it is trained after encoding; that it cannot be can be said now
         check_pieces(training_sentences(recipe, found), p.text_pieces)
     return found
@@ -138,11 +144,6 @@ def check_sides(groups: Groups, rejects: Rejects) -> None:
     counts = groups.counts()
     empty = next((side for side in ("test", "valid", "train") if not counts[side]), "")
     if not empty:
-        if largest > total / 2:
-            console.print(
-                f"[yellow]{largest:,} of {total:,}[/] hang together by what they share (prepare.split_by): they are "
-                "all on one side of the split"
-            )
         return
     why = ""
     if largest > max(2, total / 2):

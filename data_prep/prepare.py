@@ -84,7 +84,8 @@ def _prepare(recipe: Recipe) -> dict[str, Any]:
         groups = Groups(work / "groups.sqlite")
         group_units(units, groups, p.split_by, work / "ids.sqlite")
         groups.divide(p.valid_share, p.test_share)
-        check_sides(groups, rejects)
+        if not found.released:
+            check_sides(groups, rejects)
     sides, text_sides = sides_of_units(units, groups), sides_of_texts(texts.shards, groups, p.valid_share, p.test_share)
     groups.close()
     lap("split")

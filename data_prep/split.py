@@ -6,19 +6,17 @@ of the input. Everything is in SQLite files, so memory does not grow with the nu
 """
 
 import hashlib
-import sqlite3
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from megatron_soda.errors import SodaError
 
-from .index import Shard, read_index
-from .seen import Seen
+from .index import Shard, hash_of, read_index
+from .seen import Seen, scratch_base
 from .units import read_columns, read_shard
 from .utterance import prompt_key
 
 SIDES = ("train", "valid", "test")
-
 ID = "id"
 
 
@@ -30,28 +28,14 @@ def keys_of(
     return [*(f"{kind}\0{values[kind]}" for kind in by if values[kind]), f"{ID}\0{id}"]
 
 
-def hash_of(key: str) -> str:
-    """24 hexadecimal digits."""
-    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:24]
-
-
 class Groups:
     """Groups of utterances, in the file `path`. First `add` all, then `divide`, then ask for the `side` of each."""
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)
-        self._path = path
-        self._base = sqlite3.connect(path, isolation_level=None)
-        for statement in (
-            "PRAGMA journal_mode=OFF",
-            "PRAGMA synchronous=OFF",
-            "PRAGMA cache_size=-65536",  # KiB
-            # `above` leads to the key that stands for the group, the smallest of it, whose `count` is the group's.
-            "CREATE TABLE keys (key TEXT PRIMARY KEY, above TEXT, count INTEGER) WITHOUT ROWID",
-            "BEGIN",
-        ):
-            self._base.execute(statement)
+        self._path, self._base = path, scratch_base(path)
+        # `above` leads to the key that stands for the group, the smallest of it, whose `count` is the group's.
+        self._base.execute("CREATE TABLE keys (key TEXT PRIMARY KEY, above TEXT, count INTEGER) WITHOUT ROWID")
+        self._base.execute("BEGIN")
 
     def close(self) -> None:
         self._base.close()
@@ -107,10 +91,6 @@ class Groups:
             if root := self._root(hash_of(key)):
                 return self._base.execute("SELECT side FROM groups WHERE key = ?", (root,)).fetchone()[0]
         return ""
-
-    def rank(self, key: str) -> str:
-        """The hash by which the groups are in order; those of the lowest are held out."""
-        return hash_of(self._root(hash_of(key)))
 
     def counts(self) -> dict[str, int]:
         """Groups of each side."""

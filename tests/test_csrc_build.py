@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils import cpp_extension
+from torch.utils.cpp_extension import CUDA_HOME, include_paths, library_paths
 
 ROOT = Path(__file__).resolve().parent.parent
-NVCC = shutil.which("nvcc") or shutil.which("nvcc", path=f"{cpp_extension.CUDA_HOME}/bin")
+NVCC = shutil.which("nvcc") or shutil.which("nvcc", path=f"{CUDA_HOME}/bin")
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 
 
@@ -20,7 +20,7 @@ def test_the_cuda_files_compile(tmp_path):
     done = subprocess.run(
         [
             str(NVCC), "-arch=sm_90", "-std=c++17", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000",
-            "-Werror", "all-warnings", "-I", cpp_extension.include_paths()[0],
+            "-Werror", "all-warnings", "-I", include_paths()[0],
             "-c", str(ROOT / "csrc/cuda/ops.cu"), "-o", str(tmp_path / "ops.o"),
         ],
         capture_output=True, text=True, check=False,
@@ -198,9 +198,9 @@ def test_a_library_of_another_build(tmp_path, source, version, words):
     subprocess.run(
         [
             str(COMPILER), "-std=c++17", "-shared", "-fPIC", f"-DVERSION={version}",
-            "-DTORCH_TARGET_VERSION=0x020b000000000000", "-I", cpp_extension.include_paths()[0],
+            "-DTORCH_TARGET_VERSION=0x020b000000000000", "-I", include_paths()[0],
             "other.cpp", "-o", "other.so",
-            *(f"-L{folder}" for folder in cpp_extension.library_paths()), "-lc10", "-ltorch_cpu",
+            *(f"-L{folder}" for folder in library_paths()), "-lc10", "-ltorch_cpu",
         ],
         cwd=tmp_path, check=True,
     )  # fmt: skip
