@@ -1,8 +1,6 @@
 """What a recipe names as its input: speech, text and released corpora, indexed."""
 
-import glob
 import hashlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,13 +196,10 @@ def items(index: Index) -> Iterator[Utterance]:
 
 
 def files(patterns: list[str], setting: str) -> list[Path]:
-    """The files that globs match. What exists of a glob's folders as it is written comes before what it could match."""
+    """The files that globs match."""
     found: list[Path] = []
     for pattern in patterns:
-        parts = Path(pattern).parts
-        there = next(n for n in range(len(parts), -1, -1) if os.path.exists(Path(*parts[:n])))
-        names = glob.iglob(str(Path(glob.escape(str(Path(*parts[:there]))), *parts[there:])), recursive=True)
-        some = [Path(path) for path in sorted(names) if Path(path).is_file()]
+        some = [path for path in sources.files.matches(Path(pattern).expanduser())[1] if path.is_file()]
         if not some:
             raise SodaError(f"{setting}: no file matches {pattern}")
         found += some

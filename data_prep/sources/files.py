@@ -38,14 +38,24 @@ def expand(pattern: str) -> tuple[Path, list[Path]]:
         return (given if given.is_dir() else given.parent), [given]
     if not glob.has_magic(str(given)):
         raise SodaError(f"{given}: no such folder or file. Give a folder, a file, or a glob like 'data/**/*.jsonl'.")
-    base = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), given.parts))
+    base, found = matches(given)
     kept: list[Path] = []
-    for path in sorted(map(Path, glob.iglob(str(given), recursive=True))):
+    for path in found:
         if not kept or kept[-1] not in path.parents:
             kept.append(path)
     if not kept:
         raise SodaError(f"{given}: matches nothing. `**` stands for any number of folders, `*` for one name.")
     return base, kept
+
+
+def matches(pattern: Path) -> tuple[Path, list[Path]]:
+    """-> the folder before the first part that is a glob, and what matches, sorted. What exists of the folders as it is
+    written comes before what it could match: /data/[a]/*.wav."""
+    parts = pattern.parts
+    there = next(count for count in range(len(parts), -1, -1) if os.path.exists(Path(*parts[:count])))
+    escaped = Path(glob.escape(str(Path(*parts[:there]))), *parts[there:])
+    base = Path(*parts[:there], *itertools.takewhile(lambda part: not glob.has_magic(part), parts[there:]))
+    return base, sorted(map(Path, glob.iglob(str(escaped), recursive=True)))
 
 
 def walk(top: Path, failed: list[Reject]) -> Iterator[tuple[Path, list[str], list[str]]]:

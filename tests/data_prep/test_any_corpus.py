@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import io
 import itertools
 import json
 import os
@@ -31,9 +32,11 @@ from data_prep.prepare import prepare
 from data_prep.sources.rows import SOUND_SUFFIXES
 from data_prep.utterance import BadAudio, Sound, Utterance
 from megatron_soda.config import load_recipe
+from megatron_soda.data.validate import validate
 from megatron_soda.errors import SodaError
+from tests.data_prep import test_sources
 from tests.data_prep.test_sources import level, make_tar, put, read, save_to_disk, sound_bytes
-from tests.voices import write_speech
+from tests.voices import voice, write_speech
 
 
 def tone(path: Path, seconds: float, rate: int = 16000) -> Path:
@@ -919,3 +922,52 @@ def test_any_quotes_never_raise_and_keep_good_lines(tmp_path: Path, kind: str, l
     if '"' not in content:
         assert len(found) + len(rejects) == len(given_lines)
     assert '"' in content or found[-1].text == "last"
+
+
+@pytest.mark.parametrize("layout", [*WITH_COLUMNS, "audio", "pairs", "librispeech", "ljspeech"])
+def test_what_is_prepared_is_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
+    """Some texts and some sounds are there twice: whatever the source, no document is."""
+
+    def spoken(level: float, format: str = "WAV") -> bytes:
+        file = io.BytesIO()
+        soundfile.write(file, voice(round(40 * level) % 36, 0.4), 24_000, format=format)
+        return file.getvalue()
+
+    monkeypatch.setattr(test_sources, "sound_bytes", spoken)
+    monkeypatch.setattr(sys.modules[__name__], "sound_bytes", spoken)
+    rows = [{"text": f"sentence {number % 15} of all"} for number in range(18)]
+    speech = tmp_path / "speech"
+    if layout == "emilia":
+        source = speech
+        for number, row in enumerate(rows):  # of a recording each
+            put(speech / f"B{number}_W000000.wav", number / 20)
+            put(speech / f"B{number}_W000000.json", json.dumps(row))
+    elif layout in WITH_COLUMNS:
+        source = table_of(layout, speech, rows)
+    else:
+        source = speech
+        folder = {"librispeech": speech / "1/2", "ljspeech": speech / "wavs"}.get(layout, speech)
+        for number, row in enumerate(rows):
+            put(folder / f"1-2-{number:04d}.wav", number / 20)
+            if layout == "pairs":
+                put(folder / f"1-2-{number:04d}.txt", row["text"])
+        lines = [(f"1-2-{number:04d}", row["text"]) for number, row in enumerate(rows)]
+        if layout == "librispeech":
+            put(folder / "1-2.trans.txt", "".join(f"{id} {text}\n" for id, text in lines))
+        if layout == "ljspeech":
+            put(speech / "metadata.csv", "".join(f"{id}|{text}|{text}\n" for id, text in lines))
+    orders = "audio-only" if layout == "audio" else "text-first,audio-only"
+    shares = ["prepare.valid_share=0.2", "prepare.test_share=0.2", "prepare.max_rejects=0.5", "prepare.text_pieces=300"]
+    settings = [f"run={tmp_path}/run", f"prepare.speech={source}", f"prepare.orders=[{orders}]", "prepare.workers=1"]
+    recipe = load_recipe(None, [*settings, *shares])
+    summary = prepare(recipe)
+    assert summary["utterances"] >= 15
+    assert validate(recipe.data_folder)
+
+
+def test_brackets_that_are_there_and_brackets_that_match(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        put(tmp_path / "[x]" / f"{name}.wav", 0.1)
+        put(tmp_path / "x" / f"{name}.wav", 0.1)
+    found, _ = read(tmp_path / "[x]" / "[ab].wav", needs_text=False)
+    assert [u.audio.path for u in found] == [str(tmp_path / "[x]" / f"{name}.wav") for name in "ab"]
