@@ -6,12 +6,14 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_prep.interleave import text_first
 from data_prep.prepare import prepare
 from data_prep.split import ID, SIDES, Groups, by_share, keys_of
 from data_prep.utterance import prompt_key
@@ -19,6 +21,7 @@ from megatron_soda.config import Recipe, load_recipe
 from megatron_soda.data.store import Store
 from megatron_soda.data.validate import validate
 from megatron_soda.errors import SodaError
+from megatron_soda.tokenizer import data_tokenizer, document_string
 from tests.voices import voice
 
 ALL = ("recording", "prompt", "text", "audio")
@@ -261,8 +264,6 @@ def test_a_text_that_is_spoken_too_is_on_the_side_of_that(tmp_path):
     text.write_text("".join(f"sentence number {i}\n" for i in range(40)) + "".join(f"other {i}\n" for i in range(900)))
     run = recipe(tmp_path / "run", speech, f"prepare.text=[{text}]", "prepare.text_share=0.9")
     prepare(run)
-    from megatron_soda.tokenizer import data_tokenizer
-
     data = tmp_path / "run" / "data"
     tokenizer = data_tokenizer(data)
     spoken = {prompt_key(row["text"], ""): side for side, some in held(data).items() for row in some}
@@ -328,3 +329,24 @@ def test_what_to_do_about_ids_that_are_none(tmp_path):
     assert prepare(recipe(tmp_path / "run", speech, "prepare.columns={id: null}"))["utterances"] == 10
     with pytest.raises(SodaError, match="not for speech=asterisk"):
         prepare(recipe(tmp_path / "none", Path("asterisk"), "prepare.columns={id: null}"))
+
+
+def test_little_speech_beside_a_released_corpus(tmp_path):
+    """Two utterances alone cannot be split; beside a corpus that is on all sides they need not."""
+    rows = [{"voice": i, "text": f"sentence {i}"} for i in range(14)]
+    large = recipe(tmp_path / "large", write_corpus(tmp_path / "much", rows))
+    prepare(large)
+    store = Store(large.data_folder / "train")
+    tokenizer = data_tokenizer(large.data_folder)
+    rng = np.random.default_rng(0)
+    documents = [
+        text_first([(tokenizer.encode(f"line {i}"), rng.integers(0, 2048, (5, 8)))], store.space) for i in range(60)
+    ]
+    strings = [document_string(ids, store.space, tokenizer) for ids in documents]
+    pq.write_table(pa.table({"text": strings}), tmp_path / "c.parquet")
+    little = write_corpus(tmp_path / "little", rows[:2])
+    more = [f"prepare.released=[{tmp_path}/c.parquet]", f"prepare.tokenizer={tokenizer.path}"]
+    with pytest.raises(SodaError, match="too little to split"):
+        prepare(recipe(tmp_path / "alone", little))
+    prepare(recipe(tmp_path / "both", little, *more))
+    assert validate(tmp_path / "both" / "data")
