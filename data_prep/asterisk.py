@@ -17,10 +17,11 @@ import subprocess
 import zlib
 from pathlib import Path
 
+from megatron_soda.audio.sound import Sound
 from megatron_soda.errors import SodaError
 from megatron_soda.files import write_json, write_text
 
-from .utterance import Reject, Sound, Utterance, one_line
+from .utterance import Reject, Utterance, one_line
 
 LANGUAGES = ("en", "es", "fr", "it", "ru")
 CONTENT = {  # of each package: SHA-256 of the files that are read (see _content)

@@ -9,9 +9,13 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from megatron_soda.audio.reading import read_pieces
+from megatron_soda.audio.sound import BadAudio
+from megatron_soda.codecs import QUANTISER_FILE, load_codec
+from megatron_soda.codecs.description import DESCRIPTION, CodecDescription, read_description
 from megatron_soda.config import Recipe
 from megatron_soda.errors import SodaError
-from megatron_soda.files import atomic_path, read_json, reading, sha256, write_json, write_text
+from megatron_soda.files import atomic_path, reading, sha256, write_json, write_text
 from megatron_soda.tokenizer import (
     NAMES,
     TextTokenizer,
@@ -22,12 +26,9 @@ from megatron_soda.tokenizer import (
 )
 from megatron_soda.vocab import TokenSpace
 
-from .audio import read_pieces
-from .codecs import Codec, load_codec
 from .index import Index, digest, sample
 from .split import ID, Groups
-from .units import check_codec
-from .utterance import BadAudio, Utterance
+from .utterance import Utterance
 
 FIT_AT_LEAST = 600.0  # seconds of speech; with less, the quantiser that ships with the embedded codec is better
 FIT_AT_MOST = 5400.0
@@ -37,7 +38,7 @@ TOKENIZER_SENTENCES = 500_000  # at most
 console = Console(stderr=True)
 
 
-def choose_codec(recipe: Recipe, index: Index, groups: Groups, folder: Path) -> dict[str, Any]:
+def choose_codec(recipe: Recipe, index: Index, groups: Groups, folder: Path) -> CodecDescription:
     """Chooses, fits if asked to, and writes FOLDER/codec.json, which says how to load it again. -> what that holds."""
     p = recipe.prepare
     path = p.codec_path or None
@@ -46,7 +47,7 @@ def choose_codec(recipe: Recipe, index: Index, groups: Groups, folder: Path) -> 
         raise SodaError(f"prepare.entries={p.entries}: only the embedded codec lets one choose; leave it at 0")
     if p.codec == "embedded" and not path:
         some = sample(index.shards, FIT_UTTERANCES, lambda u: groups.side([f"{ID}\0{u.id}"]) == "train")
-        fitted, stamp = folder / "codec.safetensors", folder / "codec.key"
+        fitted, stamp = folder / QUANTISER_FILE, folder / "codec.key"
         key = digest(wanted, recipe.seed, [(u.id, when) for u, when in some])
         if _is_stamped(fitted, stamp, key):
             path = str(fitted)
@@ -62,26 +63,14 @@ def choose_codec(recipe: Recipe, index: Index, groups: Groups, folder: Path) -> 
     arguments: dict[str, Any] = {"spec": p.codec, "path": path}
     if p.codec != "embedded":
         arguments["codebooks"] = p.codebooks or None
-    chosen = describe(load_codec(**arguments), arguments)
+    chosen = CodecDescription.of(load_codec(**arguments), arguments)
     try:
-        unchanged = read_json(folder / "codec.json") == chosen
+        unchanged = read_description(folder) == chosen
     except SodaError:  # not there, or damaged
         unchanged = False
     if not unchanged:
-        write_json(folder / "codec.json", chosen)
+        write_json(folder / DESCRIPTION, chosen.to_dict())
     return chosen
-
-
-def describe(codec: Codec, arguments: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "name": codec.name,
-        "fingerprint": codec.fingerprint,
-        "codebooks": codec.codebooks,
-        "entries": codec.entries,
-        "sample_rate": codec.sample_rate,
-        "samples_per_frame": codec.samples_per_frame,
-        "arguments": arguments,
-    }
 
 
 def _fit_audio(train: list[Utterance]) -> list[np.ndarray]:
@@ -102,7 +91,7 @@ def _fit_audio(train: list[Utterance]) -> list[np.ndarray]:
 def _fit(waves: list[np.ndarray], path: Path, wanted: dict[str, int], seed: int) -> None:
     from rich.progress import Progress
 
-    from .codecs.embedded import EmbeddedCodec
+    from megatron_soda.codecs.embedded import EmbeddedCodec
 
     with Progress(console=console) as progress:
         task = progress.add_task("fit codec", total=1.0)
@@ -110,34 +99,6 @@ def _fit(waves: list[np.ndarray], path: Path, wanted: dict[str, int], seed: int)
             waves, seed=seed, **wanted, progress=lambda done, _: progress.update(task, completed=done)
         )
     codec.save(path)
-
-
-def _load(arguments: dict[str, Any], described: Path) -> Codec:
-    """SodaError for arguments that load_codec does not have."""
-    known = {"spec": str, "path": (str, type(None)), "codebooks": (int, type(None))}
-    with reading(described, "its arguments load no codec"):
-        if any(not isinstance(value, known[name]) for name, value in arguments.items()):
-            raise ValueError(f"{arguments}")
-        return load_codec(**arguments)
-
-
-def load_data_codec(folder: Path) -> Codec:
-    """The codec that made the tokens of a data folder (or of an exported model, which carries its own)."""
-    chosen = read_json(folder / "codec.json", dict)
-    with reading(folder / "codec.json", "does not describe a codec"):
-        check_codec(chosen)
-    arguments = dict(chosen["arguments"])
-    codec, fitted = None, folder / "codec.safetensors"
-    if fitted.is_file() and arguments.get("path", "") and chosen["name"] == "embedded":
-        codec = _load({**arguments, "path": str(fitted)}, folder / "codec.json")
-    if codec is None or codec.fingerprint != chosen["fingerprint"]:  # what was fitted is left from another run
-        codec = _load(arguments, folder / "codec.json")
-    if codec.fingerprint != chosen["fingerprint"]:
-        raise SodaError(
-            f"{folder}: its tokens were made by codec {chosen['fingerprint']}, the one installed now is "
-            f"{codec.fingerprint}. Prepare the data again, or install the version of megatron_soda that made it."
-        )
-    return codec
 
 
 def choose_tokenizer(
@@ -210,12 +171,12 @@ def _some(texts: Iterable[tuple[str, str]], count: int) -> list[str]:
     return [text for _, text in heapq.nsmallest(count, ((digest(id), text) for id, text in texts if text))]
 
 
-def take_codec_of(units: Path, chosen: dict[str, Any], folder: Path) -> None:
+def take_codec_of(units: Path, chosen: CodecDescription, folder: Path) -> None:
     """Writes FOLDER/codec.json for unit shards that came from elsewhere, with the fitted codec if it is still there."""
-    path = (chosen.get("arguments") or {}).get("path") or ""
-    if chosen["name"] == "embedded" and path and Path(path).is_file() and Path(path) != folder / "codec.safetensors":
-        with atomic_path(folder / "codec.safetensors") as temporary:
+    path, fitted = chosen.arguments.get("path") or "", folder / QUANTISER_FILE
+    if chosen.name == "embedded" and path and Path(path).is_file() and Path(path) != fitted:
+        with atomic_path(fitted) as temporary:
             temporary.write_bytes(Path(path).read_bytes())
-    if chosen["name"] == "embedded" and path and not Path(path).is_file():
+    if chosen.name == "embedded" and path and not Path(path).is_file():
         console.print(f"[yellow]{units}[/]: its codec {path} is gone; speech cannot be heard again without it")
-    write_text(folder / "codec.json", json.dumps(chosen, indent=1) + "\n")
+    write_text(folder / DESCRIPTION, json.dumps(chosen.to_dict(), indent=1) + "\n")

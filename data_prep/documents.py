@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from megatron_soda.data.units import Row, read_shard, unit_codec
 from megatron_soda.errors import SodaError
 from megatron_soda.files import atomic_path, reading, write_json
 from megatron_soda.tokenizer import TextTokenizer, clean_text
@@ -27,7 +28,6 @@ from .executor import Job, Result
 from .index import Shard, digest, read_index
 from .split import SIDES, by_share
 from .strings import to_ids
-from .units import Row, read_shard, unit_codec
 from .utterance import Reject, Utterance
 
 ROWS_AT_ONCE = 64  # of a released corpus: its documents are of up to an hour
@@ -143,9 +143,9 @@ def _of_shard(
 ) -> Made:
     codec = unit_codec(path)
     rows, codes = read_shard(path)
-    if codec["codebooks"] < space.codebooks or codec["entries"] != space.entries:
+    if codec.codebooks < space.codebooks or codec.entries != space.entries:
         raise SodaError(
-            f"{path}: its codes are of {codec['codebooks']} codebooks of {codec['entries']}, the token space is of "
+            f"{path}: its codes are of {codec.codebooks} codebooks of {codec.entries}, the token space is of "
             f"{space.codebooks} of {space.entries}"
         )
     yield from of_units(rows, codes[:, : space.codebooks], sides, orders, tokenizer, space, languages)

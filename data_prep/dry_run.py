@@ -17,21 +17,22 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from megatron_soda.audio.reading import read_pieces
+from megatron_soda.audio.sound import BadAudio
+from megatron_soda.codecs import load_codec
+from megatron_soda.codecs.base import Codec
 from megatron_soda.config import Recipe
 from megatron_soda.errors import SodaError
 from megatron_soda.tokenizer import TextTokenizer, clean_text, train_sentencepiece, write_byte_tokenizer
 from megatron_soda.vocab import TokenSpace
 
-from .audio import read_pieces
-from .codecs import load_codec
-from .codecs.base import Codec
 from .documents import cleaned, plan_documents
 from .index import Index, digest, read_index
 from .inputs import Inputs, check_rejects, items, read_inputs, too_little, training_sentences
 from .interleave import texts_of
 from .show import Rejects, console
 from .split import ID, SIDES, sides_of_texts
-from .utterance import BadAudio, Reject, Utterance
+from .utterance import Reject, Utterance
 
 SAMPLE = 512  # utterances that are decoded, of each sort in proportion
 FEWEST = 16  # of each sort

@@ -8,30 +8,31 @@ from typing import Any
 
 import numpy as np
 
+from megatron_soda.audio.reading import read_pieces
+from megatron_soda.audio.sound import BadAudio, Sound
+from megatron_soda.codecs import load_codec
+from megatron_soda.codecs.base import Codec
+from megatron_soda.codecs.description import CodecDescription
+from megatron_soda.data.units import unit_key, write_units
 from megatron_soda.files import write_json
 
 from . import executor
-from .audio import read_pieces
-from .codecs import load_codec
-from .codecs.base import Codec
 from .executor import Job, Result
 from .index import Shard, digest, read_index
-from .units import unit_key, write_units
-from .utterance import BadAudio, Sound
 
 SECONDS_AT_ONCE = 300.0  # of audio in memory, beyond one piece
 SETTINGS = ("decoder", "trim")  # of the recipe, which change the codes
 
 
-def encode_jobs(shards: list[Shard], folder: Path, codec: dict[str, Any], settings: dict[str, Any]) -> list[Job]:
-    """One job a shard: FOLDER/part-NUMBER.parquet. codec: what codec.json holds."""
+def encode_jobs(shards: list[Shard], folder: Path, codec: CodecDescription, settings: dict[str, Any]) -> list[Job]:
+    """One job a shard: FOLDER/part-NUMBER.parquet."""
     common = {"codec": codec, **settings}
     return [
         {
             **common,
             "shard": vars(shard),
             "out": str(folder / f"part-{shard.number:06d}.parquet"),
-            "key": digest(shard.key, codec["fingerprint"], settings),
+            "key": digest(shard.key, codec.fingerprint, settings),
         }
         for shard in shards
     ]
@@ -43,7 +44,7 @@ def is_done(job: Job) -> bool:
 
 def encode_shard(job: Job) -> Result:
     """Writes the unit shard, and part-NUMBER.rejects.json before it. -> counts."""
-    codec = _codec(json.dumps(job["codec"]["arguments"], sort_keys=True), executor.device)
+    codec = _codec(json.dumps(job["codec"].arguments, sort_keys=True), executor.device)
     utterances = [utterance for utterance, _ in read_index(job["shard"])]
     encoder = _Encoder(codec)
     rejects, lengths = [], {}
@@ -86,7 +87,7 @@ def _decoded(sounds: list[Sound], codec: Codec, job: Job) -> Iterator[tuple[int,
         for number, sound in enumerate(sounds):
             yield number, read_pieces(sound, *shape, trim=job["trim"])
         return
-    from . import dali
+    from megatron_soda.audio import dali
 
     decoder = dali.DaliDecoder(*shape, trim=job["trim"])
     for start in range(0, len(sounds), dali.BATCH):

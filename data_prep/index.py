@@ -17,8 +17,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from megatron_soda.audio.sound import Sound
+
 from .seen import Seen
-from .utterance import Reject, Sound, Utterance
+from .utterance import Reject, Utterance
 
 ITEMS = pa.schema([("utterance", pa.string()), ("stamp", pa.string())])
 SHARDS_OF_A_FILE = 256

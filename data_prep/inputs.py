@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.markup import escape
 
+from megatron_soda.audio.sound import Sound
 from megatron_soda.config import Recipe
 from megatron_soda.errors import SodaError
 from megatron_soda.tokenizer import TextTokenizer, check_pieces
@@ -17,7 +18,7 @@ from .interleave import needs_text
 from .show import Rejects, console, progress
 from .split import Groups, keys_of
 from .texts import read_texts
-from .utterance import Reject, Sound, Utterance
+from .utterance import Reject, Utterance
 
 TEXTS_A_SHARD = 4  # times the utterances of one: a text is a sentence or a page
 

@@ -2,7 +2,7 @@
 
     source -> index -> units (Parquet) -> split -> parts (ids) -> stores
 
-RUN/data/work holds the index and the parts; RUN/data/units the codes, which are dear and kept.
+RUN/data/work holds the index and the parts; RUN/data/units the codes, which are expensive, and kept.
 """
 
 import json
@@ -14,8 +14,10 @@ from typing import Any
 
 from rich.markup import escape
 
+from megatron_soda.codecs.description import CodecDescription
 from megatron_soda.config import Recipe
 from megatron_soda.data.store import Store
+from megatron_soda.data.units import check_schema, read_columns, unit_codec, unit_key
 from megatron_soda.errors import SodaError
 from megatron_soda.files import locked, read_json, reading, write_json
 from megatron_soda.run_folder import record_timing
@@ -27,7 +29,6 @@ from .inputs import check_rejects, check_sides, files, items, read_inputs
 from .show import Rejects, console, progress
 from .split import SIDES, Groups, group_units, sides_of_texts, sides_of_units
 from .stores import write_stores
-from .units import check_schema, read_columns, unit_codec, unit_key
 from .utterance import Reject
 
 SHOWN_REJECTS = 1000
@@ -64,7 +65,7 @@ def _prepare(recipe: Recipe) -> dict[str, Any]:
     index, texts = found.speech, found.texts
     lap("index")
 
-    codec: dict[str, Any] | None = None
+    codec: CodecDescription | None = None
     if p.units:
         units, codec = _given_units(recipe, folder)
         unit_keys = [digest(unit_key(path), path.stat().st_size, path.stat().st_mtime_ns) for path in units]
@@ -90,7 +91,7 @@ def _prepare(recipe: Recipe) -> dict[str, Any]:
     groups.close()
     lap("split")
 
-    sizes = (codec["codebooks"], codec["entries"]) if codec else (p.codebooks or 8, p.entries or 2048)
+    sizes = (codec.codebooks, codec.entries) if codec else (p.codebooks or 8, p.entries or 2048)
     tokenizer = choose.choose_tokenizer(
         recipe,
         _transcripts(units, sides),
@@ -140,7 +141,7 @@ def _prepare(recipe: Recipe) -> dict[str, Any]:
         rejects=_first(folder / "rejects.jsonl", SHOWN_REJECTS),
         reject_count=rejects.count,
         reject_reasons=dict(rejects.reasons.most_common()),
-        codec={k: codec[k] for k in ("name", "fingerprint", "codebooks", "entries")} if codec else None,
+        codec={k: getattr(codec, k) for k in ("name", "fingerprint", "codebooks", "entries")} if codec else None,
         tokenizer={"file": tokenizer.path.name, "fingerprint": tokenizer.fingerprint, "size": tokenizer.size},
         attribution=_attribution(recipe),
     )
@@ -157,24 +158,24 @@ def _prepare(recipe: Recipe) -> dict[str, Any]:
 # ---- stages
 
 
-def _given_units(recipe: Recipe, folder: Path) -> tuple[list[Path], dict[str, Any]]:
+def _given_units(recipe: Recipe, folder: Path) -> tuple[list[Path], CodecDescription]:
     """Unit shards that were made before, all by one codec."""
     units = files(recipe.prepare.units, "prepare.units")
     codec = unit_codec(units[0])
     for path in units:
         check_schema(path)
         other = unit_codec(path)
-        if other["fingerprint"] != codec["fingerprint"]:
+        if other.fingerprint != codec.fingerprint:
             raise SodaError(
-                f"{path}: its codes are of codec {other['name']} {other['fingerprint']}, those of {units[0]} of "
-                f"{codec['name']} {codec['fingerprint']}: they mean different sounds and cannot be in one store"
+                f"{path}: its codes are of codec {other.name} {other.fingerprint}, those of {units[0]} of "
+                f"{codec.name} {codec.fingerprint}: they mean different sounds and cannot be in one store"
             )
     choose.take_codec_of(units[0], codec, folder)
     return units, codec
 
 
 def _encode(
-    recipe: Recipe, index: Index, codec: dict[str, Any], folder: Path, rejects: Rejects, bad: int
+    recipe: Recipe, index: Index, codec: CodecDescription, folder: Path, rejects: Rejects, bad: int
 ) -> tuple[list[Path], list[str]]:
     p = recipe.prepare
     units = folder / "units"

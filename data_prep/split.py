@@ -9,11 +9,11 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from megatron_soda.data.units import read_columns, read_shard
 from megatron_soda.errors import SodaError
 
 from .index import Shard, hash_of, read_index
 from .seen import Seen, scratch_base
-from .units import read_columns, read_shard
 from .utterance import prompt_key
 
 SIDES = ("train", "valid", "test")

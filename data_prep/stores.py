@@ -10,8 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from megatron_soda.codecs.description import CodecDescription
 from megatron_soda.config import Recipe
 from megatron_soda.data.store import Store, write_parts
+from megatron_soda.data.units import SCHEMA
 from megatron_soda.errors import SodaError
 from megatron_soda.files import atomic_path
 from megatron_soda.tokenizer import TextTokenizer
@@ -24,7 +26,6 @@ from .inputs import too_little
 from .seen import Seen
 from .show import Rejects, console, progress
 from .split import SIDES
-from .units import SCHEMA
 
 HELD_OUT_ROWS = 20_000  # utterances kept beside the valid and the test store, to speak and transcribe
 
@@ -36,7 +37,7 @@ def write_stores(
     sides: list[str],
     tokenizer: TextTokenizer,
     space: TokenSpace,
-    codec: dict[str, Any] | None,
+    codec: CodecDescription | None,
     rejects: Rejects,
     key: str,
 ) -> dict[str, Any]:
@@ -46,7 +47,7 @@ def write_stores(
     folder, p = recipe.data_folder, recipe.prepare
     facts = {kind: [_facts(job) for job in some] for kind, some in jobs.items()}
     provenance = {
-        "codec": codec["fingerprint"] if codec else None,
+        "codec": codec.fingerprint if codec else None,
         "tokenizer": tokenizer.fingerprint,
         "slots": _slots(recipe, space, bool(units)),
     }

@@ -15,13 +15,13 @@ import av
 import numpy as np
 import soundfile
 
-from data_prep.audio import read_pieces
-from data_prep.choose import describe, load_data_codec
-from data_prep.codecs import load_codec
-from data_prep.units import read_shard, read_units, unit_codec, unit_key, write_units
-from data_prep.utterance import BadAudio
 from megatron_soda import run_folder
+from megatron_soda.audio.reading import read_pieces
+from megatron_soda.audio.sound import BadAudio
+from megatron_soda.codecs import load_codec
+from megatron_soda.codecs.description import CodecDescription, load_data_codec
 from megatron_soda.config import load_recipe
+from megatron_soda.data.units import read_shard, read_units, unit_codec, unit_key, write_units
 from megatron_soda.errors import SodaError
 from megatron_soda.report.evaluation import nll_table
 from megatron_soda.report.reading import as_dict, load, read_metrics
@@ -141,8 +141,8 @@ def _readers(folder: Path) -> dict[str, tuple[Path, Callable[[Path], object]]]:
     data = folder / "data"
     data.mkdir()
     codec = data / "codec.json"
-    described = describe(load_codec("embedded"), {"spec": "embedded", "path": None})
-    codec.write_text(json.dumps(described))
+    described = CodecDescription.of(load_codec("embedded"), {"spec": "embedded", "path": None})
+    codec.write_text(json.dumps(described.to_dict()))
     units = folder / "part-000000.parquet"
     rows = [{"id": f"u{i}", "codes": np.full((5, 8), i), "text": "a", "seconds": 0.4} for i in range(20)]
     write_units(units, rows, codec=described, key="k")

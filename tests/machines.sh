@@ -47,7 +47,7 @@ job() {   # $1: with tests, or without; SPEECH=asterisk: not made-up speech
   ls "$run"/samples/*.wav >/dev/null
   .venv/bin/soda doctor
   if [ "$with_tests" = yes ]; then
-    .venv/bin/python -m pytest -m "not full" tests/test_ops.py tests/test_csrc_build.py tests/distributed/test_checkpoint*.py
+    .venv/bin/python -m pytest -m "not full" tests/ops/test_ops.py tests/ops/test_csrc_build.py tests/distributed/test_checkpoint*.py
   fi
 }
 if [ "${1:-}" = --job ]; then job "$2"; exit; fi

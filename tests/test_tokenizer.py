@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from data_prep import interleave
+from megatron_soda.commands.tokenizer import app
 from megatron_soda.errors import SodaError
 from megatron_soda.hf.tokenizer import build_tokenizer, save_tokenizer
 from megatron_soda.tokenizer import (
@@ -22,7 +23,6 @@ from megatron_soda.tokenizer import (
     document_string,
     train_sentencepiece,
 )
-from megatron_soda.tokenizer_commands import app
 from megatron_soda.vocab import BOS, EOS, LLAMA3, MARKERS, TokenSpace
 
 SENTENCES = [

@@ -29,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from train_embedded_decoder import Prompt, read_prompts
 
-from data_prep.codecs import load_codec
-from data_prep.codecs.embedded import EmbeddedCodec
+from megatron_soda.codecs import load_codec
+from megatron_soda.codecs.embedded import EmbeddedCodec
 from megatron_soda.errors import SodaError, run_tool
 
 SAMPLE_RATE = 24_000

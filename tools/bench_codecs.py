@@ -29,7 +29,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data_prep.codecs import Codec, load_codec
+from megatron_soda.codecs import Codec, load_codec
 from megatron_soda.config import choice
 from megatron_soda.errors import run_tool
 

@@ -37,8 +37,9 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data_prep import documents
-from data_prep.units import read_shard, write_units
+from megatron_soda.codecs.description import CodecDescription
 from megatron_soda.data.store import Store, write_parts
+from megatron_soda.data.units import read_shard, write_units
 from megatron_soda.errors import run_tool
 from megatron_soda.hf.tokenizer import build_tokenizer
 from megatron_soda.tokenizer import TextTokenizer, document_string
@@ -46,7 +47,7 @@ from megatron_soda.vocab import BOS, EOS, TokenSpace
 
 console = Console()
 ROOT = Path(__file__).resolve().parent.parent
-CODEC = {"name": "random", "fingerprint": "random", "codebooks": 8, "entries": 2048, "arguments": {}}
+CODEC = CodecDescription("random", "random", 8, 2048, 24_000, 1_920, {})
 SECONDS, WORDS_A_SECOND, SHARD = 10.0, 2.5, 256
 
 

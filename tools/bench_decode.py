@@ -29,9 +29,9 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data_prep.audio import read_pieces
-from data_prep.dali import DaliDecoder
-from data_prep.utterance import Sound
+from megatron_soda.audio.dali import DaliDecoder
+from megatron_soda.audio.reading import read_pieces
+from megatron_soda.audio.sound import Sound
 from megatron_soda.errors import SodaError, run_tool
 
 SAMPLE_RATE = 24000

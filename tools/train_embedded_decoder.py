@@ -1,7 +1,7 @@
-"""Makes data_prep/codecs/embedded.safetensors: the decoder and the default quantiser of the embedded codec.
+"""Makes megatron_soda/codecs/embedded.safetensors: the decoder and the default quantiser of the embedded codec.
 
 Both are trained on the French, Italian and Russian prompts of the Debian packages asterisk-core-sounds-*-g722. English
-and Spanish (one other speaker) are never used, so that they can judge. See data_prep/codecs/WEIGHTS.md.
+and Spanish (one other speaker) are never used, so that they can judge. See megatron_soda/codecs/WEIGHTS.md.
 
     python tools/train_embedded_decoder.py                   # 15 minutes of training on two cores
     python tools/train_embedded_decoder.py --minutes 2 --output trial.safetensors
@@ -30,8 +30,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data_prep import asterisk
-from data_prep.codecs import embedded, embedded_decoder
-from data_prep.codecs.features import SAMPLE_RATE, SUBFRAME, Features, analyse
+from megatron_soda.codecs import embedded, embedded_decoder
+from megatron_soda.codecs.features import SAMPLE_RATE, SUBFRAME, Features, analyse
 from megatron_soda.errors import run_tool
 from megatron_soda.files import atomic_path
 

@@ -11,7 +11,9 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ..utterance import Reject, Sound, Utterance
+from megatron_soda.audio.sound import Sound
+
+from ..utterance import Reject, Utterance
 from . import files, manifest, rows
 from .files import BadLine
 from .rows import SOUND_SUFFIXES, Found, Row, Wanted

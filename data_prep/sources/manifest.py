@@ -19,9 +19,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from megatron_soda.audio.sound import Sound
 from megatron_soda.errors import SodaError
 
-from ..utterance import Reject, Sound, Utterance
+from ..utterance import Reject, Utterance
 from . import files, rows
 from .files import BadLine
 from .rows import Found, Row, Wanted

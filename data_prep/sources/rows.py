@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
+from megatron_soda.audio.sound import Sound
 from megatron_soda.errors import SodaError
 
-from ..utterance import Reject, Sound, Utterance, one_line
+from ..utterance import Reject, Utterance, one_line
 from .files import BadLine
 
 Row = Mapping[str, object]

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from megatron_soda.audio.sound import Sound
 from megatron_soda.errors import SodaError
 from megatron_soda.files import read_json, reading
 
-from ..utterance import Reject, Sound, Utterance
+from ..utterance import Reject, Utterance
 from . import files, manifest, rows
 from .files import BadLine
 from .rows import Found, Row, Wanted

@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from ..utterance import Reject, Sound, Utterance
+from megatron_soda.audio.sound import Sound
+
+from ..utterance import Reject, Utterance
 from . import files, rows
 from .files import BadLine
 from .folders import emilia_order, emilia_recording, is_sound

@@ -26,7 +26,7 @@ def inspect(path: Path, first: int, count: int, audio: Path | None) -> None:
     codec = None
     if audio:
         store.verify()
-        from data_prep.choose import load_data_codec
+        from ..codecs.description import load_data_codec
 
         codec = load_data_codec(path.parent)
         if codec.codebooks != store.slots:

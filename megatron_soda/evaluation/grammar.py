@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from ..hf.load import Model
+from ..hf.load import LoadedModel
 from ..inference.sample import Constraint, sample
 
 console = Console(stderr=True)
@@ -13,7 +13,7 @@ ROWS_AT_ONCE = 50
 
 
 def evaluate_grammar(
-    model: Model, codec: Any, count: int, max_tokens: int, seed: int, slots: int = 0
+    model: LoadedModel, codec: Any, count: int, max_tokens: int, seed: int, slots: int = 0
 ) -> dict[str, Any]:
     """`count` documents sampled from BOS at temperature 1 under the grammar, and `count` without.
 
@@ -70,7 +70,7 @@ def evaluate_grammar(
     return result | {"free_valid": free_valid, "free_legal_mass_mean": float(np.mean(free_mass))}
 
 
-def audio_spans(ids: list[int], model: Model) -> list[np.ndarray]:
+def audio_spans(ids: list[int], model: LoadedModel) -> list[np.ndarray]:
     """Codes (frames, codebooks) of every audio span of a whole document."""
     array = np.array(ids)
     starts, ends = np.flatnonzero(array == model.space.audio_start), np.flatnonzero(array == model.space.audio_end)

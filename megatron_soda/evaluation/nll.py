@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import track
 
 from ..data.store import Store
-from ..hf.load import Model
+from ..hf.load import LoadedModel
 
 TOKENS_AT_ONCE = 8192
 console = Console(stderr=True)
@@ -30,7 +30,7 @@ def unigram(store: Store) -> np.ndarray:
 
 
 @torch.no_grad()
-def evaluate_nll(model: Model, test: Store, train: Store, documents: int = 0) -> dict[str, Any]:
+def evaluate_nll(model: LoadedModel, test: Store, train: Store, documents: int = 0) -> dict[str, Any]:
     """Teacher-forced NLL of every token after BOS, each document by itself, cut at the model's context length.
 
     Returns {"classes": {name: row}, "acoustic_mean": row, "all": row}, a row with tokens and nats and bits of both.

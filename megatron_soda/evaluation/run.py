@@ -3,18 +3,17 @@
 import time
 from pathlib import Path
 
+from ..config import Recipe
 from ..data.store import Store
 from ..errors import SodaError
 from ..files import read_json, write_json
-from ..hf.load import load_model, model_folder, resolve
+from ..hf.load import load_model
 from ..run_folder import record_timing
 
 
-def evaluate(target: str, overrides: list[str]) -> dict:
-    """Runs the recipe's suites on an exported model and writes RUN/eval.json."""
-    recipe = resolve(target, overrides)
+def evaluate(recipe: Recipe, folder: Path) -> dict:
+    """Runs the recipe's suites on the exported model in `folder` and writes RUN/eval.json."""
     e, run = recipe.evaluate, Path(recipe.run)
-    folder = model_folder(target, recipe)
     began = time.monotonic()
     model = load_model(folder)
     test, train = Store(recipe.data_folder / e.split), Store(recipe.data_folder / "train")
@@ -33,8 +32,7 @@ def evaluate(target: str, overrides: list[str]) -> dict:
 
         result["nll"] = evaluate_nll(model, test, train, e.documents)
     if "grammar" in e.suite:
-        from data_prep.choose import load_data_codec
-
+        from ..codecs.description import load_data_codec
         from .grammar import evaluate_grammar
 
         heard = test.slots == test.space.codebooks and (folder / "codec.json").is_file()  # else no sound can be made

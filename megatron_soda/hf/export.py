@@ -7,7 +7,7 @@ import hashlib
 import json
 import shutil
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,14 +57,12 @@ def export(recipe: Recipe) -> Path:
     from ..model.gpt import build_model
 
     quiet_transformers()
+    recipe = _on_one_rank(recipe)
     with console.status("exporting"):
         store = Store(recipe.data_folder / "test")
         saved = checkpoint.read_description(newest, recipe.model, store.space)
         made_by = saved.get("made_by") or store.made_by
         store.check_made_by(made_by, f"the model ({newest})", recipe.data.accept)
-        recipe.parallel = Parallel()
-        if recipe.training.precision == "fp8":  # its weights are bf16, and documents are of any length
-            recipe.training.precision = "bf16"
         device = ranks.init(recipe)
         ours = build_model(recipe, store.space, device)
         checkpoint.load(newest, [ours], None)
@@ -98,6 +96,12 @@ def export(recipe: Recipe) -> Path:
     console.print(f"{final}: step {step}, largest logit difference to ours {difference:.1e}")
     record_timing(run, "export", {"seconds": time.monotonic() - began})
     return final
+
+
+def _on_one_rank(recipe: Recipe) -> Recipe:
+    """A copy of the recipe for one rank. The weights of an FP8 model are bf16, and documents are of any length."""
+    precision = "bf16" if recipe.training.precision == "fp8" else recipe.training.precision
+    return replace(recipe, parallel=Parallel(), training=replace(recipe.training, precision=precision))
 
 
 def export_key(folder: Path, recipe: Recipe) -> str:

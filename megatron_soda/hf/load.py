@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from ..config import Recipe, load_recipe
 from ..errors import SodaError
 from ..files import read_json, read_sealed, reading, sha256
 from ..tokenizer import TextTokenizer, data_tokenizer
@@ -22,7 +21,7 @@ CONFIG = (  # what of config.json makes another model of the same weights, or no
 
 
 @dataclass
-class Model:
+class LoadedModel:
     folder: Path
     name: str
     step: int
@@ -32,33 +31,6 @@ class Model:
     made_by: dict[str, str]  # fingerprints of the codec and the tokenizer of its ids
     text: TextTokenizer
     device: torch.device
-
-
-def resolve(target: str | Path, overrides: list[str]) -> Recipe:
-    """The recipe behind a YAML file, a run folder or an exported folder, with overrides applied."""
-    target = Path(target)
-    if target.is_dir():
-        if not (target / "recipe.yaml").is_file():
-            raise SodaError(
-                f"{target}: no recipe.yaml in it; give a recipe, a run folder or a model that soda exported"
-            )
-        # Folders move: what a run holds is looked for where it is now.
-        run = target.parent if (target / "soda.json").is_file() else target
-        here = [f"run={run}"] if (run / "recipe.yaml").is_file() else []
-        return load_recipe(target / "recipe.yaml", [*here, *overrides])
-    if target.suffix not in (".yaml", ".yml"):
-        raise SodaError(f"{target}: not a folder, and not a recipe (.yaml)")
-    return load_recipe(target, overrides)
-
-
-def model_folder(target: str | Path, recipe: Recipe) -> Path:
-    """The exported folder of `target`; a run is exported first if its newest checkpoint is not yet."""
-    target = Path(target)
-    if (target / "soda.json").is_file():
-        return target
-    from .export import export
-
-    return export(recipe)
 
 
 def quiet_transformers() -> None:
@@ -104,7 +76,7 @@ def read_export(folder: Path) -> dict[str, Any]:
     return described
 
 
-def load_model(folder: Path) -> Model:
+def load_model(folder: Path) -> LoadedModel:
     """Raises SodaError if `folder` is not a model that `soda export` wrote, or not as it was written."""
     from transformers import AutoModelForCausalLM
 
@@ -117,4 +89,4 @@ def load_model(folder: Path) -> Model:
     if device.type == "cpu" and model.num_parameters() < 100e6:
         torch.set_num_threads(1)  # a token at a time, threads cost such a model more than they give
     name, step, key, space, made_by = (described[part] for part in ("name", "step", "key", "space", "made_by"))
-    return Model(folder, name, step, key, model, space, made_by, data_tokenizer(folder), device)
+    return LoadedModel(folder, name, step, key, model, space, made_by, data_tokenizer(folder), device)

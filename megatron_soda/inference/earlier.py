@@ -9,13 +9,13 @@ from rich.console import Console
 
 from ..config import Parallel, Recipe
 from ..errors import SodaError
-from ..hf.load import Model
+from ..hf.load import LoadedModel
 
 MOST = 2
 console = Console(stderr=True)
 
 
-def earlier_models(recipe: Recipe, model: Model) -> Iterator[tuple[int, Any]]:
+def earlier_models(recipe: Recipe, model: LoadedModel) -> Iterator[tuple[int, Any]]:
     """(step, Qwen3ForCausalLM) of at most MOST checkpoints of the run before the model's own, evenly spread. One that
     is damaged is passed over and named."""
     from ..hf.export import hf_weights

@@ -3,19 +3,18 @@
 import time
 from pathlib import Path
 
+from ..config import Recipe
 from ..files import read_json
-from ..hf.load import load_model, model_folder, resolve
+from ..hf.load import load_model
 from ..run_folder import record_timing
 from .tasks import generate as run_tasks
 from .tasks import held_out_rows
 
 
-def generate(target: str, overrides: list[str]) -> list[dict]:
-    """Runs the recipe's tasks on an exported model; RUN/samples gets the wav files and samples.json."""
-    from data_prep.choose import load_data_codec
+def generate(recipe: Recipe, folder: Path) -> list[dict]:
+    """Runs the recipe's tasks on the exported model in `folder`; RUN/samples gets the wav files and samples.json."""
+    from ..codecs.description import load_data_codec
 
-    recipe = resolve(target, overrides)
-    folder = model_folder(target, recipe)
     began = time.monotonic()
     model = load_model(folder)
     rows = held_out_rows(recipe.data_folder, recipe.generate.split, model, recipe.data.accept)

@@ -11,14 +11,14 @@ import soundfile
 from rich.console import Console
 from rich.progress import track
 
+from ..audio.judge import Verdict, best_and_median, judge, level_of
 from ..config import Recipe
 from ..data.store import Store
 from ..errors import SodaError
 from ..files import atomic_path, write_json
-from ..hf.load import Model
+from ..hf.load import LoadedModel
 from ..vocab import TokenSpace
 from .earlier import earlier_models
-from .judge import Verdict, best_and_median, judge, level_of
 from .sample import Constraint, Sampled, sample
 
 PROGRESS_SECONDS = 3.0  # of a sample of an earlier checkpoint
@@ -62,7 +62,7 @@ NEEDS_TEXT = ("speak", "transcribe")
 class Studio:
     """What all samples of a run share."""
 
-    model: Model
+    model: LoadedModel
     recipe: Recipe
     codec: Any
     constraint: Constraint
@@ -91,7 +91,7 @@ class Studio:
         return name
 
 
-def generate(model: Model, recipe: Recipe, held_out: list[dict], codec: Any, out: Path) -> list[dict]:
+def generate(model: LoadedModel, recipe: Recipe, held_out: list[dict], codec: Any, out: Path) -> list[dict]:
     """Runs the tasks on held-out utterances (rows of unit shards) and writes wav files and samples.json to `out`.
 
     Of each sample generate.candidates are drawn, and the best and the median of them kept (judge.py). Continuations and
@@ -247,9 +247,9 @@ def _frame_rate(codec: Any) -> float:
     return codec.sample_rate / codec.samples_per_frame
 
 
-def held_out_rows(folder: Path, split: str, model: Model, accept: Collection[str] = ()) -> list[dict]:
+def held_out_rows(folder: Path, split: str, model: LoadedModel, accept: Collection[str] = ()) -> list[dict]:
     """Utterances of a split of a data folder, made with the codec and for the token space of the model."""
-    from data_prep.units import read_units
+    from ..data.units import read_units
 
     store = Store(folder / split)
     store.check_space(model.space, str(model.folder))
@@ -265,8 +265,8 @@ def held_out_rows(folder: Path, split: str, model: Model, accept: Collection[str
 
 
 def _original(row: dict, codec: Any) -> np.ndarray:
-    from data_prep.audio import read_audio
-    from data_prep.utterance import BadAudio
+    from ..audio.reading import read_audio
+    from ..audio.sound import BadAudio
 
     try:
         return read_audio(Path(row["audio"]), codec.sample_rate)

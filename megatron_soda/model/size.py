@@ -74,5 +74,5 @@ def space_of(recipe: Recipe) -> TokenSpace:
     return Store(path).space if Path(f"{path}.json").is_file() else LLAMA3
 
 
-def describe(model: Model, space: TokenSpace, sequence_length: int) -> dict[str, int]:
+def sizes(model: Model, space: TokenSpace, sequence_length: int) -> dict[str, int]:
     return asdict(size_of(model, space, sequence_length))

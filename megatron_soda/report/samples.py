@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..inference.judge import judge, level_of
+from ..audio.judge import judge, level_of
 from . import plots
 from .plots import Clip
 from .reading import as_dict

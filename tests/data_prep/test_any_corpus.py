@@ -26,11 +26,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_prep import sources
-from data_prep.audio import read_audio, read_pieces
-from data_prep.dali import _load
 from data_prep.prepare import prepare
 from data_prep.sources.rows import SOUND_SUFFIXES
-from data_prep.utterance import BadAudio, Sound, Utterance
+from data_prep.utterance import Utterance
+from megatron_soda.audio.dali import _load
+from megatron_soda.audio.reading import read_audio, read_pieces
+from megatron_soda.audio.sound import BadAudio, Sound
 from megatron_soda.config import load_recipe
 from megatron_soda.data.validate import validate
 from megatron_soda.errors import SodaError

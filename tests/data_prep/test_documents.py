@@ -11,14 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep import documents, interleave
-from data_prep.units import read_shard, write_units
+from megatron_soda.codecs.description import CodecDescription
 from megatron_soda.config import ORDERS
+from megatron_soda.data.units import read_shard, write_units
 from megatron_soda.errors import SodaError
 from megatron_soda.tokenizer import TextTokenizer, train_sentencepiece
 from megatron_soda.vocab import TokenSpace
 from tests.voices import WORDS
 
-CODEC = {"name": "none", "fingerprint": "f", "codebooks": 4, "entries": 16, "arguments": {}}
+CODEC = CodecDescription("none", "f", 4, 16, 24_000, 1_920, {})
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,8 @@
 """The index: shards of a fixed size, recordings together, ids once."""
 
 from data_prep.index import Index, make_index, read_index, sample
-from data_prep.utterance import Reject, Sound, Utterance
+from data_prep.utterance import Reject, Utterance
+from megatron_soda.audio.sound import Sound
 
 
 def utterance(id: str, recording: str = "", prompt: str = "") -> Utterance:

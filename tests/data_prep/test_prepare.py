@@ -12,21 +12,22 @@ import pytest
 import soundfile
 
 from data_prep import choose, encode
-from data_prep.choose import load_data_codec
-from data_prep.codecs import load_codec
-from data_prep.codecs.embedded import EmbeddedCodec
 from data_prep.inputs import files
 from data_prep.prepare import prepare
-from data_prep.units import read_units
-from data_prep.utterance import Sound, Utterance
+from data_prep.utterance import Utterance
+from megatron_soda.audio.sound import Sound
+from megatron_soda.codecs import load_codec
+from megatron_soda.codecs.description import load_data_codec
+from megatron_soda.codecs.embedded import EmbeddedCodec
 from megatron_soda.config import Recipe, load_recipe
 from megatron_soda.data.compact import SUFFIXES
 from megatron_soda.data.convert import convert_stores
 from megatron_soda.data.store import Store
+from megatron_soda.data.units import read_units
 from megatron_soda.data.validate import validate
 from megatron_soda.errors import SodaError
 from megatron_soda.tokenizer import data_tokenizer, train_sentencepiece, write_byte_tokenizer
-from tests.data_prep.test_codecs import mimi_folder  # noqa: F401  a fixture
+from tests.codecs.test_codecs import mimi_folder  # noqa: F401  a fixture
 from tests.test_tokenizer import SENTENCES
 from tests.voices import RATE, WORDS, voice, write_speech
 
@@ -467,9 +468,9 @@ def test_the_codec_is_fitted_on_long_recordings_too(tmp_path):
 
 
 def test_dali_decodes_if_asked(prepared, speech, tmp_path, monkeypatch):
-    from data_prep import dali
-    from data_prep.audio import read_pieces
-    from data_prep.utterance import BadAudio
+    from megatron_soda.audio import dali
+    from megatron_soda.audio.reading import read_pieces
+    from megatron_soda.audio.sound import BadAudio
 
     with pytest.raises(SodaError, match=r"megatron-soda\[dali\]"):
         prepare(recipe(tmp_path / "none", speech, "prepare.decoder=dali"))

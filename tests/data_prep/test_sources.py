@@ -23,7 +23,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_prep import sources
-from data_prep.utterance import Reject, Sound, Utterance
+from data_prep.utterance import Reject, Utterance
+from megatron_soda.audio.sound import Sound
 from megatron_soda.errors import SodaError
 
 

@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_prep import asterisk, inputs, sources
-from data_prep.utterance import Reject, Sound, Utterance, prompt_key
+from data_prep.utterance import Reject, Utterance, prompt_key
+from megatron_soda.audio.sound import Sound
 from megatron_soda.config import load_recipe
 from megatron_soda.errors import SodaError
 
@@ -539,7 +540,7 @@ def test_importing_needs_neither_torch_nor_a_network() -> None:
         "class Refuse(socket.socket):\n"
         "    def __init__(self, *_, **__): raise SystemExit('a socket was opened')\n"
         "socket.socket = Refuse\n"
-        "import data_prep.asterisk, data_prep.audio, data_prep.sources, data_prep.texts\n"
+        "import data_prep.asterisk, megatron_soda.audio.reading, data_prep.sources, data_prep.texts\n"
         "sys.exit(bool({'torch', 'megatron', 'transformers'} & set(sys.modules)))\n"
     )
     root = Path(__file__).parents[2]

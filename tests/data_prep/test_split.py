@@ -151,7 +151,7 @@ def recipe(run: Path, speech: Path, *overrides: str) -> Recipe:
 
 def held(data: Path) -> dict[str, list[dict]]:
     """The utterances of each side, as they were prepared."""
-    from data_prep.units import read_units
+    from megatron_soda.data.units import read_units
 
     rows = {row["id"]: row for row in read_units(sorted((data / "units").glob("*.parquet")))}
     found = {side: [row["id"] for row in read_units([data / f"{side}.parquet"])] for side in ("valid", "test")}

@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep import choose
-from data_prep.codecs.embedded import EmbeddedCodec
 from data_prep.prepare import prepare
+from megatron_soda.codecs.embedded import EmbeddedCodec
 from megatron_soda.config import Recipe, load_recipe
 from megatron_soda.data.store import Store
 from megatron_soda.data.validate import validate

@@ -79,7 +79,7 @@ def test_full_disk_while_training(recipe, small_disk, tmp_path, asynchronous):
 def test_full_disk_while_preparing(small_disk, tmp_path, monkeypatch, capsys):
     """Whatever was being written when the disk was full (index, codec, units, tokenizer, parts, stores), the command
     says so, and with room it goes on."""
-    from tests.test_cli import soda
+    from tests.commands.test_cli import soda
 
     speech = write_speech(tmp_path / "speech")
     (tmp_path / "text.txt").write_text("".join(f"line {i} of some text\n" for i in range(3000)))

@@ -6,7 +6,7 @@ import torch
 
 from megatron_soda import ops
 from megatron_soda.ops import library, reference
-from tests.test_ops import damaged, stream
+from tests.ops.test_ops import damaged, stream
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

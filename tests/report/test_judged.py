@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from megatron_soda.inference.judge import best_and_median, judge, level_of, silence
+from megatron_soda.audio.judge import best_and_median, judge, level_of, silence
 from megatron_soda.report import plots
 from megatron_soda.report.advice import prospects
 from megatron_soda.report.plots import Line

@@ -1,0 +1,79 @@
+"""codec.json: which codec made the tokens of a data folder or of a model, and how to load it again."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from ..errors import SodaError
+from ..files import read_json, reading
+from . import QUANTISER_FILE, load_codec
+from .base import Codec
+
+DESCRIPTION = "codec.json"
+_ARGUMENTS = {"spec": str, "path": (str, type(None)), "codebooks": (int, type(None))}  # of load_codec
+_COUNTS = ("codebooks", "entries")
+_RATES = ("sample_rate", "samples_per_frame")
+
+
+@dataclass(frozen=True)
+class CodecDescription:
+    name: str
+    fingerprint: str
+    codebooks: int
+    entries: int
+    sample_rate: int  # Hz
+    samples_per_frame: int
+    arguments: dict[str, Any]  # of load_codec
+
+    @classmethod
+    def of(cls, codec: Codec, arguments: dict[str, Any]) -> Self:
+        """The description of a codec that these arguments load."""
+        facts = {name: getattr(codec, name) for name in ("name", "fingerprint", *_COUNTS, *_RATES)}
+        return cls(**facts, arguments=arguments)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Raises ValueError, KeyError or TypeError unless `values` describe a codec."""
+        for name in (*_COUNTS, *_RATES):
+            value = values[name]
+            if type(value) is not int or value < 1 or (name in _COUNTS and value > 1 << 16):
+                raise ValueError(f"{name} is {value!r}")
+        for name, kind in {"name": str, "fingerprint": str, "arguments": dict}.items():
+            if not isinstance(values[name], kind):
+                raise TypeError(f"{name} is {values[name]!r}")
+        return cls(**{name: values[name] for name in cls.__dataclass_fields__})
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def read_description(folder: Path) -> CodecDescription:
+    """Raises SodaError if the folder has no codec.json, or a damaged one."""
+    values = read_json(folder / DESCRIPTION, dict)
+    with reading(folder / DESCRIPTION, "does not describe a codec"):
+        return CodecDescription.from_dict(values)
+
+
+def load_data_codec(folder: Path) -> Codec:
+    """The codec that made the tokens of a data folder, or of an exported model, which carries its own copy.
+
+    Raises SodaError if it cannot be loaded, or if what is installed would give other codes."""
+    described = read_description(folder)
+    codec, fitted = None, folder / QUANTISER_FILE
+    if fitted.is_file() and described.arguments.get("path", "") and described.name == "embedded":
+        codec = _load({**described.arguments, "path": str(fitted)}, folder)
+    if codec is None or codec.fingerprint != described.fingerprint:  # the fitted one was left by another run
+        codec = _load(described.arguments, folder)
+    if codec.fingerprint != described.fingerprint:
+        raise SodaError(
+            f"{folder}: its tokens were made by codec {described.fingerprint}, but the installed one is "
+            f"{codec.fingerprint}. Prepare the data again, or install the version of megatron_soda that made it."
+        )
+    return codec
+
+
+def _load(arguments: dict[str, Any], folder: Path) -> Codec:
+    with reading(folder / DESCRIPTION, "its arguments load no codec"):
+        if any(not isinstance(value, _ARGUMENTS[name]) for name, value in arguments.items()):
+            raise ValueError(f"{arguments}")
+        return load_codec(**arguments)

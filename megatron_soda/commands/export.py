@@ -1,0 +1,13 @@
+"""`soda export`."""
+
+from .arguments import Overrides, Target
+from .resolve import resolve
+
+EXAMPLES = ("soda export runs/quickstart",)
+
+
+def command(recipe: Target, overrides: Overrides = None) -> None:
+    """Write RUN/hf, a stock Qwen3ForCausalLM, and compare its logits with ours."""
+    from ..hf.export import export
+
+    export(resolve(recipe, overrides or []))

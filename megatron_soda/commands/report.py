@@ -1,0 +1,15 @@
+"""`soda report`."""
+
+from pathlib import Path
+
+from .arguments import Overrides, Target
+from .resolve import resolve
+
+EXAMPLES = ("soda report runs/quickstart",)
+
+
+def command(recipe: Target, overrides: Overrides = None) -> None:
+    """Write RUN/report.html: one page that shows and plays the run."""
+    from ..report import build_report
+
+    print(build_report(Path(resolve(recipe, overrides or []).run)))

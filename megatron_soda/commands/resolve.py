@@ -1,0 +1,45 @@
+"""Which recipe, stores or model a command was given."""
+
+from pathlib import Path
+
+from ..config import Recipe, load_recipe
+from ..errors import SodaError
+
+
+def resolve(target: str | Path, overrides: list[str]) -> Recipe:
+    """The recipe behind a YAML file, a run folder or an exported folder, with overrides applied."""
+    target = Path(target)
+    if target.is_dir():
+        if not (target / "recipe.yaml").is_file():
+            raise SodaError(
+                f"{target}: no recipe.yaml in it; give a recipe, a run folder or a model that soda exported"
+            )
+        # Folders move: what a run holds is looked for where it is now.
+        run = target.parent if (target / "soda.json").is_file() else target
+        here = [f"run={run}"] if (run / "recipe.yaml").is_file() else []
+        return load_recipe(target / "recipe.yaml", [*here, *overrides])
+    if target.suffix not in (".yaml", ".yml"):
+        raise SodaError(f"{target}: not a folder, and not a recipe (.yaml)")
+    return load_recipe(target, overrides)
+
+
+def model_folder(target: str | Path, recipe: Recipe) -> Path:
+    """The exported folder of `target`; a run whose newest checkpoint was not exported yet is exported first."""
+    target = Path(target)
+    if (target / "soda.json").is_file():
+        return target
+    from ..hf.export import export
+
+    return export(recipe)
+
+
+def find_stores(target: str) -> tuple[Path, list[str]] | None:
+    """The folder and the name of a store. A data folder gives no name, nor does a run that was prepared but not
+    trained (training writes recipe.yaml). None for a recipe or another run."""
+    path = Path(target)
+    if path.name and not path.is_dir() and path.with_name(f"{path.name}.json").is_file():
+        return path.parent, [path.name]
+    if (path / "train.json").is_file():
+        return path, []
+    is_prepared = (path / "data" / "train.json").is_file() and not (path / "recipe.yaml").is_file()
+    return (path / "data", []) if is_prepared else None

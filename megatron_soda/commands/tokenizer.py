@@ -1,0 +1,98 @@
+"""`soda tokenizer`: a text tokenizer of one's own, or SODA's tokens on top of another one."""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from ..errors import SodaError
+from ..tokenizer import TextTokenizer, clean_text, train_sentencepiece
+from ..vocab import LLAMA3, MARKERS
+
+SENTENCE = 1000  # characters: sentencepiece leaves out sentences of more than 4,192 bytes
+
+app = typer.Typer(
+    help="Train a text tokenizer, or extend one by the markers and the audio codes.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+console = Console(stderr=True)
+
+
+@app.command(epilog="Examples:\n\n  soda tokenizer train text.model transcripts.txt 'web/*.jsonl' --pieces 8000")
+def train(
+    out: Annotated[Path, typer.Argument(metavar="OUT.model", help="The sentencepiece model to write.")],
+    texts: Annotated[list[str], typer.Argument(metavar="TEXTFILE...", help=".txt, .jsonl or .parquet; globs; folders")],
+    pieces: Annotated[int, typer.Option(min=1, help="how many ids")] = 8000,
+    sentences: Annotated[int, typer.Option(min=1, help="how many are learned from; of more, some are drawn")] = 500_000,
+    seed: Annotated[int, typer.Option(help="of that draw")] = 0,
+) -> None:
+    """Train a unigram sentencepiece model with byte fallback on the lines of texts."""
+    if out.suffix != ".model":
+        raise SodaError(f"{out}: a sentencepiece model is named *.model")
+    if out.exists():
+        raise SodaError(f"{out}: there is something already; remove it, or choose another name")
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("reading")
+        some, count = [], 0
+        draw = random.Random(seed)
+        for line in _lines(texts):
+            count += 1
+            if len(some) < sentences:
+                some.append(line)
+            elif (place := draw.randrange(count)) < sentences:  # every line is as likely as any other to be kept
+                some[place] = line
+            if count % 10_000 == 0:
+                progress.update(task, description=f"reading: {count:,} lines")
+        if not some:
+            raise SodaError(f"{', '.join(texts)}: there is no text in it")
+        progress.update(task, description=f"training on {len(some):,} of {count:,} lines")
+        train_sentencepiece(out, some, pieces)
+    print(f"{out}: {TextTokenizer(out).size:,} ids, learned from {len(some):,} of {count:,} lines")
+
+
+@app.command(
+    epilog="Examples:\n\n  soda tokenizer extend llama3/tokenizer.json soda-tokenizer\n\n"
+    "  soda tokenizer extend text.model soda-tokenizer --codebooks 4\n\n"
+    "Then:\n\n  soda prepare recipe.yaml prepare.tokenizer=soda-tokenizer"
+)
+def extend(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A .model, a tokenizer.json, or a folder with one.")],
+    out: Annotated[Path, typer.Argument(metavar="OUTFOLDER", help="The folder to write.")],
+    codebooks: Annotated[int, typer.Option(min=1)] = 8,
+    entries: Annotated[int, typer.Option(min=1, help="in every codebook")] = 2048,
+) -> None:
+    """Write a tokenizer for transformers: the one in SOURCE, the markers, and a token for every audio code.
+
+    Its text part, text_tokenizer.json, is beside it: OUTFOLDER is what prepare.tokenizer takes.
+    """
+    from ..hf.load import quiet_transformers
+    from ..hf.tokenizer import extend_tokenizer
+
+    quiet_transformers()
+    with console.status("extending"):
+        space = extend_tokenizer(source, out, codebooks, entries)
+    print(f"{out}: {space.size:,} ids")
+    names = ("<|begin_of_text|>", "<|end_of_text|>", *MARKERS, "first audio code", "last audio code")
+    ids = (space.bos, space.eos, space.text_start, space.text_end, space.audio_start, space.audio_end)
+    for name, number in zip(names, (*ids, space.audio_base, space.size - 1), strict=True):
+        print(f"  {name:<20}{number:>10}")
+
+
+def _lines(texts: list[str]) -> Iterator[str]:
+    """The lines of all texts, cleaned as `soda prepare` cleans them, long ones in parts."""
+    from data_prep.texts import read_texts
+    from data_prep.utterance import Reject
+
+    for text in read_texts(texts):
+        if isinstance(text, Reject):
+            console.print(f"[yellow]left out[/] {text.where}: {text.reason}", highlight=False)
+            continue
+        for line in clean_text(text, LLAMA3).splitlines():
+            line = line.strip()
+            yield from (line[i : i + SENTENCE] for i in range(0, len(line), SENTENCE))

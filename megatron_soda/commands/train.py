@@ -1,0 +1,21 @@
+"""`soda train`."""
+
+from pathlib import Path
+
+import typer
+
+from .arguments import Overrides, Target
+
+EXAMPLES = (
+    "soda train examples/quickstart/recipe.yaml training.steps=20",
+    "bash examples/pretrain/launch.sh recipe.yaml parallel.tensor=2",
+)
+
+
+def command(recipe: Target, overrides: Overrides = None) -> None:
+    """Train on one process, from the newest checkpoint on. For more processes use launch.sh (see below)."""
+    from ..train import run
+
+    path = Path(recipe)
+    here = [f"run={path}"] if path.is_dir() else []
+    raise typer.Exit(run(str(path / "recipe.yaml" if here else path), [*here, *(overrides or [])]))

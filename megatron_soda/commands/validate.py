@@ -1,0 +1,32 @@
+"""`soda validate`."""
+
+from typing import Annotated
+
+import typer
+
+from ..errors import SodaError
+from .arguments import Overrides
+from .resolve import find_stores, resolve
+
+EXAMPLES = (
+    "soda validate runs/quickstart",
+    "soda validate recipe.yaml data.path=/data/stores",
+    "soda validate /data/stores/yodas2-en/train",
+)
+
+
+def command(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE|RUN|STORE", help="A recipe, a run folder, or one store.")],
+    overrides: Overrides = None,
+) -> None:
+    """Check token stores: files whole, ids in range, every document legal and there once. Exit status 1 if not."""
+    from ..data.validate import SIDES, validate
+
+    found = find_stores(recipe)
+    if found and overrides:
+        raise SodaError(f"{' '.join(overrides)}: settings go with a recipe or a run, not with stores")
+    if found:
+        raise typer.Exit(0 if validate(found[0], found[1] or SIDES) else 1)
+    whole = resolve(recipe, overrides or [])
+    names = ["valid"] if whole.data.corpora else SIDES
+    raise typer.Exit(0 if validate(whole.data_folder, names, whole.data.corpora) else 1)

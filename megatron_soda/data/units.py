@@ -1,0 +1,119 @@
+"""Unit shards: utterances as codes and text, in Parquet. Encoding is the expensive step, so its result is kept."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..codecs.description import CodecDescription
+from ..errors import SodaError
+from ..files import atomic_path, reading
+
+CANNOT = "cannot be read; if `soda prepare` made it, delete it and run the same command again"
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("codes", pa.list_(pa.int16())),  # frame-major, frames * codebooks
+        ("text", pa.string()),
+        ("language", pa.string()),
+        ("speaker", pa.string()),
+        ("prompt", pa.string()),  # utterances of one prompt stay on one side of the split
+        ("recording", pa.string()),  # utterances of one recording that follow each other make one document
+        ("seconds", pa.float32()),
+        ("audio", pa.string()),  # where the sound was
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """An utterance of a shard without its codes, which are `codes[start:end]` of the shard."""
+
+    id: str
+    text: str
+    language: str
+    speaker: str
+    prompt: str
+    recording: str
+    seconds: float
+    start: int
+    end: int
+
+
+def write_units(path: Path, rows: list[dict], *, codec: CodecDescription, key: str = "") -> None:
+    """rows: dicts of SCHEMA's fields, with codes (frames, codebooks)."""
+    columns = [{**row, "codes": np.asarray(row["codes"], np.int16).reshape(-1)} for row in rows]
+    facts = {"codec": json.dumps(codec.to_dict(), sort_keys=True), "key": key}
+    with atomic_path(path) as temporary:
+        pq.write_table(pa.Table.from_pylist(columns, SCHEMA.with_metadata(facts)), temporary, compression="zstd")
+
+
+def unit_key(path: Path) -> str | None:
+    """The key a shard was written with; None if it is not there or is no whole unit shard."""
+    try:
+        with reading(path):
+            return (pq.read_schema(path).metadata or {}).get(b"key", b"").decode()
+    except SodaError:
+        return None
+
+
+def unit_codec(path: Path) -> CodecDescription:
+    """The codec of a shard. SodaError if the file is not a unit shard."""
+    with reading(path, "no unit shard that `soda prepare` wrote"):
+        return CodecDescription.from_dict(json.loads((pq.read_schema(path).metadata or {})[b"codec"]))
+
+
+def check_schema(path: Path) -> None:
+    """SodaError unless the Parquet file has the columns of a unit shard, of their types."""
+    with reading(path, CANNOT):
+        found = pq.read_schema(path)
+    for column in SCHEMA:
+        kind = found.field(column.name).type if column.name in found.names else None
+        if kind != column.type:
+            raise SodaError(
+                f"{path}: no unit shard: column {column.name} must be {column.type}, "
+                f"{f'it is {kind}' if kind else f'there are {found.names}'}"
+            )
+
+
+def read_columns(path: Path, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of some columns. SodaError if the shard cannot be read."""
+    with reading(path, CANNOT):
+        return pq.read_table(path, columns=list(names)).to_pylist()
+
+
+def read_shard(path: Path) -> tuple[list[Row], np.ndarray]:
+    """The utterances of a shard, and all their codes: int16 (frames, codebooks). SodaError if it cannot be read."""
+    codebooks = unit_codec(path).codebooks
+    with reading(path, CANNOT):
+        check_schema(path)
+        table = pq.read_table(path, columns=SCHEMA.names)
+        codes = table.column("codes").combine_chunks()
+        lengths = np.asarray(codes.value_lengths().fill_null(0), np.int64)
+        values = codes.flatten()
+        flat = values.to_numpy(zero_copy_only=False)
+        if values.null_count or (lengths % codebooks).any():
+            raise SodaError(f"{path}: its codes are not whole frames of {codebooks}")
+        ends = np.cumsum(lengths // codebooks).tolist()
+        names = ("id", "text", "language", "speaker", "prompt", "recording", "seconds")
+        empty = {"seconds": 0.0}
+        columns = [[v or empty.get(n, "") for v in table.column(n).to_pylist()] for n in names]
+    rows = [Row(*fields) for fields in zip(*columns, [0, *ends][: len(ends)], ends, strict=True)]
+    return rows, flat.reshape(-1, codebooks)
+
+
+def read_units(paths: list[Path]) -> Iterator[dict]:
+    """Rows in the order of the shards, with codes (frames, codebooks) int16."""
+    for path in sorted(paths):
+        codebooks = unit_codec(path).codebooks
+        with reading(path, CANNOT):
+            check_schema(path)
+            rows = pq.read_table(path, columns=SCHEMA.names).to_pylist()
+            for row in rows:
+                row["codes"] = np.array(row["codes"] or [], np.int16).reshape(-1, codebooks)
+        yield from rows

@@ -1,0 +1,207 @@
+"""csrc: the CUDA files compile, a build without a compiler installs without, a library that is no good is not used."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.cpp_extension import CUDA_HOME, include_paths, library_paths
+
+ROOT = Path(__file__).resolve().parents[2]
+NVCC = shutil.which("nvcc") or shutil.which("nvcc", path=f"{CUDA_HOME}/bin")
+COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+
+
+@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+def test_the_cuda_files_compile(tmp_path):
+    done = subprocess.run(
+        [
+            str(NVCC), "-arch=sm_90", "-std=c++17", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000",
+            "-Werror", "all-warnings", "-I", include_paths()[0],
+            "-c", str(ROOT / "csrc/cuda/ops.cu"), "-o", str(tmp_path / "ops.o"),
+        ],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+# setup.py as with another build of torch: CUDA's version and its home are what the test says.
+AS_TORCH = """
+import os, runpy, sys, torch
+from torch.utils import cpp_extension
+torch.version.cuda = sys.argv.pop(1) or None
+cpp_extension.CUDA_HOME = os.environ.get("CUDA_HOME")
+runpy.run_path("setup.py", run_name="__main__")
+"""
+
+
+def build(folder: Path, cuda: str = "", **environment: str) -> subprocess.CompletedProcess:
+    """setup.py's build of the library from sources without content; `cuda` is the version that torch was built for."""
+    source = folder / "source"
+    for part in ("cpu/ops.cpp", "cuda/ops.cu"):
+        (source / "csrc" / part).parent.mkdir(parents=True)
+        (source / "csrc" / part).touch()
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    (source / "megatron_soda").mkdir()
+    (source / "megatron_soda" / "__init__.py").touch()
+    return build_again(folder, cuda, **environment)
+
+
+def build_again(folder: Path, cuda: str = "", **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", AS_TORCH, cuda, "build_ext", "--inplace"]
+    settings = {key: value for key, value in os.environ.items() if key not in ("SODA_CSRC", "CUDA_HOME", "CUDA_PATH")}
+    return subprocess.run(
+        command, cwd=folder / "source", env={**settings, **environment}, capture_output=True, text=True, check=False
+    )
+
+
+def built_and_note(folder: Path) -> tuple[bool, str]:
+    package = folder / "source" / "megatron_soda"
+    note = package / "_csrc.txt"
+    return (package / "_csrc.abi3.so").is_file(), note.read_text() if note.is_file() else ""
+
+
+NO_COMPILER = {"CC": "/nowhere/cc", "CXX": "/nowhere/c++"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "code", "words", "note"),
+    [
+        ({**NO_COMPILER, "SODA_CSRC": "auto"}, 0, "WARNING: csrc is not built: ", "/nowhere/c++: not found"),
+        ({**NO_COMPILER, "SODA_CSRC": "cpu"}, 1, "/nowhere/c++", ""),
+        ({"SODA_CSRC": "none"}, 0, "", "SODA_CSRC=none"),
+        ({"SODA_CSRC": "gpu"}, 1, "SODA_CSRC=gpu is not one of auto, cpu, cuda, none", ""),
+    ],
+    ids=["auto", "cpu", "none", "wrong"],
+)
+def test_where_it_cannot_be_built(tmp_path, environment, code, words, note):
+    done = build(tmp_path, **environment)
+    assert done.returncode == code, done.stderr
+    assert words in done.stdout + done.stderr
+    built, reason = built_and_note(tmp_path)
+    assert not built
+    assert note in reason
+    assert bool(note) == bool(reason)
+    assert len(reason.splitlines()) <= 1
+    if code == 0 and words:
+        assert "pip install --no-build-isolation -e ." in done.stderr
+
+
+# Stand-ins for nvcc: `nvcc --version` is what torch compares with its own; then one file is compiled, to the -o.
+VERSION = 'case "$*" in *--version*) echo "Cuda compilation tools, release %s, V%s.1"; exit ;; esac\n'
+COMPILES = 'while [ "$1" != -o ]; do shift; done; exec c++ -c -x c++ /dev/null -o "$2"\n'
+TOO_NEW = "echo 'error: -- unsupported GNU version! gcc versions later than 9 are not supported!' >&2; exit 1\n"
+
+
+@pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize(
+    ("nvcc", "note"),
+    [
+        (VERSION % ("13.0", "13.0") + COMPILES, "cannot find -lcudart"),
+        (VERSION % ("11.0", "11.0") + COMPILES, "The detected CUDA version (11.0) mismatches"),
+        (VERSION % ("13.0", "13.0") + TOO_NEW, "unsupported GNU version! gcc versions later than 9"),
+        ("echo 'nvcc: no licence' >&2; exit 3\n", "returned non-zero exit status 3"),
+        (None, "there is no nvcc"),
+    ],
+    ids=["no-runtime", "old", "new-compiler", "broken", "absent"],
+)
+def test_without_cuda_the_cpu_kernels_are_built(tmp_path, nvcc, note):
+    program = tmp_path / "cuda/bin/nvcc"
+    program.parent.mkdir(parents=True)
+    if nvcc is not None:
+        program.write_text("#!/bin/sh\n" + nvcc)
+        program.chmod(0o755)
+    done = build(tmp_path, cuda="13.0", CUDA_HOME=str(tmp_path / "cuda"))
+    assert done.returncode == 0, done.stderr
+    built, reason = built_and_note(tmp_path)
+    assert built, done.stderr
+    assert note in reason
+    assert f"WARNING: csrc is built without its CUDA kernels: {reason}" in done.stderr
+
+
+@pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+def test_an_old_note_goes_away(tmp_path):
+    assert build(tmp_path, **NO_COMPILER).returncode == 0
+    assert built_and_note(tmp_path)[1]
+    done = build_again(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert built_and_note(tmp_path) == (True, "")
+
+
+def why_absent(library: Path) -> str:
+    """What a fresh process says of this library; it must work without it."""
+    program = (
+        "import sys, pathlib, torch\n"
+        "from megatron_soda.ops import library\n"
+        "library.path, library.why_absent = pathlib.Path(sys.argv[1]), 'not loaded yet'\n"
+        "library.load()\n"
+        "from megatron_soda import ops\n"
+        "assert ops.pack_frames(torch.tensor([[1, 2]], dtype=torch.int32), 4).tolist() == [[0x21]]\n"
+        "assert library.find('pack_frames', 'cpu') is None and not library.has_cuda()\n"
+        "library.set_simd(False)\n"
+        "from megatron_soda.commands.doctor import checks\n"
+        "row = next(row for row in checks() if row[0] == 'csrc kernels')\n"
+        "assert row[1] is False and library.why_absent in row[2] and '--no-build-isolation' in row[3], row\n"
+        "print(library.why_absent)"
+    )
+    # The package's own library must stay out of the process: one of two libraries of the same ops would not load.
+    copy = library.parent / "copy" / "megatron_soda"
+    if not copy.exists():
+        shutil.copytree(ROOT / "megatron_soda", copy, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(library)],
+        cwd=copy.parent,
+        env={**os.environ, "PYTHONPATH": str(copy.parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_a_library_that_cannot_be_loaded(tmp_path):
+    assert why_absent(tmp_path / "nothing.so") == "not built"
+    (tmp_path / "_csrc.txt").write_text("/bin/sh: 1: c++: not found\n")
+    assert why_absent(tmp_path / "nothing.so") == "not built (/bin/sh: 1: c++: not found)"
+    garbage = tmp_path / "garbage.so"
+    garbage.write_bytes(b"no library at all" * 100)
+    assert why_absent(garbage).startswith("it cannot be loaded (")
+
+
+FOREIGN = 'extern "C" int torch_no_such_function();\nint foreign = torch_no_such_function();\n'
+STALE = """
+#include <torch/csrc/stable/library.h>
+int64_t version() { return VERSION; }
+STABLE_TORCH_LIBRARY(megatron_soda, m) { m.def("version() -> int"); }
+STABLE_TORCH_LIBRARY_IMPL(megatron_soda, CompositeExplicitAutograd, m) { m.impl("version", TORCH_BOX(&version)); }
+"""
+
+
+@pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize(
+    ("source", "version", "words"),
+    [
+        (FOREIGN, 1, f"built for another torch than {torch.__version__} (undefined symbol: torch_no_such_function"),
+        (STALE, 0, "stale: version 0, 1 is wanted"),
+        (STALE, 1, "stale: pack_frames, unpack_frames, "),
+        ("", 1, "stale: version unknown, 1 is wanted"),
+    ],
+    ids=["foreign", "version", "ops", "empty"],
+)
+def test_a_library_of_another_build(tmp_path, source, version, words):
+    (tmp_path / "other.cpp").write_text(source)
+    subprocess.run(
+        [
+            str(COMPILER), "-std=c++17", "-shared", "-fPIC", f"-DVERSION={version}",
+            "-DTORCH_TARGET_VERSION=0x020b000000000000", "-I", include_paths()[0],
+            "other.cpp", "-o", "other.so",
+            *(f"-L{folder}" for folder in library_paths()), "-lc10", "-ltorch_cpu",
+        ],
+        cwd=tmp_path, check=True,
+    )  # fmt: skip
+    assert why_absent(tmp_path / "other.so").startswith(words)
