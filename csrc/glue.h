@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <tuple>
@@ -55,13 +56,18 @@ inline void check_stream(const Tensor& text, const Tensor& frames, const Tensor&
   check(starts.numel() >= 1 && starts.numel() == firsts.numel(), "starts and firsts must be equally long");
 }
 
-inline void check_batch(const Tensor& ids, const Tensor& counts, const Tensor& classes, const Tensor& weights) {
+inline void check_batch(const Tensor& ids, const Tensor& counts, const Tensor& classes, const Tensor& weights,
+                        const std::optional<Tensor>& label_weights) {
   check_tensor("ids", ids, 2, ids);
   check_tensor("counts", counts, 1, ids);
   check_tensor("classes", classes, 1, ids);
   check_tensor("weights", weights, 1, ids);
   check(ids.size(0) >= 1 && ids.size(1) >= 2 && ids.numel() < int64_t{1} << 30, "ids has a wrong shape");
   check(counts.numel() == ids.size(0), "counts must have one entry for every sequence");
+  if (!label_weights) return;
+  check_tensor("label_weights", *label_weights, 2, ids);
+  check(label_weights->size(0) == ids.size(0) && label_weights->size(1) == ids.size(1) - 1,
+        "label_weights must have one entry for every label");
 }
 
 inline void check_found(int64_t low, int64_t high, int64_t vocabulary, int64_t top_class, int64_t n_classes) {

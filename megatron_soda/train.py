@@ -29,7 +29,7 @@ def run(recipe_path: str, overrides: list[str]) -> int:
             speaks = True
 
             from .parallel import watch
-            from .training.loop import exit_quietly, train
+            from .training.trainer import exit_quietly, train
 
             done = train(recipe)
             watch.stop()

@@ -41,9 +41,9 @@ struct RowFacts {
   }
 };
 
-// `starts` gets where the row's segments begin. Its loops are the compiler's to vectorise, for either set of instructions.
+// `label_weights`: of every label, or null. `starts` gets where the row's segments begin. Its loops are the compiler's to vectorise, for either set of instructions.
 __attribute__((always_inline)) inline RowFacts build_row_with(const int32_t* ids, int64_t length, int64_t count,
-                                                              const BatchTables& tables, const BatchRow& row,
+                                                              const float* label_weights, const BatchTables& tables, const BatchRow& row,
                                                               std::vector<int32_t>& starts) {
   RowFacts facts{ids[0], ids[0], 0};
   for (int64_t p = 1; p <= length; ++p) {
@@ -61,6 +61,8 @@ __attribute__((always_inline)) inline RowFacts build_row_with(const int32_t* ids
     row.class_id[p] = id_class;
     row.loss_weight[p] = p < count && id_class < tables.n_classes ? tables.weights[id_class] : 0.0f;
   }
+  if (label_weights)
+    for (int64_t p = 0; p < length; ++p) row.loss_weight[p] = p < count ? row.loss_weight[p] * label_weights[p] : 0.0f;
   starts.push_back(0);
   for (int64_t from = 0; from < length;) {  // a segment a round: up to its EOS, or to the end
     int64_t to = from;
@@ -79,18 +81,18 @@ __attribute__((always_inline)) inline RowFacts build_row_with(const int32_t* ids
 
 #ifdef SODA_AVX2
 __attribute__((target("avx2"))) inline RowFacts build_row_avx2(const int32_t* ids, int64_t length, int64_t count,
-                                                               const BatchTables& tables, const BatchRow& row,
+                                                               const float* label_weights, const BatchTables& tables, const BatchRow& row,
                                                                std::vector<int32_t>& starts) {
-  return build_row_with(ids, length, count, tables, row, starts);
+  return build_row_with(ids, length, count, label_weights, tables, row, starts);
 }
 #endif
 
-inline RowFacts build_row(const int32_t* ids, int64_t length, int64_t count, const BatchTables& tables,
-                          const BatchRow& row, std::vector<int32_t>& starts) {
+inline RowFacts build_row(const int32_t* ids, int64_t length, int64_t count, const float* label_weights,
+                          const BatchTables& tables, const BatchRow& row, std::vector<int32_t>& starts) {
 #ifdef SODA_AVX2
-  if (use_avx2()) return build_row_avx2(ids, length, count, tables, row, starts);
+  if (use_avx2()) return build_row_avx2(ids, length, count, label_weights, tables, row, starts);
 #endif
-  return build_row_with(ids, length, count, tables, row, starts);
+  return build_row_with(ids, length, count, label_weights, tables, row, starts);
 }
 
 }  // namespace soda

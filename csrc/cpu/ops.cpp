@@ -10,7 +10,7 @@
 namespace soda {
 namespace {
 
-constexpr int64_t kVersion = 1;      // megatron_soda/ops/library.py wants this number
+constexpr int64_t kVersion = 2;      // megatron_soda/ops/library.py wants this number
 constexpr int64_t kGrain = 1 << 16;  // tokens that are worth a thread
 
 template <class Function>
@@ -92,8 +92,8 @@ Tensor expand(const Tensor& text, const Tensor& frames, const Tensor& starts, co
 using Batch = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Batch build_batch(const Tensor& ids, const Tensor& counts, const Tensor& classes, const Tensor& weights, int64_t eos,
-                  bool reset_positions) {
-  check_batch(ids, counts, classes, weights);
+                  bool reset_positions, const std::optional<Tensor> label_weights) {
+  check_batch(ids, counts, classes, weights, label_weights);
   const int64_t sequences = ids.size(0), length = ids.size(1) - 1;
   const auto row_major = [&](ScalarType type) { return make(ids, {sequences, length}, type); };
   Tensor tokens = row_major(ScalarType::Long), labels = row_major(ScalarType::Long);
@@ -106,11 +106,13 @@ Batch build_batch(const Tensor& ids, const Tensor& counts, const Tensor& classes
                       segment_id.mutable_data_ptr<int64_t>(), position_id.mutable_data_ptr<int64_t>()};
   const int32_t* in = ids.const_data_ptr<int32_t>();
   const int64_t* count = counts.const_data_ptr<int64_t>();
+  const float* weighed = label_weights ? label_weights->const_data_ptr<float>() : nullptr;
   std::vector<std::vector<int32_t>> starts(sequences);
   std::vector<RowFacts> facts(sequences);
   in_parallel(sequences, length, [&](int64_t from, int64_t to) {
     for (int64_t s = from; s < to; ++s)
-      facts[s] = build_row(in + s * (length + 1), length, count[s], tables, rows.at(s * length), starts[s]);
+      facts[s] = build_row(in + s * (length + 1), length, count[s], weighed ? weighed + s * length : nullptr, tables,
+                           rows.at(s * length), starts[s]);
   });
   RowFacts all = facts[0];
   int64_t segments = 0;
@@ -220,7 +222,8 @@ STABLE_TORCH_LIBRARY(megatron_soda, m) {
       "expand_windows(Tensor text, Tensor frames, Tensor starts, Tensor firsts, Tensor begins, int length, int slots, "
       "int bits, int text_bits, int audio_base, int entries) -> Tensor");
   m.def(
-      "build_batch(Tensor ids, Tensor counts, Tensor classes, Tensor weights, int eos, bool reset_positions) -> "
+      "build_batch(Tensor ids, Tensor counts, Tensor classes, Tensor weights, int eos, bool reset_positions, "
+      "Tensor? label_weights) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("best_fit(Tensor lengths, int capacity) -> (Tensor, Tensor)");
   m.def("first_illegal(Tensor ids, Tensor offsets, Tensor kinds, Tensor step, int start, int end) -> Tensor");

@@ -23,6 +23,7 @@ struct BatchInput {
   int64_t eos;
   bool reset_positions;
   int64_t length;
+  const float* label_weights;  // (sequences, length), or null
 };
 
 struct BatchOutput {
@@ -110,6 +111,7 @@ __global__ void __launch_bounds__(kRowThreads)
       top = max(top, static_cast<int>(class_id[i]));
       const bool counts = there[i] && p + i < count && class_id[i] < in.n_classes;
       weight[i] = counts ? in.weights[class_id[i]] : 0.0f;
+      if (counts && in.label_weights) weight[i] *= in.label_weights[base + p + i];
       segment[i] = (i ? segment[0] : before.segments) + starts_here[i];
       origin[i] = starts_here[i] ? p + i : i ? origin[0] : before.origin;
       if (there[i] && (starts_here[i] || p + i == 0)) starts[base + segment[i]] = static_cast<int32_t>(base + p + i);

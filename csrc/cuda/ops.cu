@@ -135,8 +135,8 @@ Tensor expand(const Tensor& text, const Tensor& frames, const Tensor& starts, co
 using Batch = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Batch build_batch(const Tensor& ids, const Tensor& counts, const Tensor& classes, const Tensor& weights, int64_t eos,
-                  bool reset_positions) {
-  check_batch(ids, counts, classes, weights);
+                  bool reset_positions, const std::optional<Tensor> label_weights) {
+  check_batch(ids, counts, classes, weights, label_weights);
   const OnDevice device(ids);
   const int64_t sequences = ids.size(0), length = ids.size(1) - 1;
   const auto row_major = [&](ScalarType type) { return make(ids, {sequences, length}, type); };
@@ -152,7 +152,8 @@ Batch build_batch(const Tensor& ids, const Tensor& counts, const Tensor& classes
                       weights.numel(),
                       eos,
                       reset_positions,
-                      length};
+                      length,
+                      label_weights ? label_weights->const_data_ptr<float>() : nullptr};
   const BatchOutput out{tokens.mutable_data_ptr<int64_t>(),     labels.mutable_data_ptr<int64_t>(),
                         loss_weight.mutable_data_ptr<float>(),  class_id.mutable_data_ptr<int64_t>(),
                         segment_id.mutable_data_ptr<int64_t>(), position_id.mutable_data_ptr<int64_t>()};

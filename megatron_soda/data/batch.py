@@ -18,7 +18,7 @@ class Batch:
 
     tokens: Tensor  # int64
     labels: Tensor  # int64: the next token
-    loss_weight: Tensor  # float32, by the class of the label; 0 for labels that another window counts
+    loss_weight: Tensor  # float32, by the class of the label and its own weight; 0 where another window counts it
     class_id: Tensor  # int64: the class of the label
     segment_id: Tensor  # int64: counts documents inside a window; attention stays inside one
     position_id: Tensor  # int64: counts from the start of the window, or of the segment
@@ -26,7 +26,7 @@ class Batch:
 
 
 class Batcher:
-    """Builds batches for one token space, on `device`: what goes there is the ids alone.
+    """Builds batches for one token space, on `device`: what goes there is the ids, and weights of labels if any.
 
     `class_weights` (classes,) multiplies the loss of each class. `reset_positions`: positions count from the start of
     each segment; SODA's own code counts from the start of the window.
@@ -50,9 +50,18 @@ class Batcher:
         ids = torch.from_numpy(np.stack([window.ids for window in windows])).to(device)
         counts = torch.tensor([window.count for window in windows], device=device)
         try:
-            return Batch(*ops.build_batch(ids, counts, self.classes, self.weights, self.eos, self.reset_positions))
+            tables = self.classes, self.weights, self.eos, self.reset_positions
+            return Batch(*ops.build_batch(ids, counts, *tables, self._label_weights(windows)))
         except ValueError as error:
             raise SodaError(
                 f"a window of the store holds an id outside the vocabulary: {error}. "
                 "It is damaged, or of another vocabulary; `soda validate` tells where."
             ) from None
+
+    def _label_weights(self, windows: list[Window]) -> Tensor | None:
+        """float32 (windows, length); None if no window has weights of its own."""
+        if all(window.weights is None for window in windows):
+            return None
+        ones = np.ones(len(windows[0].ids) - 1, np.float32)
+        weights = [ones if window.weights is None else window.weights for window in windows]
+        return torch.from_numpy(np.stack(weights)).to(self.classes.device)

@@ -55,12 +55,16 @@ class Mixture:
             if following and following.first_sample <= start:
                 continue  # over before this run began
             table = _Table([stage.shares.get(name, 0.0) for name in self._names])
-            # A table is in the order of its stage also if the run begins amid it: then `counts` less what would have
-            # been drawn since is where the stage began (below 0, if other shares were drawn there).
+            # A table keeps the order of its stage even if the run begins in the middle of it: then the stage began at
+            # `counts` less what would have been drawn since (below 0, if other shares were drawn there).
             counts = counts - table.counts(max(0, start - stage.first_sample))
             self._stages.append((stage.first_sample, table, counts))
             if following:
                 counts = counts + table.counts(following.first_sample - stage.first_sample)
+
+    def __str__(self) -> str:
+        windows = sum(corpus.count for corpus in self.corpora.values())
+        return f"{windows:,} windows of {self.length} in {len(self.corpora)} corpora"
 
     def locate(self, sample: int) -> tuple[str, int]:
         """The corpus of a sample, and which one of that corpus's samples it is, counted from 0 over all of training."""

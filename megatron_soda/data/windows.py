@@ -9,6 +9,7 @@ frame begins at the frame's first token instead. A window counts its labels up t
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Protocol
 
 import numpy as np
 
@@ -54,6 +55,13 @@ class Window:
 
     ids: np.ndarray  # int32 (length + 1,)
     count: int
+    weights: np.ndarray | None = None  # float32 (length,): multiply the loss of the labels; None: nothing to multiply
+
+
+class Samples(Protocol):
+    """Windows by the number of the sample."""
+
+    def __getitem__(self, sample: int) -> Window: ...
 
 
 @dataclass(frozen=True)

@@ -233,7 +233,7 @@ def compare_logits(ours: Any, folder: Path, store: Store, recipe: Recipe, docume
 
     from ..data.batch import Batcher
     from ..data.windows import Window
-    from ..model.gpt import forward
+    from ..model.gpt import forward, inputs_of
 
     device = next(ours.parameters()).device
     theirs: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
@@ -245,7 +245,7 @@ def compare_logits(ours: Any, folder: Path, store: Store, recipe: Recipe, docume
     for index in range(min(documents, len(store))):
         ids = store.document(index)[: recipe.data.sequence_length + 1]
         batch = Batcher(store.space, device=device)([Window(ids, len(ids) - 1)])
-        expected = forward(ours, batch, recipe, logits=True)[..., : store.space.size].float()
+        expected = forward(ours, inputs_of(ours, batch), logits=True)[..., : store.space.size].float()
         found = theirs(batch.tokens).logits.float()
         worst = max(worst, float(torch.nan_to_num((expected - found).abs(), nan=torch.inf).max()))
     torch.set_num_threads(threads)

@@ -1,6 +1,7 @@
 """The SODA decoder as megatron-core's GPTModel, with weights that do not depend on the layout."""
 
 import hashlib
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -100,6 +101,8 @@ class SodaModel(GPTModel):
     """GPTModel that ends with the hidden states: the head is part of the loss (head.py). `with_head` brings logits."""
 
     with_head = False
+    packed = False  # documents are given as packed sequences, not by a mask: specs.is_packed
+    reset_positions = False  # the recipe's data.reset_positions
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return super()._postprocess(hidden_states, *args, **kwargs) if self.with_head else hidden_states
@@ -142,7 +145,8 @@ def build_model(recipe: Recipe, space: TokenSpace, device: torch.device, chunk: 
         rope_scaling_factor=m.rope_scaling_factor,
         vp_stage=chunk,
     )
-    if not is_packed(backend, config):
+    model.packed, model.reset_positions = is_packed(backend, config), recipe.data.reset_positions
+    if not model.packed:
         stock: Any = model.rotary_pos_emb
         setattr(model, "rotary_pos_emb", Rotary(stock.inv_freq))  # noqa: B010  a module of another class
     for parameter in model.parameters():
@@ -221,20 +225,32 @@ def global_name(model: Any, name: str) -> str:
     return "embedding.word_embeddings.weight" if tied else name
 
 
-def forward(model: Any, batch: Batch, recipe: Recipe, *, logits: bool = False) -> Tensor:
+@dataclass
+class Inputs:
+    """What this rank takes of a batch."""
+
+    batch: Batch  # its part of every sequence; `cu_seqlens` are the whole batch's
+    mask: Tensor | None  # bool (sequences, 1, queries, keys), True where attention may look; None: packed sequences
+
+
+def inputs_of(model: SodaModel, batch: Batch) -> Inputs:
+    """Attention stays inside documents: by a mask in the local modules, by packed sequences in Transformer Engine
+    (which ignores masks)."""
+    return Inputs(cut(batch), None if model.packed else attention_mask(batch.segment_id))
+
+
+def forward(model: Any, inputs: Inputs, *, logits: bool = False) -> Tensor:
     """Hidden states (length of this rank, sequences, hidden_size) of this stage; packed: (all tokens, 1, hidden_size).
 
     `logits`: on the last stage (sequences, length, vocabulary of this rank) instead.
-    Attention stays inside documents: by a mask in the local modules, by packed sequences in Transformer Engine
-    (which ignores masks).
     """
     module: SodaModel = getattr(model, "module", model)
     module.with_head = logits and module.post_process
-    if isinstance(module.rotary_pos_emb, Rotary):
-        mask = attention_mask(batch.segment_id)
-        batch = cut(batch)
-        module.rotary_pos_emb.position_id = batch.position_id if recipe.data.reset_positions else batch.position_id[:1]
-        return model(batch.tokens, batch.position_id, mask)
+    batch = inputs.batch
+    if not module.packed:
+        rotary: Any = module.rotary_pos_emb
+        rotary.position_id = batch.position_id if module.reset_positions else batch.position_id[:1]
+        return model(batch.tokens, batch.position_id, inputs.mask)
     longest = int((batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).max())
     packed = PackedSeqParams(
         qkv_format="thd",

@@ -103,7 +103,13 @@ class Stream:
 
 
 def build_batch(
-    ids: Tensor, counts: Tensor, classes: Tensor, weights: Tensor, eos: int, reset_positions: bool
+    ids: Tensor,
+    counts: Tensor,
+    classes: Tensor,
+    weights: Tensor,
+    eos: int,
+    reset_positions: bool,
+    label_weights: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Windows of ids -> the tensors of `data.batch.Batch`, in its order.
 
@@ -111,6 +117,7 @@ def build_batch(
     counts   int64 (sequences,)  labels from this position on have loss weight 0
     classes  uint8 (vocabulary,)  the class of every id
     weights  float32 (classes,)  the loss weight of each class
+    label_weights  float32 (sequences, length)  multiply those of their labels' classes; None: no label has one
 
     Returns tokens, labels int64, loss_weight float32, class_id, segment_id, position_id int64, all (sequences, length),
     and cu_seqlens int32 (segments + 1,). A segment starts with each sequence and after each `eos`; position_id counts
@@ -128,7 +135,14 @@ def build_batch(
         raise ValueError(f"counts must be ({len(ids)},), one for every sequence of ids, not {_shape(counts)}")
     if len(ids) * ids.shape[1] >= 2**30:
         raise ValueError(f"ids must have fewer than 2**30 elements; it is {_shape(ids)}")
-    return _run("build_batch", ids, counts, classes, weights, eos, bool(reset_positions))
+    if label_weights is not None:
+        _tensor("label_weights", label_weights, (torch.float32,), 2, ids.device)
+        if label_weights.shape != (len(ids), ids.shape[1] - 1):
+            raise ValueError(
+                f"label_weights must be ({len(ids)}, {ids.shape[1] - 1}), one for every label of ids, not "
+                f"{_shape(label_weights)}"
+            )
+    return _run("build_batch", ids, counts, classes, weights, eos, bool(reset_positions), label_weights)
 
 
 def best_fit(lengths: Tensor, capacity: int) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-VERSION = 1  # what csrc/cpu/ops.cpp says; raised there and here whenever an op changes its meaning or its arguments
+VERSION = 2  # what csrc/cpu/ops.cpp says; raised there and here whenever an op changes its meaning or its arguments
 CPU_OPS = "pack_frames unpack_frames expand_windows build_batch best_fit first_illegal hash_documents set_simd".split()
 REBUILD = "pip install --no-build-isolation -e . (in the source tree, with a C++ compiler)"
 

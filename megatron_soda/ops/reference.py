@@ -87,7 +87,13 @@ def expand_windows(
 
 
 def build_batch(
-    ids: Tensor, counts: Tensor, classes: Tensor, weights: Tensor, eos: int, reset_positions: bool
+    ids: Tensor,
+    counts: Tensor,
+    classes: Tensor,
+    weights: Tensor,
+    eos: int,
+    reset_positions: bool,
+    label_weights: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= len(classes):
@@ -102,11 +108,12 @@ def build_batch(
     breaks[:, 1:] = tokens[:, :-1] == eos  # a segment starts after EOS
     starts = breaks.bool()
     starts[:, 0] = True
+    loss_weight = weights[class_id] if label_weights is None else weights[class_id] * label_weights
     position = torch.arange(length, device=ids.device).expand(sequences, length)
     return (
         tokens,
         labels,
-        weights[class_id].masked_fill_(position >= counts[:, None], 0.0),
+        loss_weight.masked_fill_(position >= counts[:, None], 0.0),
         class_id,
         breaks.cumsum(1),
         (position - (position * starts).cummax(1)[0]) if reset_positions else position.clone(),

@@ -2,7 +2,7 @@
 
 check_rendezvous()             in a process of torchrun, before torch is loaded: can node 0 be found?
 compare_ranks(recipe, device)  before megatron-core makes its groups: were all ranks started alike, each on its device?
-check_ranks(recipe, device)    after that, before the first step: the same, and do sums come out right in every group?
+check_groups(facts, device)    after that, before the first step: do sums come out right in every group?
 python -m megatron_soda.parallel.preflight    what examples/pretrain/launch.sh asks before it starts torchrun
 """
 
@@ -199,14 +199,13 @@ def compare_ranks(recipe: Recipe, device: "torch.device") -> list[dict[str, Any]
     return facts
 
 
-def check_ranks(recipe: Recipe, device: "torch.device") -> str:
-    """Compares the ranks, adds up known numbers in every group, and returns the rank map as a table.
+def check_groups(facts: list[dict[str, Any]], device: "torch.device") -> str:
+    """Adds up known numbers in every group, and returns the rank map as a table. `facts`: compare_ranks's.
 
-    SodaError, on all ranks, for ranks that differ, ranks that share a device, and sums that are wrong.
+    SodaError, on all ranks, for sums that are wrong.
     """
     from megatron.core import parallel_state as state
 
-    facts = compare_ranks(recipe, device)
     groups = {
         "all": None,
         "tensor": state.get_tensor_model_parallel_group(),
@@ -223,7 +222,7 @@ def check_ranks(recipe: Recipe, device: "torch.device") -> str:
         "wrong": wrong,
     }
     for fact, text in zip(facts, gather(json.dumps(here), device), strict=True):
-        fact.update(json.loads(text))
+        fact |= json.loads(text)
     for name in groups:
         ranks = [rank for rank, fact in enumerate(facts) if name in fact["wrong"]]
         if ranks:

@@ -28,6 +28,8 @@ from ..errors import SodaError  # noqa: E402
 from . import preflight, watch  # noqa: E402
 from .layout import check_layout  # noqa: E402
 
+facts: list[dict[str, Any]] = []  # of every rank, as `init` found them
+
 
 def init(recipe: Recipe) -> torch.device:
     """Starts the process group (torchrun's, or one process alone) and lays out the ranks. Returns the device.
@@ -57,7 +59,8 @@ def init(recipe: Recipe) -> torch.device:
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
         if world_size > 1:
             watch.start(store.clone(), rank, world_size)
-    preflight.compare_ranks(recipe, device)  # ranks that want other groups than their peers would wait for ever
+    # Before the groups: ranks that want other ones than their peers would wait for ever.
+    facts[:] = preflight.compare_ranks(recipe, device)
     layout(recipe)
     return device
 
@@ -110,7 +113,7 @@ def is_first() -> bool:
     return dist.get_rank() == 0
 
 
-def describe(recipe: Recipe) -> str:
+def layout_line(recipe: Recipe) -> str:
     p = recipe.parallel
     parts = [f"tensor {p.tensor}{' (sequence)' if p.sequence else ''}", f"pipeline {p.pipeline}"]
     if p.virtual_pipeline > 1:

@@ -3,7 +3,7 @@
 import os
 import zlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -11,7 +11,7 @@ from ..config import Recipe
 from ..data.files import checksum, sampled_checksum, store_file
 from ..data.mixture import Mixture, Stage
 from ..data.store import Store
-from ..data.windows import Windows
+from ..data.windows import Samples, Windows
 from ..errors import SodaError, user_message
 from ..parallel import preflight, ranks
 from ..vocab import TokenSpace
@@ -88,14 +88,25 @@ def _changed_bytes(store: Store) -> str:
     return ""
 
 
+class Source(Samples, Protocol):
+    """The stream of training samples. Sample n is the same on every rank and at every layout; `str` says what it is."""
+
+    length: int  # tokens of a sample
+
+    def consumed(self, sample: int) -> dict[str, int]:
+        """How many of the first `sample` samples each corpus gave."""
+        ...
+
+
 class Corpora:
-    """`windows` is the stream of training samples, `valid` what is validated on, `description` what of this belongs in
-    a checkpoint."""
+    """`source` is what training eats, `valid` what is validated on, `description` what of this belongs in a checkpoint.
+
+    SodaError if the data or their order are not those of the steps that are done."""
 
     def __init__(self, recipe: Recipe, stores: Stores, origin: Origin) -> None:
         d = recipe.data
         self.stores = stores
-        self.windows = _open_mixture(recipe, stores, origin)
+        self.source: Source = _open_mixture(recipe, stores, origin)
         self.valid = Windows(stores.valid, d.sequence_length, recipe.seed)
         wanted = recipe.training.valid_windows
         self.valid_count = min(wanted, self.valid.count)
@@ -114,8 +125,13 @@ class Corpora:
             "valid": _identity(stores.valid),
         }
         self._seen = {store.path: (_stamp(store), _identity(store)) for store in stores.all()}
+        self._check_same(recipe, origin)
 
-    def check_same(self, recipe: Recipe, origin: Origin) -> None:
+    @property
+    def space(self) -> TokenSpace:
+        return self.stores.space
+
+    def _check_same(self, recipe: Recipe, origin: Origin) -> None:
         """The steps behind us must have used up what the recipe says they have, or data would be lost or repeated; and
         the model must know what the ids mean."""
         if origin.folder is None:
@@ -127,7 +143,7 @@ class Corpora:
                 f"it would be {samples}: training.global_batch_size={recipe.training.global_batch_size} is not what it "
                 "was. Set it back, or branch a new run off: training.branch_from"
             )
-        used = (saved["consumed"], self.windows.consumed(samples))
+        used = (saved["consumed"], self.source.consumed(samples))
         before, now = ({name: count for name, count in of.items() if count} for of in used)
         if before != now:
             raise SodaError(
@@ -149,7 +165,7 @@ class Corpora:
         if not problem:
             return
         told = f"{self.stores.valid.path} is {problem} than {origin.folder} was validated on: losses do not compare"
-        if origin.branching or "validation" in recipe.data.accept:
+        if origin.kind == "branched" or "validation" in recipe.data.accept:
             self.notes.append(f"{told}.")
             return
         raise SodaError(

@@ -2,7 +2,9 @@
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from ..config import Recipe
 from ..errors import SodaError
@@ -24,9 +26,12 @@ class Branch:
 
 @dataclass
 class Origin:
-    folder: Path | None  # the checkpoint; None: the run starts from new weights
+    """Where a run begins. fresh: with new weights. resumed: at its own newest checkpoint. branched: at a checkpoint of
+    another run, as it has none of its own yet."""
+
+    kind: Literal["fresh", "resumed", "branched"]
+    folder: Path | None  # the checkpoint; None of a fresh run
     branch: Branch
-    branching: bool  # the run has no checkpoint of its own yet
     saved: dict[str, Any]  # checkpoint.json
     batch: int  # samples of a step
     length: int  # tokens of a sample
@@ -36,6 +41,11 @@ class Origin:
         """Steps that are done."""
         return self.saved["step"]
 
+    def load(self, models: list, optimizer: MegatronOptimizer) -> None:
+        """Fills weights and Adam's state, at whatever layout the ranks now have."""
+        if self.folder is not None:
+            checkpoint.load(self.folder, models, optimizer)
+
     def first_sample(self, of_step: int) -> int:
         return self.branch.samples + (of_step - self.branch.step) * self.batch
 
@@ -44,9 +54,9 @@ class Origin:
         return self.branch.tokens + (at_step - self.branch.step) * self.batch * self.length
 
 
-def find_origin(recipe: Recipe, space: TokenSpace, description: dict[str, Any]) -> Origin:
-    """All ranks call this. `description` is checkpoint.describe's. SodaError if what is there is of another model,
-    vocabulary or optimizer, or the run did not branch off where the recipe says it did."""
+def find_origin(recipe: Recipe, space: TokenSpace) -> Origin:
+    """All ranks call this. SodaError if what is there is of another model, vocabulary or optimizer, or the run did not
+    branch off where the recipe says it did."""
     run, t, length = Path(recipe.run), recipe.training, recipe.data.sequence_length
     folder = checkpoint.newest_whole(run)
     branching = folder is None and bool(t.branch_from)
@@ -57,7 +67,9 @@ def find_origin(recipe: Recipe, space: TokenSpace, description: dict[str, Any]) 
             raise SodaError(f"training.branch_from={folder}: {problems[0]}")
     saved: dict[str, Any] = {"step": 0, "samples": 0, "branch": {}, "consumed": {}}
     if folder is not None:
-        saved = checkpoint.read_description(folder, recipe.model, space, description["optimizer"])
+        saved = checkpoint.read_description(
+            folder, recipe.model, space, checkpoint.describe(recipe, space)["optimizer"]
+        )
     branch = Branch(**saved["branch"])
     if branching:
         at = saved["step"], saved["samples"], saved["tokens"], saved["consumed"]
@@ -69,7 +81,8 @@ def find_origin(recipe: Recipe, space: TokenSpace, description: dict[str, Any]) 
             f"{run} has checkpoints already, and they did not branch off training.branch_from={t.branch_from} but off "
             f"{branch.origin or 'nothing'}. Give the leg a `run` folder of its own."
         )
-    origin = Origin(folder, branch, branching, saved, t.global_batch_size, length)
+    kind = "branched" if branching else "resumed" if folder else "fresh"
+    origin = Origin(kind, folder, branch, saved, t.global_batch_size, length)
     if branching and origin.step >= t.steps:
         raise SodaError(
             f"training.steps={t.steps} is not past step {origin.step}, where the run branches off. Steps count on: for "

@@ -33,7 +33,7 @@ def compare_settings(recipe: Recipe, origin: Origin) -> list[str]:
         f"training.{name} was {was.get(name)} up to step {origin.step}, and is {now[name]} from now on."
         for name in changed
     ]
-    if origin.branching or not changed:
+    if origin.kind == "branched" or not changed:
         return notes
     step, branched_at = origin.step, origin.branch.step
     old, new = rate_at(step - 1, was, branched_at), rate_at(step, now, branched_at)

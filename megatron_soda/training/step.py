@@ -3,9 +3,9 @@
 import contextlib
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,23 +19,16 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor
 
 from ..config import Recipe, choice
-from ..data.batch import Batch, Batcher
-from ..data.windows import Window, Windows
+from ..data.batch import Batcher
+from ..data.windows import Samples, Window, Windows
 from ..errors import SodaError
-from ..model.gpt import build_model, forward, head_weight
+from ..model.gpt import Inputs, build_model, forward, head_weight, inputs_of
 from ..model.head import head_loss
-from ..model.specs import choose_backend, is_packed
+from ..model.specs import choose_backend
 from ..parallel import cpu
-from ..parallel.context import cut
 from ..parallel.watch import place
 from ..vocab import TokenSpace
 from .optimizer import Optimizer
-
-
-class Source(Protocol):
-    """Windows by sample: Mixture, or Windows."""
-
-    def __getitem__(self, sample: int) -> Window: ...
 
 
 class Seconds:
@@ -123,25 +116,26 @@ class Engine:
         """Divides by the global sum of loss weights; megatron-core's own count is an integer."""
         finalize_model_grads(model, self._weight_sum.clone(), pg_collection, **kwargs)
 
-    def micro_batch(self, windows: Source, first_sample: int, index: int) -> Batch:
-        """Micro-batch `index` of this data-parallel rank; the samples of a step are the same at every layout."""
+    def micro_batch(self, samples: Samples, first_sample: int, index: int) -> Inputs:
+        """This rank's part of micro-batch `index`; the samples of a step are the same at every layout."""
         with self.seconds.of("data"):
             size = self.recipe.training.micro_batch_size
             rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
             start = first_sample + (index * ranks + rank) * size
-            return self.batcher([windows[start + i] for i in range(size)])
+            return inputs_of(self.models[0], self.batcher([samples[start + i] for i in range(size)]))
 
-    def _loss(self, model: Any, batch: Batch, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _loss(self, model: Any, inputs: Inputs, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The head on the last stage's hidden states: loss, a count that nobody uses, the sums by class."""
+        batch = inputs.batch
         group: Any = parallel_state.get_tensor_model_parallel_group()
         if self.config.sequence_parallel:
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, True, group)
         else:
             hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden, group)
         weight: Any = head_weight(model)
-        sequence_first = hidden.shape[1] == batch.labels.shape[0]  # else packed: sequences one after the other
+        packed = self.models[0].packed  # sequences one after the other; else position by position
         labels, weights, classes = (
-            (x.t() if sequence_first else x).reshape(-1) for x in (batch.labels, batch.loss_weight, batch.class_id)
+            (x if packed else x.t()).reshape(-1) for x in (batch.labels, batch.loss_weight, batch.class_id)
         )
         loss, sums = head_loss(
             hidden.view(-1, hidden.shape[-1]),
@@ -158,19 +152,19 @@ class Engine:
         self._weight_sum += sums[1].sum()
         return loss, torch.ones((), dtype=torch.int, device=self.device), sums
 
-    def _run(self, windows: Source, first_sample: int, micro_batches: int, forward_only: bool) -> Tensor:
+    def _run(self, samples: Samples, first_sample: int, micro_batches: int, forward_only: bool) -> Tensor:
         """The schedule over micro-batches; returns the global loss sums, the same on every rank."""
         self._weight_sum.zero_()
 
-        def batches() -> Iterator[Batch]:
-            return (self.micro_batch(windows, first_sample, i) for i in range(micro_batches))
+        def batches() -> Iterator[Inputs]:
+            return (self.micro_batch(samples, first_sample, i) for i in range(micro_batches))
 
-        def forward_step(iterator: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Any]:
-            batch = next(iterator)
-            return forward(model, batch, self.recipe), partial(self._loss, model, cut(batch))
+        def forward_step(iterator: Iterator[Inputs], model: torch.nn.Module) -> tuple[Tensor, Any]:
+            inputs = next(iterator)
+            return forward(model, inputs), partial(self._loss, model, replace(inputs, mask=None))
 
         size, length = self.recipe.training.micro_batch_size, self.recipe.data.sequence_length
-        packed = is_packed(self.backend, self.config)  # then a micro-batch is one sequence
+        packed = self.models[0].packed  # then a micro-batch is one sequence
         single = len(self.ddp) == 1
         results = self.schedule(
             forward_step_func=forward_step,
@@ -189,7 +183,7 @@ class Engine:
         dist.broadcast(sums, parallel_state.get_pipeline_model_parallel_last_rank(), group=pipeline_group)
         return sums
 
-    def train_step(self, windows: Source, first_sample: int, rate: float) -> StepResult:
+    def train_step(self, samples: Samples, first_sample: int, rate: float) -> StepResult:
         """One step on the samples from `first_sample` on, at a learning rate.
 
         The gradient is that of sum(weight * loss) / sum(weight), over the global batch. Where all weights are 0 there
@@ -200,7 +194,7 @@ class Engine:
                 ddp.train()
                 ddp.zero_grad_buffer()
             self.optimizer.inner.zero_grad()
-            sums = self._run(windows, first_sample, self.micro_batches, False)
+            sums = self._run(samples, first_sample, self.micro_batches, False)
         if not sums[1].any():
             return StepResult(sums, 0.0, skipped=True)
         with self.seconds.of("optimizer"):

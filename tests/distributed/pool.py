@@ -25,7 +25,7 @@ def _serve(rank: int, world: int, connection: Connection) -> None:
     import torch.distributed as dist
     from megatron.core import parallel_state
 
-    import megatron_soda.training.loop  # noqa: F401  the slow import, once
+    import megatron_soda.training.trainer  # noqa: F401  the slow import, once
     from megatron_soda.parallel import ranks
 
     initialise = ranks.init

@@ -22,7 +22,7 @@ def train_watched(run: str, data: str, overrides: list[str]) -> list[list[int]]:
     """On a rank of the pool: trains; the checkpoints that can be seen after every step, each proved whole."""
     from unittest import mock
 
-    from megatron_soda.training import checkpoint, loop
+    from megatron_soda.training import checkpoint, trainer
 
     seen = []
     poll = checkpoint.Saver.poll
@@ -35,7 +35,7 @@ def train_watched(run: str, data: str, overrides: list[str]) -> list[list[int]]:
         seen.append(steps)
 
     with mock.patch.object(checkpoint.Saver, "poll", watched):
-        loop.train(small_recipe(Path(run), Path(data), *overrides))
+        trainer.train(small_recipe(Path(run), Path(data), *overrides))
     return seen
 
 

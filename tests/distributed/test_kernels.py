@@ -15,10 +15,10 @@ def train(run: str, data: str, csrc: bool, overrides: list[str]) -> bool:
     from unittest import mock
 
     from megatron_soda.ops import library
-    from megatron_soda.training import loop
+    from megatron_soda.training import trainer
 
     with mock.patch.object(library, "find", library.find if csrc else lambda name, device: None):
-        loop.train(small_recipe(Path(run), Path(data), *overrides))
+        trainer.train(small_recipe(Path(run), Path(data), *overrides))
         return library.find("build_batch", "cpu") is not None
 
 

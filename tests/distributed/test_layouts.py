@@ -41,7 +41,7 @@ def train(run: str, data: str, overrides: list[str], broken: str = "") -> None:
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     from megatron_soda.model import gpt
-    from megatron_soda.training import checkpoint, loop, optimizer, step
+    from megatron_soda.training import checkpoint, optimizer, step, trainer
 
     with contextlib.ExitStack() as patches:
         if broken == "finish_load":
@@ -72,7 +72,7 @@ def train(run: str, data: str, overrides: list[str], broken: str = "") -> None:
             )
             patches.enter_context(mock.patch.object(step.Engine, "_loss", mean_loss))
             patches.enter_context(mock.patch.object(step.Engine, "_finalize", finalize))
-        loop.train(small_recipe(Path(run), Path(data), *overrides))
+        trainer.train(small_recipe(Path(run), Path(data), *overrides))
 
 
 def metrics(run: Path) -> list[dict]:

@@ -37,7 +37,7 @@ def run_logits(folder: str, ids: np.ndarray, overrides: list[str]) -> np.ndarray
 
     from megatron_soda.data.batch import Batcher
     from megatron_soda.data.windows import Window
-    from megatron_soda.model.gpt import build_model, forward
+    from megatron_soda.model.gpt import build_model, forward, inputs_of
     from megatron_soda.parallel import context, ranks
 
     recipe = small_recipe(
@@ -52,7 +52,7 @@ def run_logits(folder: str, ids: np.ndarray, overrides: list[str]) -> np.ndarray
     copies = recipe.parallel.pipeline  # the interleaved schedule wants a multiple of the stages
 
     def step(iterator, model):
-        return forward(model, next(iterator), recipe, logits=True), lambda output, non_loss_data: output
+        return forward(model, inputs_of(models[0], next(iterator)), logits=True), lambda output, non_loss_data: output
 
     with torch.no_grad():
         results = get_forward_backward_func()(

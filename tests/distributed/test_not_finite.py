@@ -67,7 +67,7 @@ def state_after_a_hollow_step(run: str, data: str, overrides: list[str]) -> tupl
     changed over one with them."""
     from unittest import mock
 
-    from megatron_soda.training import loop, step
+    from megatron_soda.training import step, trainer
     from tests.helpers import small_recipe
 
     original = step.Engine.train_step
@@ -82,7 +82,7 @@ def state_after_a_hollow_step(run: str, data: str, overrides: list[str]) -> tupl
         return result
 
     with mock.patch.object(step.Engine, "train_step", watched):
-        loop.train(small_recipe(Path(run), Path(data), *overrides))
+        trainer.train(small_recipe(Path(run), Path(data), *overrides))
     return same[True] == {True}, same[False] <= {False}
 
 
@@ -110,7 +110,7 @@ def train_poisoned(run: str, data: str, overrides: list[str], steps: list[int], 
     import torch
     import torch.distributed as dist
 
-    from megatron_soda.training import loop, step
+    from megatron_soda.training import step, trainer
 
     original = step.Engine.train_step
     done = []
@@ -128,7 +128,7 @@ def train_poisoned(run: str, data: str, overrides: list[str], steps: list[int], 
             return train_heard(run, data, overrides)
         with (
             mock.patch.object(step.Engine, "is_finite", return_value=True),
-            mock.patch.object(loop.torch, "isfinite", torch.ones_like),
+            mock.patch.object(trainer.torch, "isfinite", torch.ones_like),
         ):
             return train_heard(run, data, overrides)
 

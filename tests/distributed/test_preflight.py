@@ -32,7 +32,7 @@ def check(overrides: list[str], on_rank_1: list[str], broken: str = "") -> tuple
         dist.all_reduce = lambda tensor, *a, **k: (kept[2](tensor, *a, **k), tensor.add_(1))
     began = time.perf_counter()
     try:
-        said = preflight.check_ranks(recipe, device)
+        said = preflight.check_groups(preflight.compare_ranks(recipe, device), device)
     except SodaError as error:
         said = f"error: {error}"
     finally:

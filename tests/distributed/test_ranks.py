@@ -15,14 +15,14 @@ from tests.helpers import small_recipe
 
 def run(recipe, clock_set_back: bool = False) -> bool:
     """On a rank of the pool: trains. `clock_set_back`: every look at the time of day is a minute before the last."""
-    from megatron_soda.training.loop import train
+    from megatron_soda.training.trainer import train
 
     with mock.patch("time.time", side_effect=itertools.count(1.7e9, -60.0 if clock_set_back else 60.0)):
         return train(recipe)
 
 
 def refusal(recipe) -> str:
-    from megatron_soda.training.loop import train
+    from megatron_soda.training.trainer import train
 
     with pytest.raises(SodaError) as error:
         train(recipe)

@@ -59,7 +59,7 @@ def build(backend: str, *overrides: str) -> Any:
 def logits_of(model: Any, batch: Any) -> Any:
     from megatron_soda.model import gpt
 
-    return gpt.forward(model, batch, recipe_of("local"), logits=True)
+    return gpt.forward(model, gpt.inputs_of(model, batch), logits=True)
 
 
 def batch_of(lengths: tuple[tuple[int, ...], ...] = ((10, 9, 13), (32,))) -> Any:
@@ -167,7 +167,7 @@ def checkpoints(folder: Path) -> dict[str, str]:
 
 def training(folder: Path) -> dict[str, list[list[float]]]:
     """Losses and gradient norms of six steps; also of Transformer Engine's layers and Adam, stopped halfway."""
-    from megatron_soda.training import loop, optimizer
+    from megatron_soda.training import optimizer, trainer
 
     data = write_data(folder / "data")
 
@@ -175,7 +175,7 @@ def training(folder: Path) -> dict[str, list[list[float]]]:
         flat = ["training.warmup_share=0", "training.decay_share=0"]  # or the schedule would tell where it ends
         for count in steps:
             wanted = [f"training.backend={backend}", f"training.steps={count}", "training.save_every=3", *flat]
-            loop.train(small_recipe(folder / name, data, *wanted))
+            trainer.train(small_recipe(folder / name, data, *wanted))
         rows = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
         return [[row["loss"], row["grad_norm"]] for row in rows if "loss" in row]
 

@@ -104,7 +104,7 @@ def test_a_checkpoint_goes_to_the_gpu_and_back(tmp_path, data):
 def _logits(backend: str, ids: np.ndarray) -> np.ndarray:
     from megatron_soda.data.batch import Batcher
     from megatron_soda.data.windows import Window
-    from megatron_soda.model.gpt import build_model, forward
+    from megatron_soda.model.gpt import build_model, forward, inputs_of
     from megatron_soda.parallel import ranks
 
     recipe = small_recipe(
@@ -114,7 +114,7 @@ def _logits(backend: str, ids: np.ndarray) -> np.ndarray:
     model = build_model(recipe, SPACE, device).eval()
     batch = Batcher(SPACE, device=device)([Window(row, ids.shape[1] - 1) for row in ids])
     with torch.no_grad():
-        return forward(model, batch, recipe, logits=True)[..., : SPACE.size].float().cpu().numpy()
+        return forward(model, inputs_of(model, batch), logits=True)[..., : SPACE.size].float().cpu().numpy()
 
 
 def _in_a_process(function, *arguments):

@@ -113,9 +113,12 @@ def test_batches(length, sequences, reset):
     counts = torch.randint(-1, length + 2, (sequences,), generator=generator)
     classes = torch.randint(5, (vocabulary,), generator=generator, dtype=torch.uint8)
     tables = ids, counts, classes, torch.rand(5, generator=generator)
-    wanted = reference.build_batch(*tables, 2, reset)
-    for a, b in zip(ops.build_batch(*(table.cuda() for table in tables), 2, reset), wanted, strict=True):
-        equal(a, b)
+    labels = torch.rand(sequences, length, generator=generator)
+    for own in (None, labels):
+        wanted = reference.build_batch(*tables, 2, reset, own)
+        on_device = *(table.cuda() for table in tables), 2, reset, None if own is None else own.cuda()
+        for a, b in zip(ops.build_batch(*on_device), wanted, strict=True):
+            equal(a, b)
 
 
 @pytest.mark.parametrize("bad", [-1, 20, 2**31 - 1, -(2**31)])

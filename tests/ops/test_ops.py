@@ -1,5 +1,6 @@
 """megatron_soda.ops: csrc with and without vector instructions, and the reference, against independent numpy."""
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
 from types import SimpleNamespace
@@ -236,7 +237,7 @@ def test_a_read_only_memory_map_is_read(side, tmp_path):
 # ---- batches
 
 
-def batch_by_numpy(ids, counts, classes, weights, eos, reset_positions):
+def batch_by_numpy(ids, counts, classes, weights, eos, reset_positions, label_weights):
     """A token at a time."""
     sequences, length = ids.shape[0], ids.shape[1] - 1
     found = [np.zeros((sequences, length), np.float32 if i == 2 else np.int64) for i in range(6)]
@@ -250,23 +251,26 @@ def batch_by_numpy(ids, counts, classes, weights, eos, reset_positions):
                 starts.append(s * length + p)
             label_class = classes[ids[s, p + 1]]
             weight = weights[label_class] if p < counts[s] else 0
+            if label_weights is not None:
+                weight = weight * label_weights[s, p]
             position = p - origin if reset_positions else p
             for i, value in enumerate((ids[s, p], ids[s, p + 1], weight, label_class, segment, position)):
                 found[i][s, p] = value
     return [*found, np.array([*starts, sequences * length], np.int32)]
 
 
-@given(seeds, st.integers(1, 5), st.integers(1, 70), st.booleans())
-def test_batches(side, seed, sequences, length, reset):
+@given(seeds, st.integers(1, 5), st.integers(1, 70), st.booleans(), st.booleans())
+def test_batches(side, seed, sequences, length, reset, weighted):
     rng = np.random.default_rng(seed)
     vocabulary = int(rng.integers(1, 40))
     ids = rng.integers(0, vocabulary, (sequences, length + 1)).astype(np.int32)
     counts = rng.integers(-1, length + 3, sequences)
     classes, weights = rng.integers(0, 5, vocabulary).astype(np.uint8), rng.random(5).astype(np.float32)
     eos = int(rng.integers(0, vocabulary))
+    labels = (rng.random((sequences, length)) * rng.integers(0, 2)).astype(np.float32) if weighted else None
     arguments = [torch.from_numpy(x) for x in (ids, counts, classes, weights)]
-    found = side.build_batch(*arguments, eos, reset)
-    for tensor, wanted in zip(found, batch_by_numpy(ids, counts, classes, weights, eos, reset), strict=True):
+    found = side.build_batch(*arguments, eos, reset, torch.from_numpy(labels) if weighted else None)
+    for tensor, wanted in zip(found, batch_by_numpy(ids, counts, classes, weights, eos, reset, labels), strict=True):
         same(tensor, wanted)
         assert tensor.is_contiguous()
 
@@ -286,19 +290,29 @@ def test_a_class_without_a_weight(side):
         side.build_batch(ids, torch.tensor([4]), classes, torch.ones(3), 2, False)
 
 
+def test_a_label_that_does_not_count_has_no_weight(side):
+    """Not even if its own weight is none that could be multiplied."""
+    ids, labels = torch.zeros(1, 5, dtype=torch.int32), torch.full((1, 4), math.inf)
+    found = side.build_batch(ids, torch.tensor([2]), torch.zeros(1, dtype=torch.uint8), torch.ones(1), 2, False, labels)
+    assert found[2].tolist() == [[math.inf, math.inf, 0, 0]]
+
+
 def test_batches_are_those_of_the_batcher(side):
     from megatron_soda.data.batch import Batcher
     from megatron_soda.data.windows import Window
     from tests.helpers import SPACE, documents
 
     tokens = np.concatenate(documents(50))
-    windows = [Window(tokens[33 * i : 33 * i + 34], 30) for i in range(8)]
+    own = [np.linspace(i, i + 1, 33, dtype=np.float32) if i % 3 else np.ones(33, np.float32) for i in range(8)]
+    rows = [tokens[33 * i : 33 * i + 34] for i in range(8)]
+    windows = [Window(row, 30, None if i % 3 == 0 else own[i]) for i, row in enumerate(rows)]
     weights = [1.0 + i for i in range(len(SPACE.class_names))]
     for reset in (False, True):
         wanted = Batcher(SPACE, weights, reset)(windows)
         found = side.build_batch(
             torch.from_numpy(np.stack([w.ids for w in windows])), torch.full((8,), 30),
             torch.from_numpy(SPACE.class_table()), torch.tensor(weights), SPACE.eos, reset,
+            torch.from_numpy(np.stack(own)),
         )  # fmt: skip
         for a, b in zip(found, vars(wanted).values(), strict=True):
             assert a.dtype == b.dtype
@@ -522,6 +536,11 @@ WRONG = {
         "weights must be float32, not float64",
         lambda o: o.build_batch(I32(2, 5), I64(2), U8(2), torch.ones(1).double(), 0, False),
     ),
+    "label weights": (
+        ValueError,
+        r"label_weights must be \(2, 4\), one for every label of ids, not \(2, 5\)",
+        lambda o: o.build_batch(I32(2, 5), I64(2), U8(2), torch.ones(1), 0, False, torch.ones(2, 5)),
+    ),
     "capacity": (ValueError, "capacity must be 1 to 16777216", lambda o: o.best_fit(I32(0), 2**24 + 1)),
     "lengths": (TypeError, "lengths must be int32 or int64, not uint8", lambda o: o.best_fit(U8(3), 4)),
     "cpu only": (ValueError, "lengths must be on cpu, not on meta", lambda o: o.best_fit(I32(3).to("meta"), 4)),
@@ -574,8 +593,10 @@ def test_wrong_arguments(side, what):
         ("unpack_frames", (U8(22).view(11, 2).T, 8, 11)),
         ("expand_windows", (U8(1, 16), U8(1, 11), I64(2), I64(1), I64(1), 1, 8, 11, 16, 0, 4)),
         ("expand_windows", (U8(1, 16), U8(1, 11), I64(1), I64(1), I64(1), 1, 8, 11, 17, 0, 4)),
-        ("build_batch", (I32(2, 1), I64(2), U8(2), torch.ones(1), 0, False)),
-        ("build_batch", (I32(2, 5), I64(2), I64(2), torch.ones(1), 0, False)),
+        ("build_batch", (I32(2, 1), I64(2), U8(2), torch.ones(1), 0, False, None)),
+        ("build_batch", (I32(2, 5), I64(2), I64(2), torch.ones(1), 0, False, None)),
+        ("build_batch", (I32(2, 5), I64(2), U8(2), torch.ones(1), 0, False, torch.ones(2, 5))),
+        ("build_batch", (I32(2, 5), I64(2), U8(2), torch.ones(1), 0, False, torch.ones(1, 4))),
         ("best_fit", (I32(3), 0)),
         ("first_illegal", (I32(9), torch.tensor([0, 10]), I8[0], I8, 0, 0)),
         ("first_illegal", (I32(9), torch.tensor([0, 9]), I8[0] - 1, I8, 0, 0)),

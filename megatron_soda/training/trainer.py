@@ -1,0 +1,317 @@
+"""A run: where it begins, its steps, and how it ends. All ranks do the same; the first one also logs."""
+
+import math
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..config import Recipe, save_recipe
+from ..errors import SodaError
+from ..files import read_json
+from ..model.size import parameter_count, train_flops
+from ..parallel import preflight, ranks
+from ..parallel.watch import place
+from ..run_folder import record_environment, record_timing
+from . import checkpoint
+from .corpora import Corpora, open_stores
+from .metrics import Metrics, check_wandb, memory_gib, mfu, peak_tflops
+from .origin import Origin, branch_state, find_origin
+from .progress import TrainingProgress
+from .schedule import rate_at
+from .settings import compare_settings, settings_of, ways_on
+from .step import Engine, StepResult, loss_of, nll_vector
+from .stop import listening
+
+
+def train(recipe: Recipe) -> bool:
+    """Runs the recipe from its newest whole checkpoint to its last step. False if it was asked to stop before.
+
+    Raises SodaError for a layout or data that do not fit, a checkpoint of another model, vocabulary or optimizer,
+    ranks that disagree, a run folder that another process trains in, and a loss that is not finite.
+    """
+    began = time.monotonic()
+    device = ranks.init(recipe)
+    with preflight.together(device):
+        if ranks.is_first():
+            check_wandb(recipe)
+    with ranks.locked(Path(recipe.run), device):
+        rank_map = preflight.check_groups(ranks.facts, device)
+        stores = open_stores(recipe, device)
+        origin = find_origin(recipe, stores.space)
+        corpora = Corpora(recipe, stores, origin)
+        notes = [*corpora.notes, *compare_settings(recipe, origin)]
+        if origin.step >= recipe.training.steps:
+            _say_done(recipe, origin)
+            return True
+        trainer = Trainer(recipe, corpora, origin, device, began)
+        trainer.announce([rank_map] if dist.get_world_size() > 1 else [], notes)
+        return trainer.run()
+
+
+def _say_done(recipe: Recipe, origin: Origin) -> None:
+    if ranks.is_first():
+        ways = ways_on(recipe, origin.branch, origin.saved.get("training") or settings_of(recipe))
+        print(f"{recipe.run}: all {origin.step} steps are done. {ways}")
+
+
+_FIRST_STEPS = 10  # if one of these is not finite, the checkpoint before them is to blame
+_MOST_RETURNS = 3
+
+
+class Trainer:
+    """Takes the steps from `origin` on. `corpora` has the stream of training samples and what is validated on."""
+
+    def __init__(self, recipe: Recipe, corpora: Corpora, origin: Origin, device: torch.device, began: float) -> None:
+        self.recipe, self.t, self.run_folder, self.began = recipe, recipe.training, Path(recipe.run), began
+        self.corpora, self.source, self.origin = corpora, corpora.source, origin
+        self.step = self.started = origin.step
+        self.settings = settings_of(recipe)
+        self.engine = Engine(recipe, corpora.space, device)
+        models, optimizer = self.engine.models, self.engine.optimizer.inner
+        origin.load(models, optimizer)
+        self.saver = checkpoint.Saver(recipe, models, optimizer, self._description(), origin.folder)
+        dist.barrier()  # nobody writes into the run folder before everybody has read it
+        self.device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        self.peak = peak_tflops(recipe, self.device_name)
+        with preflight.together(device):
+            self.metrics = Metrics(recipe, self.step) if ranks.is_first() else None
+        self.flops = train_flops(recipe.model, corpora.space, self.source.length)
+        self.skipped: int = origin.saved.get("skipped_steps", 0)
+        self.validated = -1, torch.zeros(2, 1)  # after which step, and the loss sums
+        self.returns: list[int] = []  # checkpoints that were given up, since the steps after them were not finite
+        self.mark, self.marked = time.monotonic(), self.step  # when the last metrics were written, and at which step
+        self.progress = TrainingProgress(self.step, self.t.steps, self.metrics is not None)
+
+    def _description(self) -> dict[str, Any]:
+        """What every checkpoint of this run says of itself."""
+        model = checkpoint.describe(self.recipe, self.corpora.space)
+        return {**model, "data": self.corpora.description, "made_by": self.corpora.made_by, "training": self.settings}
+
+    def announce(self, lines: list[str], notes: list[str]) -> None:
+        """Records what this run is, and says it, `lines` and `notes` too."""
+        if self.metrics is None:
+            return
+        recipe, engine = self.recipe, self.engine
+        parameters, layout = parameter_count(recipe.model, engine.space), ranks.layout_line(recipe)
+        save_recipe(recipe, self.run_folder / "recipe.yaml")
+        record_environment(
+            self.run_folder,
+            layout=layout,
+            layers=engine.backend,
+            optimizer=engine.optimizer.backend,
+            device=self.device_name,
+            peak_tflops=self.peak,
+            parameters=parameters,
+        )
+        here = f"from step {self.step}" if self.step else "from the start"
+        for line in lines:
+            print(line)
+        print(f"{parameters:,} parameters; {layout}; {engine.backend} layers, {engine.optimizer.backend}")
+        print(f"{self.source}; {here}", flush=True)
+        for note in notes:
+            print(f"note: {note}", flush=True)
+
+    def run(self) -> bool:
+        """Whether the last step was reached; if not, it was asked to stop, and has saved."""
+        stopping = False
+        try:
+            with listening() as stop, self.progress:
+                stop.phase = "stepping"
+                place.move("between")
+                while self.step < self.t.steps and not stopping:
+                    result = self.train_step()
+                    if not self.guard(result):
+                        continue
+                    self.log(result)
+                    stopping = self.any_rank(stop.asked)
+                    self.check_stores(stopping)
+                    self.validate()
+                    self.save(stopping)
+                place.move("ending")
+                self.saver.finish()
+                stop.phase = "over"
+        finally:
+            if self.metrics:
+                self.metrics.close()
+        return self.end()
+
+    def train_step(self) -> StepResult:
+        """One optimizer step; `self.step` counts those that are done."""
+        first_sample = self.origin.first_sample(self.step)
+        result = self.engine.train_step(self.source, first_sample, self.rate(self.step))
+        self.step += 1
+        place.step = self.step
+        self.skipped += result.skipped
+        return result
+
+    def guard(self, result: StepResult) -> bool:
+        """Whether the step was finite. If not, training went back to an earlier checkpoint, or this is a SodaError."""
+        if result.skipped or (math.isfinite(result.loss or 0.0) and math.isfinite(result.grad_norm)):
+            self.progress.advance(self.step)
+            return True
+        self._blown_up(f"loss {result.loss}, gradient norm {result.grad_norm}")
+        return False
+
+    def log(self, result: StepResult) -> None:
+        """Writes the metrics of a step, every `training.log_every` steps."""
+        if self.metrics is None or not (self._due(self.t.log_every) or self.step == 1):
+            return
+        now, steps, parts = time.monotonic(), self.step - self.marked, self.engine.seconds.take()
+        training = now - self.mark - parts.get("validate", 0.0) - parts.get("save", 0.0)
+        speed = steps * self.t.global_batch_size * self.source.length / training
+        self.metrics.write(
+            self.step,
+            {
+                "tokens": self.origin.tokens(self.step),
+                "loss": result.loss,
+                "grad_norm": result.grad_norm,
+                "learning_rate": self.rate(self.step - 1),
+                "tokens_per_second": speed,
+                "mfu": mfu(self.flops, speed, dist.get_world_size(), self.peak),
+                "memory_gib": memory_gib(),
+                "seconds": now - self.began,
+                "step_seconds": {part: s / steps for part, s in parts.items()},
+                "nll": nll_vector(result.sums, self.engine.space.class_names),
+                **({"skipped_steps": self.skipped} if self.skipped else {}),
+            },
+        )
+        self.mark, self.marked = now, self.step
+        self.progress.log(self.step, result.loss, speed)
+
+    def any_rank(self, wish: bool) -> bool:
+        """Whether any rank wishes it: all learn so at the same step."""
+        flag = torch.tensor([float(wish)], device=self.engine.device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag.item())
+
+    def check_stores(self, stopping: bool) -> None:
+        """SodaError, on all ranks, if a store was overwritten under the run; before anything is logged or saved."""
+        if not (self._due(self.t.log_every) or self._due(self.t.save_every) or stopping):
+            return
+        try:
+            preflight.share_problem(self.corpora.overwritten(), self.engine.device)
+        except SodaError as error:
+            self.saver.finish()
+            raise SodaError(
+                f"step {self.step}: {error} Put the store back as it was and run again: it goes on from the last "
+                "checkpoint."
+            ) from None
+
+    def validate(self) -> None:
+        """The loss on held-out windows, every `training.valid_every` steps."""
+        if not self._due(self.t.valid_every):
+            return
+        with self.engine.seconds.of("validate"):
+            sums = self.engine.validate(self.corpora.valid, self.corpora.valid_count)
+        self.validated = self.step, sums
+        if self.metrics:
+            names = self.engine.space.class_names
+            self.metrics.write(self.step, {"valid_loss": loss_of(sums), "valid_nll": nll_vector(sums, names)})
+
+    def save(self, stopping: bool) -> None:
+        """Goes on with a checkpoint under way, and begins one every `training.save_every` steps and before a stop."""
+        with self.engine.seconds.of("save"):
+            self.saver.poll()
+            if self._due(self.t.save_every) or stopping:
+                self._save()
+
+    def end(self) -> bool:
+        if self.metrics:
+            record_timing(self.run_folder, "train", {"seconds": time.monotonic() - self.began}, add=True)
+            if self.step < self.t.steps:
+                print(f"Stopped at step {self.step}, saved. The same command goes on from there.")
+        return self.step >= self.t.steps
+
+    def rate(self, step: int) -> float:
+        return rate_at(step, self.settings, self.origin.branch.step)
+
+    def _due(self, every: int) -> bool:
+        return self.step % every == 0 or self.step == self.t.steps
+
+    def _save(self) -> None:
+        """Saves nothing that has blown up: weights can be finite, and too large for a finite loss."""
+        at, sums = self.validated
+        if at != self.step:
+            sums = self.engine.validate(self.corpora.valid, 1)
+        if not (self.engine.is_finite() and bool(torch.isfinite(sums).all())):
+            self._blown_up(f"parameters or the validation loss ({loss_of(sums)}) are not finite; this is not saved")
+            return
+        self._set_aside()
+        samples = self.origin.first_sample(self.step)
+        self.saver.start(
+            self.step,
+            {
+                "samples": samples,
+                "branch": branch_state(self.origin.branch),
+                "tokens": self.origin.tokens(self.step),
+                "consumed": self.source.consumed(samples),
+                "skipped_steps": self.skipped,
+            },
+        )
+
+    def _blown_up(self, what: str) -> None:
+        """Goes back to the checkpoint before the one that training began from, if that one may be to blame; else a
+        SodaError. The loop goes on from `self.step`."""
+        self.saver.finish()  # what is being written is from before, and finite
+        told = f"step {self.step}: {what}."
+        at_start = self.origin.folder is not None and self.step - self.started <= _FIRST_STEPS
+        if at_start and self.origin.kind == "resumed" and len(self.returns) < _MOST_RETURNS:
+            with place.of("starting"):
+                before = checkpoint.newest_whole(self.run_folder, before=self.started)
+                if before is not None:
+                    self._go_back(before, told)
+                    return
+        lower = f"a lower training.learning_rate (now {self.t.learning_rate:g})"
+        if not at_start:
+            saved = checkpoint.saved_steps(self.run_folder)
+            on = (
+                f"it goes on from the checkpoint of step {saved[-1]}"
+                if saved
+                else "nothing was saved, so it starts anew"
+            )
+            raise SodaError(f"{told} Run again with {lower}: {on}.")
+        if self.origin.kind == "branched":
+            raise SodaError(f"{told} Branch off an earlier checkpoint than {self.origin.folder}, or with {lower}.")
+        tried = ", ".join(map(str, sorted([*self.returns, self.started])))
+        raise SodaError(
+            f"{told} So it went after each checkpoint that was tried ({tried}). Run again with {lower}; if that does "
+            "not help, start from the beginning in another run folder."
+        )
+
+    def _go_back(self, folder: Path, told: str) -> None:
+        saved = read_json(folder / "checkpoint.json")
+        if self.metrics:
+            print(
+                f"warning: {told} The checkpoint of step {self.started}, from which training went on, may be to blame: "
+                f"going back to that of step {saved['step']}.",
+                flush=True,
+            )
+            self.metrics.close()
+            self.metrics = Metrics(self.recipe, saved["step"])
+        checkpoint.load(folder, self.engine.models, self.engine.optimizer.inner)
+        self.saver.origin = folder.resolve()
+        self.returns.append(self.started)
+        self.step = self.started = self.marked = saved["step"]
+        self.skipped, self.mark = saved.get("skipped_steps", 0), time.monotonic()
+        self.engine.seconds.take()
+
+    def _set_aside(self) -> None:
+        """Renames the checkpoints that were given up: the one before them was good, and nobody should use them."""
+        for step in self.returns:
+            folder = checkpoint.folder_of(self.run_folder, step)
+            if ranks.is_first() and folder.is_dir():
+                aside = folder.with_name(f"not_finite_{folder.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                os.replace(folder, aside)
+                print(f"{folder} was set aside as {aside.name}.", flush=True)
+        self.returns = []
+
+
+def exit_quietly() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
