@@ -185,8 +185,8 @@ LONG = {
     "validate": "megatron_soda.data.validate.validate",
     "convert-store": "megatron_soda.data.convert.convert_stores",
     "export": "megatron_soda.hf.export.export",
-    "evaluate": "megatron_soda.evaluation.run.evaluate",
-    "generate": "megatron_soda.inference.run.generate",
+    "evaluate": "megatron_soda.commands.evaluate.model_folder",
+    "generate": "megatron_soda.commands.generate.model_folder",
     "report": "megatron_soda.report.build_report",
 }
 

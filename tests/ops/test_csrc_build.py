@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch.utils.cpp_extension import CUDA_HOME, include_paths, library_paths
 
+from megatron_soda.ops import library
+
 ROOT = Path(__file__).resolve().parents[2]
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path=f"{CUDA_HOME}/bin")
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
@@ -187,9 +189,9 @@ STABLE_TORCH_LIBRARY_IMPL(megatron_soda, CompositeExplicitAutograd, m) { m.impl(
     ("source", "version", "words"),
     [
         (FOREIGN, 1, f"built for another torch than {torch.__version__} (undefined symbol: torch_no_such_function"),
-        (STALE, 0, "stale: version 0, 1 is wanted"),
-        (STALE, 1, "stale: pack_frames, unpack_frames, "),
-        ("", 1, "stale: version unknown, 1 is wanted"),
+        (STALE, 0, f"stale: version 0, {library.VERSION} is wanted"),
+        (STALE, library.VERSION, "stale: pack_frames, unpack_frames, "),
+        ("", 1, f"stale: version unknown, {library.VERSION} is wanted"),
     ],
     ids=["foreign", "version", "ops", "empty"],
 )
