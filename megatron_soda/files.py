@@ -7,13 +7,13 @@ import hashlib
 import json
 import math
 import os
-import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from .errors import SodaError, is_disk_full
+from .log import log
 
 
 @contextlib.contextmanager
@@ -52,11 +52,9 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                print(
-                    f"warning: {folder}: this file system cannot lock ({error.strerror}). Take care that nothing else "
-                    "writes there.",
-                    file=sys.stderr,
-                    flush=True,
+                log.warning(
+                    f"{folder}: this file system cannot lock ({error.strerror}). Take care that nothing else writes "
+                    "there."
                 )
                 yield
                 return

@@ -1,6 +1,13 @@
+import json
+from pathlib import Path
+
 import pytest
 
-from megatron_soda.config import PRESETS, MixStage, Model, load_recipe, save_recipe
+from megatron_soda.config import Model, load_recipe, save_recipe
+from megatron_soda.config.data import MixStage
+from megatron_soda.config.loading import recipe_schema
+from megatron_soda.config.model import PRESETS
+from megatron_soda.config.renamed import RENAMED
 from megatron_soda.errors import SodaError
 from megatron_soda.model.size import parameter_count, size_of
 from megatron_soda.parallel.layout import check_layout
@@ -80,8 +87,8 @@ def test_who_draws_the_weights():
 
 def test_learning_rates_of_the_paper():
     for preset, rate in [("135m", 4.243e-3), ("600m", 4.243e-3), ("1.7b", 3.0e-3), ("4b", 2.683e-3)]:
-        assert load_recipe(None, [f"preset={preset}"]).training.learning_rate == pytest.approx(rate, rel=1e-3)
-    assert load_recipe(None, ["training.learning_rate=1e-3"]).training.learning_rate == 1e-3
+        assert load_recipe(None, [f"preset={preset}"]).optimizer.learning_rate == pytest.approx(rate, rel=1e-3)
+    assert load_recipe(None, ["optimizer.learning_rate=1e-3"]).optimizer.learning_rate == 1e-3
 
 
 @pytest.mark.parametrize(
@@ -96,29 +103,29 @@ def test_learning_rates_of_the_paper():
         ("training.steps", "section.key=value"),
         ("model=3", "model is a section"),
         ("model.preset=135", "Did you mean 135m"),
-        ("training.precision=fp", "must be one of fp32, bf16, fp8"),
+        ("precision.dtype=fp", "must be one of fp32, bf16, fp8"),
         ("evaluate.suite=[nil]", "Did you mean nll"),
-        ("training.decay_share=0.95", "over 1 together"),
+        ("schedule.decay_share=0.95", "over 1 together"),
         ("model.preset=isoflop-100", "multiple of 128"),
-        ("training.optimizer=adam", "Did you mean adamw"),
+        ("optimizer.name=adam", "Did you mean adamw"),
         ("model.init=levantr", "Did you mean levanter"),
-        ("model={init: levanter, init_std: 0.1}", "it is of model.init=normal"),
-        ("training.schedule=decay", "training.branch_from"),
-        ("training.schedule=wds", "Did you mean wsd"),
-        ("training.learning_rate=-1", "0 or above"),
-        ("training.learning_rate=nan", "0 or above"),
-        ("training.learning_rate=.inf", "0 or above"),
-        ("training.epsilon=0", "above 0"),
+        ("model={init: levanter, init_std: 0.1}", "init_std is for model.init=normal"),
+        ("schedule.name=decay", "training.branch_from"),
+        ("schedule.name=wds", "Did you mean wsd"),
+        ("optimizer.learning_rate=-1", "0 or above"),
+        ("optimizer.learning_rate=nan", "a finite number"),
+        ("optimizer.learning_rate=inf", "a finite number"),
+        ("optimizer.epsilon=0", "above 0"),
         ("training.loss_weights={text: -1}", r"loss_weights\.text=-1"),
-        ("training.keep_last=-1", "keep_last=-1"),
+        ("checkpoint.keep_last=-1", "keep_last=-1"),
         ("parallel.contxt=2", "Did you mean parallel.context"),
         ("parallel.context=0", "above 0"),
-        ("data.mix=[{from_step: 0, shares: {a: 1.0}}]", "data.corpora no corpora"),
+        ("data.mix=[{from_step: 0, shares: {a: 1.0}}]", "data.corpora has no corpora"),
         ("data.mix=[{from_stp: 0}]", r"data\.mix\[0\]\.from_stp.*from_step"),
         ("data.mix=[3]", "from_step and shares"),
         ("data.corpora={a: x, b: y}", "data.mix must say"),
-        ("training.bf16_layers=1", "needs training.precision=fp8"),
-        ("prepare.test_share=1.5", r"must be in \[0, 1\)"),
+        ("precision.bf16_layers=1", "needs precision.dtype=fp8"),
+        ("prepare.test_share=1.5", "must be below 1"),
         ("model.num_query_groups=3", "does not divide"),
     ],
 )
@@ -150,7 +157,7 @@ def test_recipe_file(tmp_path):
         load_recipe(tmp_path / "none.yaml")
 
 
-FP8 = ["training.precision=fp8"]
+FP8 = ["precision.dtype=fp8"]
 
 
 @pytest.mark.parametrize(
@@ -170,8 +177,8 @@ FP8 = ["training.precision=fp8"]
         (["parallel.context=2"], 3, "3 processes"),
         ([*FP8, "data.sequence_length=4090"], 1, "4090, and must be a multiple of 16 .*4080 or 4096 would do"),
         ([*FP8, "parallel.tensor=2", "parallel.sequence=true", "data.sequence_length=16"], 2, "32 would do"),
-        ([*FP8, "training.fp8_recipe=blockwise", "ffn_hidden_size=320"], 1, "256 or 384 would do"),
-        ([*FP8, "parallel.tensor=2", "training.fp8_recipe=blockwise", "ffn_hidden_size=384"], 2, "256 or 512"),
+        ([*FP8, "precision.fp8_recipe=blockwise", "ffn_hidden_size=320"], 1, "256 or 384 would do"),
+        ([*FP8, "parallel.tensor=2", "precision.fp8_recipe=blockwise", "ffn_hidden_size=384"], 2, "256 or 512"),
     ],
 )
 def test_layouts_that_do_not_divide(overrides, world, message):
@@ -258,7 +265,7 @@ def test_a_recipe_is_read_by_the_types_of_its_keys(tmp_path):
         "run: 2024-01-02\nname: null\n"
         "prepare: {languages: [no, on, 1e3, null], speech: '${X} #1', text: ['/data/[a]/x', '*'], downloads: 1.10}\n"
         "data:\n  corpora: &same {no: 010, b: '${b}'}\n  mix: [{shares: {no: 1, b: 1e-1}}]\n"
-        "training: {learning_rate: 1e-4, steps: '0x10', loss_weights: {no: 2}, async_save: on}\n"
+        "training: {learning_rate: 1e-4, steps: 16, loss_weights: {no: 2}, async_save: on}\n"
         "model: {tie_embeddings: null}\nparallel: {sequence: no}\n"
     )
     r = load_recipe(path, ["data.corpora.c.d=/x #1", "data.corpora={e: no}", "training.loss_weights.text=3"])
@@ -267,7 +274,7 @@ def test_a_recipe_is_read_by_the_types_of_its_keys(tmp_path):
     assert r.prepare.text == ["/data/[a]/x", "*"]
     assert r.data.corpora == {"no": "010", "b": "${b}", "c.d": "/x #1", "e": "no"}
     assert r.data.mix == [MixStage(0, {"no": 1.0, "b": 0.1})]
-    assert (r.training.learning_rate, r.training.steps, r.training.async_save) == (1e-4, 16, True)
+    assert (r.optimizer.learning_rate, r.training.steps, r.checkpoint.async_save) == (1e-4, 16, True)
     assert r.training.loss_weights == {"no": 2.0, "text": 3.0}
     assert (r.model.tie_embeddings, r.parallel.sequence) == (False, False)
     save_recipe(r, tmp_path / "again.yaml")
@@ -277,18 +284,18 @@ def test_a_recipe_is_read_by_the_types_of_its_keys(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("training: {steps: 7, steps: 8}", "steps stands there twice"),
+        ("training: {steps: 7, steps: 8}", "steps is duplicated"),
         ("training: {steps: 1.5}", r"training\.steps: must be a whole number, not '1.5'"),
         ("training: {steps: true}", r"training\.steps: must be a whole number"),
         ("training: {steps: }", r"training\.steps: must be a whole number, not ''"),
-        ("training: {beta1: [1]}", r"training\.beta1: must be a number"),
-        ("training: {async_save: often}", r"training\.async_save: must be true or false, not 'often'"),
+        ("optimizer: {beta1: [1]}", r"optimizer\.beta1: must be a number"),
+        ("checkpoint: {async_save: often}", r"checkpoint\.async_save: must be true or false, not 'often'"),
         ("prepare: {text: a}", r"prepare\.text: must be a list"),
         ("prepare: {text: [[a]]}", r"prepare\.text\[0\]: must be text"),
         ("prepare: {speech: {a: b}}", r"prepare\.speech: must be text"),
         ("data: {corpora: [a]}", r"data\.corpora: must be a mapping"),
         ("data: {mix: [{shares: {a: b}}]}", r"data\.mix\[0\]\.shares\.a: must be a number, not 'b'"),
-        ("training:", "training is a section"),
+        ("training: 3", "training is a section"),
     ],
 )
 def test_values_of_another_type_are_named(tmp_path, text, message):
@@ -308,5 +315,76 @@ def test_a_value_that_may_be_none(tmp_path):
 
 def test_yaml_merges(tmp_path):
     (tmp_path / "r.yaml").write_text("model: &m {norm_epsilon: 1e-3}\ntraining: {<<: {steps: 3}, log_every: 2}\n")
-    training = load_recipe(tmp_path / "r.yaml").training
-    assert (training.steps, training.log_every) == (3, 2)
+    recipe = load_recipe(tmp_path / "r.yaml")
+    assert (recipe.training.steps, recipe.logging.log_every) == (3, 2)
+
+
+def test_keys_of_earlier_versions_still_load(tmp_path, capsys):
+    """Every key that has another name now; and what was written with the old names means the same."""
+    old, new = {}, {}
+    samples = {"int": 3, "bool": True, "float": 0.25, "str": "x"}
+    for before, after in RENAMED.items():
+        (_, name), (section, key) = before.split("."), after.split(".")
+        default = getattr(getattr(load_recipe(None), section), key)
+        known = {"name": {"optimizer": "cautious", "schedule": "cosine"}, "dtype": "bf16", "cautious_mask": "layer"}
+        value = known.get(key, samples[type(default).__name__])
+        value = {"fp8_recipe": "blockwise", "bf16_layers": 0}.get(key, value)
+        value = value[section] if isinstance(value, dict) else value
+        old[name] = value
+        new.setdefault(section, {})[key] = value
+    (tmp_path / "old.yaml").write_text(json.dumps({"training": {**old, "steps": 7}}))
+    (tmp_path / "new.yaml").write_text(json.dumps({"training": {"steps": 7}, **new}))
+    assert load_recipe(tmp_path / "old.yaml") == load_recipe(tmp_path / "new.yaml")
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1
+    for before, after in RENAMED.items():
+        assert f"{before} is now {after}" in said
+    assert load_recipe(None, ["precision=bf16", "training.schedule=cosine"]).schedule.name == "cosine"
+    assert load_recipe(None, ["learning_rate=1e-4"]).optimizer.learning_rate == 1e-4
+    (tmp_path / "both.yaml").write_text("training: {beta1: 0.5}\noptimizer: {beta1: 0.6}\n")
+    with pytest.raises(SodaError, match=r"training\.beta1 is now optimizer\.beta1, and both are given"):
+        load_recipe(tmp_path / "both.yaml")
+
+
+def test_a_recipe_that_builds_on_another(tmp_path):
+    (tmp_path / "below").mkdir()
+    (tmp_path / "base.yaml").write_text(
+        "{name: a, training: {steps: 7, global_batch_size: 4}, prepare: {text: [x, y]}}"
+    )
+    (tmp_path / "below/mid.yaml").write_text("base: ../base.yaml\nname: b\ntraining: {steps: 8}\n")
+    (tmp_path / "top.yaml").write_text("base: below/mid.yaml\nprepare: {text: [z]}\n")
+    recipe = load_recipe(tmp_path / "top.yaml", ["training.micro_batch_size=2"])
+    assert (recipe.name, recipe.prepare.text) == ("b", ["z"])
+    assert (recipe.training.steps, recipe.training.global_batch_size, recipe.training.micro_batch_size) == (8, 4, 2)
+    save_recipe(recipe, tmp_path / "whole.yaml")
+    assert "base" not in (tmp_path / "whole.yaml").read_text()
+    assert load_recipe(tmp_path / "whole.yaml") == recipe
+    for text, message in [
+        ("base: none.yaml", "none.yaml: cannot read the recipe"),
+        ("base: [a]", "base: must be the path of a recipe"),
+        ("base: top.yaml", "builds on this recipe itself"),
+        ("base: base.yaml\ntraining: {stepz: 1}", r"top\.yaml: unknown key training\.stepz"),
+        ("base: base.yaml\ntraining: {steps: -1}", r"top\.yaml: training\.steps=-1"),
+    ]:
+        (tmp_path / "top.yaml").write_text(text)
+        with pytest.raises(SodaError, match=message):
+            load_recipe(tmp_path / "top.yaml")
+    (tmp_path / "base.yaml").write_text("training: {steps: -2}")
+    (tmp_path / "top.yaml").write_text("base: base.yaml\nname: c")
+    with pytest.raises(SodaError, match=r"base\.yaml: training\.steps=-2"):
+        load_recipe(tmp_path / "top.yaml")
+
+
+def test_all_problems_are_told_at_once():
+    with pytest.raises(SodaError) as caught:
+        load_recipe(None, ["training.steps=0", "parallel.tensor=many"])
+    assert len(str(caught.value).splitlines()) == 2
+
+
+def test_the_schema_is_the_one_of_the_recipe():
+    """docs/recipe.schema.json, which editors use. To write it anew: python tools/recipe_schema.py"""
+    committed = json.loads((Path(__file__).resolve().parents[1] / "docs/recipe.schema.json").read_text())
+    assert committed == recipe_schema()
+    assert committed["additionalProperties"] is False
+    assert committed["$defs"]["Precision"]["properties"]["dtype"]["enum"] == ["fp32", "bf16", "fp8"]
+    assert all("description" in p for p in committed["$defs"]["Prepare"]["properties"].values())

@@ -50,7 +50,7 @@ def make(side: str, device: torch.device, preset: str, precision: str, tokens: i
     from megatron_soda.model.gpt import padded_size, transformer_config
     from megatron_soda.model.head import head_loss
 
-    recipe = load_recipe(None, [f"model.preset={preset}", f"training.precision={precision}"])
+    recipe = load_recipe(None, [f"model.preset={preset}", f"precision.dtype={precision}"])
     if not parallel_state.model_parallel_is_initialized():
         ranks.layout(recipe)
     config = transformer_config(recipe)

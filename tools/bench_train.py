@@ -170,16 +170,16 @@ def megatron_core(recipe: Recipe, documents: int, _same_malloc: bool) -> Callabl
     initialise(model, LLAMA3, recipe)
     model = model.to(device=device, dtype=config.params_dtype)
     ddp = DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
-    half = t.precision != "fp32"
+    half = recipe.precision.dtype != "fp32"
     optimizer: Any = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
             lr=RATE,
-            weight_decay=t.weight_decay,
-            adam_beta1=t.beta1,
-            adam_beta2=t.beta2,
-            adam_eps=t.epsilon,
-            clip_grad=t.clip_grad,
+            weight_decay=recipe.optimizer.weight_decay,
+            adam_beta1=recipe.optimizer.beta1,
+            adam_beta2=recipe.optimizer.beta2,
+            adam_eps=recipe.optimizer.epsilon,
+            clip_grad=recipe.optimizer.clip_grad,
             bf16=half,
             params_dtype=torch.bfloat16 if half else torch.float32,
         ),
@@ -214,7 +214,7 @@ def megatron_core(recipe: Recipe, documents: int, _same_malloc: bool) -> Callabl
         )
         clock.lap(FORWARD_BACKWARD)
         for group in optimizer.param_groups:
-            group["lr"], group["weight_decay"] = RATE, t.weight_decay * group["wd_mult"]
+            group["lr"], group["weight_decay"] = RATE, recipe.optimizer.weight_decay * group["wd_mult"]
         optimizer.step()
         clock.lap(OPTIMIZER)
         loss = sum(float(result["loss"]) for result in results) / (t.global_batch_size * d.sequence_length)
@@ -246,11 +246,17 @@ def transformers(recipe: Recipe, documents: int, same_malloc: bool) -> Callable[
     if t.recompute:
         model.gradient_checkpointing_enable()
     groups = [
-        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": t.weight_decay},
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": recipe.optimizer.weight_decay},
         {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(t.beta1, t.beta2), eps=t.epsilon, fused=True)
-    half = partial(torch.autocast, device.type, torch.bfloat16, enabled=t.precision != "fp32")
+    optimizer = torch.optim.AdamW(
+        groups,
+        lr=RATE,
+        betas=(recipe.optimizer.beta1, recipe.optimizer.beta2),
+        eps=recipe.optimizer.epsilon,
+        fused=True,
+    )
+    half = partial(torch.autocast, device.type, torch.bfloat16, enabled=recipe.precision.dtype != "fp32")
     data = Data(recipe, documents, device)
 
     def step(number: int) -> Result:
@@ -264,7 +270,7 @@ def transformers(recipe: Recipe, documents: int, same_malloc: bool) -> Callable[
             loss.backward()
             total += float(loss.detach())
         clock.lap(FORWARD_BACKWARD)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), t.clip_grad)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.optimizer.clip_grad)
         optimizer.step()
         clock.lap(OPTIMIZER)
         return {"loss": total, **clock.parts}
@@ -381,9 +387,9 @@ def main(
         f"data.sequence_length={sequence_length}",
         f"training.micro_batch_size={micro_batch}",
         f"training.global_batch_size={micro_batch * micro_batches}",
-        f"training.precision={precision}",
-        f"training.fp8_recipe={fp8_recipe}",
-        "training.epsilon=1e-8",
+        f"precision.dtype={precision}",
+        f"precision.fp8_recipe={fp8_recipe}",
+        "optimizer.epsilon=1e-8",
         *(settings or []),
     ]
     recipe = load_recipe(None, overrides)

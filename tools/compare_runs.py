@@ -46,7 +46,7 @@ def compare(a: Points, b: Points) -> dict[str, Any]:
     if not steps:
         raise SodaError(
             f"the runs have no logged step in common: steps {min(a)} to {max(a)}, and {min(b)} to {max(b)}. "
-            "Log both at the same steps (training.log_every)."
+            "Log both at the same steps (logging.log_every)."
         )
     last = steps[-max(1, -(-len(steps) // 10)) :]
     gaps = {step: b[step]["loss"] - a[step]["loss"] for step in steps}

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from ..errors import SodaError
+from ..log import console
 from ..tokenizer import TextTokenizer, clean_text, train_sentencepiece
 from ..vocab import LLAMA3, MARKERS
 
@@ -20,7 +20,6 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
 )
-console = Console(stderr=True)
 
 
 @app.command(epilog="Examples:\n\n  soda tokenizer train text.model transcripts.txt 'web/*.jsonl' --pieces 8000")

@@ -5,11 +5,11 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import Progress
 
 from ..errors import SodaError
 from ..files import atomic_path, locked, read_json, reading, sha256, sync_folder, write_json
+from ..log import console
 from ..tokenizer import NAMES
 from .files import store_file
 from .store import FORMATS, Store, convert, files_of_others, remove_others
@@ -17,8 +17,6 @@ from .validate import SIDES
 
 BESIDE = (*NAMES, "codec.json", "codec.safetensors")  # what the ids of a data folder mean
 STAMPS = ("text_tokenizer.key", "codec.key")  # what these were made from, for `soda prepare`
-
-console = Console(stderr=True)
 
 
 def convert_stores(folder: Path, names: Sequence[str], format: str, out: Path | None) -> None:

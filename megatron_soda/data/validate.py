@@ -7,20 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .. import ops
 from ..errors import SodaError, user_message
 from ..files import read_json
+from ..log import console
 from ..tokenizer import NAMES, data_tokenizer
 from ..vocab import FIRST_CODE, Grammar
 from .store import Store
 
 SIDES = ("train", "valid", "test")
 SHOWN = 10  # problems of a kind that are told one by one
-
-console = Console(stderr=True)
 
 
 def validate(folder: Path, names: Sequence[str] = SIDES, corpora: Mapping[str, str | Path] | None = None) -> bool:

@@ -7,20 +7,20 @@ import hashlib
 import json
 import shutil
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.markup import escape
 from torch import Tensor
 
-from ..config import Model, Parallel, Recipe, save_recipe
+from ..config import Model, Recipe, save_recipe
 from ..data.store import Store
 from ..errors import SodaError
 from ..files import read_json, read_sealed, reading, write_sealed
+from ..log import console
 from ..parallel import ranks
 from ..run_folder import record_timing
 from ..tokenizer import NAMES, TextTokenizer, data_tokenizer, document_string
@@ -31,7 +31,6 @@ from .tokenizer import save_tokenizer
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.25}  # of a logit; the second is bfloat16's own grain
 _CODEC = ("codec.json", "codec.safetensors")
 _OF_THE_DATA = (*_CODEC, *NAMES)
-console = Console(stderr=True)
 
 
 def export(recipe: Recipe) -> Path:
@@ -57,7 +56,7 @@ def export(recipe: Recipe) -> Path:
     from ..model.gpt import build_model
 
     quiet_transformers()
-    recipe = _on_one_rank(recipe)
+    recipe = recipe.on_one_rank()
     with console.status("exporting"):
         store = Store(recipe.data_folder / "test")
         saved = checkpoint.read_description(newest, recipe.model, store.space)
@@ -98,17 +97,11 @@ def export(recipe: Recipe) -> Path:
     return final
 
 
-def _on_one_rank(recipe: Recipe) -> Recipe:
-    """A copy of the recipe for one rank. The weights of an FP8 model are bf16, and documents are of any length."""
-    precision = "bf16" if recipe.training.precision == "fp8" else recipe.training.precision
-    return replace(recipe, parallel=Parallel(), training=replace(recipe.training, precision=precision))
-
-
 def export_key(folder: Path, recipe: Recipe) -> str:
     """Of the content of a checkpoint, not of its step, and of what the recipe says of the model."""
     from ..training import checkpoint
 
-    parts = [recipe.name, asdict(recipe.model), recipe.data.sequence_length, recipe.training.precision]
+    parts = [recipe.name, asdict(recipe.model), recipe.data.sequence_length, recipe.precision.dtype]
     return hashlib.sha256(json.dumps([checkpoint.identity(folder), *parts]).encode()).hexdigest()[:16]
 
 
@@ -212,7 +205,7 @@ def hf_weights(state: dict[str, Tensor], m: Model, space: TokenSpace) -> dict[st
 def write_model(state: dict[str, Tensor], recipe: Recipe, space: TokenSpace, folder: Path) -> None:
     from transformers import Qwen3ForCausalLM
 
-    dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
+    dtype = torch.bfloat16 if recipe.precision.dtype == "bf16" else torch.float32
     config = hf_config(recipe.model, space, recipe.data.sequence_length)
     weights = {k: v.detach().to("cpu", dtype).contiguous() for k, v in hf_weights(state, recipe.model, space).items()}
     with torch.device("meta"):
@@ -249,7 +242,7 @@ def compare_logits(ours: Any, folder: Path, store: Store, recipe: Recipe, docume
         found = theirs(batch.tokens).logits.float()
         worst = max(worst, float(torch.nan_to_num((expected - found).abs(), nan=torch.inf).max()))
     torch.set_num_threads(threads)
-    tolerance = TOLERANCE[recipe.training.precision]
+    tolerance = TOLERANCE[recipe.precision.dtype]
     if not worst < tolerance:
         raise SodaError(f"{folder}: transformers' logits differ from ours by {worst:.3g}, more than {tolerance:g}")
     return worst

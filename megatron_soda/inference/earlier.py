@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ..config import Parallel, Recipe
+from ..config import Recipe
 from ..errors import SodaError
 from ..hf.load import LoadedModel
 
@@ -28,9 +28,7 @@ def earlier_models(recipe: Recipe, model: LoadedModel) -> Iterator[tuple[int, An
     chosen = sorted({steps[round((i + 1) * len(steps) / (MOST + 1) - 0.5)] for i in range(MOST)} if steps else set())
     if not chosen:
         return
-    recipe = copy.deepcopy(recipe)
-    recipe.parallel = Parallel()
-    recipe.training.precision = "fp32" if recipe.training.precision == "fp32" else "bf16"
+    recipe = recipe.on_one_rank()
     ours = build_model(recipe, model.space, ranks.init(recipe))
     theirs = copy.deepcopy(model.model)
     for step in chosen:

@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from ..config import Recipe
+from ..config.training import Precision
 from ..data.batch import Batch
 from ..parallel.context import attention_mask, cut
 from ..vocab import TokenSpace
@@ -28,7 +29,7 @@ def padded_size(space: TokenSpace, tensor_parallel_size: int) -> int:
 def transformer_config(recipe: Recipe) -> TransformerConfig:
     """Qwen3 style: RMSNorm, SwiGLU, GQA, QK-norm, RoPE, no biases (paper, section 3)."""
     m, p, t = recipe.model, recipe.parallel, recipe.training
-    dtype = torch.float32 if t.precision == "fp32" else torch.bfloat16
+    dtype = torch.float32 if recipe.precision.dtype == "fp32" else torch.bfloat16
     cuda = torch.cuda.is_available()
     interleaved = p.virtual_pipeline > 1
     return TransformerConfig(
@@ -74,21 +75,20 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
         apply_rope_fusion=False,
-        **(_fp8(recipe) if t.precision == "fp8" else {}),
+        **(_fp8(recipe.precision) if recipe.precision.dtype == "fp8" else {}),
     )
 
 
-def _fp8(recipe: Recipe) -> dict[str, Any]:
+def _fp8(precision: Precision) -> dict[str, Any]:
     """Transformer Engine's FP8: E4M3 forward, E5M2 for gradients. The head is ours and never in FP8."""
-    t = recipe.training
-    settings: dict[str, Any] = {"fp8": "hybrid", "fp8_recipe": t.fp8_recipe}
-    if t.fp8_recipe == "delayed":  # scales from the highest values of the steps before
+    settings: dict[str, Any] = {"fp8": "hybrid", "fp8_recipe": precision.fp8_recipe}
+    if precision.fp8_recipe == "delayed":  # scales from the highest values of the steps before
         settings.update(fp8_amax_history_len=1024, fp8_amax_compute_algo="max")
-    if t.bf16_layers:
+    if precision.bf16_layers:
         settings.update(
             first_last_layers_bf16=True,
-            num_layers_at_start_in_bf16=t.bf16_layers,
-            num_layers_at_end_in_bf16=t.bf16_layers,
+            num_layers_at_start_in_bf16=precision.bf16_layers,
+            num_layers_at_end_in_bf16=precision.bf16_layers,
         )
     return settings
 
@@ -157,7 +157,7 @@ def build_model(recipe: Recipe, space: TokenSpace, device: torch.device, chunk: 
 
 @torch.no_grad()
 def initialise(model: GPTModel, space: TokenSpace, recipe: Recipe) -> None:
-    """Matrices as `model.init` says, ones for norms, zeros for padded vocabulary rows; and the class stds of config.py.
+    """Matrices as `model.init` says, ones for norms, zeros for padded vocabulary rows; and the model's class stds.
 
     Every tensor is drawn whole from a generator seeded by its global name, then cut as megatron-core cuts it, so a
     run starts from the same model at every layout.

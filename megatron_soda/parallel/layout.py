@@ -42,7 +42,7 @@ def check_layout(recipe: Recipe, world_size: int) -> int:
             f"parallel.virtual_pipeline={w.virtual_pipeline}: the {micro_batches} micro-batches of a step must be a "
             f"multiple of parallel.pipeline={w.pipeline}; change training.global_batch_size or micro_batch_size"
         )
-    if t.precision == "fp8":
+    if recipe.precision.dtype == "fp8":
         _check_fp8_shapes(recipe)
     return data_parallel
 
@@ -50,11 +50,12 @@ def check_layout(recipe: Recipe, world_size: int) -> int:
 def _check_fp8_shapes(recipe: Recipe) -> None:
     """Every dimension of an FP8 matrix product must be a multiple of 16, or 128 with scales by block, on every rank."""
     m, w, t, length = recipe.model, recipe.parallel, recipe.training, recipe.data.sequence_length
-    if t.bf16_layers > m.num_layers // w.pipeline:
+    if recipe.precision.bf16_layers > m.num_layers // w.pipeline:
         raise SodaError(
-            f"training.bf16_layers={t.bf16_layers} do not fit into a stage of {m.num_layers // w.pipeline} layers"
+            f"precision.bf16_layers={recipe.precision.bf16_layers} do not fit into a stage of "
+            f"{m.num_layers // w.pipeline} layers"
         )
-    unit = 128 if t.fp8_recipe == "blockwise" else 16
+    unit = 128 if recipe.precision.fp8_recipe == "blockwise" else 16
     ranks = w.context * (w.tensor if w.sequence else 1)
     heads = (m.num_attention_heads + 2 * m.num_query_groups) * m.head_dim
     for what, value, parts in (
@@ -73,6 +74,6 @@ def _check_fp8_shapes(recipe: Recipe) -> None:
             lower, upper = value // step * step, -(-value // step) * step
             would_do = f"{lower} or {upper}" if lower else f"{upper}"
             raise SodaError(
-                f"training.precision=fp8 ({t.fp8_recipe}): {what} is {value}, and must be a "
+                f"precision.dtype=fp8 ({recipe.precision.fp8_recipe}): {what} is {value}, and must be a "
                 f"multiple of {unit} on each of {parts} rank(s): {would_do} would do"
             )

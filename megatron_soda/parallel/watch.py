@@ -23,6 +23,7 @@ from typing import Any
 from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage]
 
 from ..errors import say, tell_torchrun
+from ..log import log
 
 SILENCE = float(os.environ.get("SODA_WATCH_SECONDS", "60"))
 PATIENCE = 10 * SILENCE
@@ -185,7 +186,7 @@ class Watch:
             self._end(self.fail(message))
         elif self.warned != place.moved:
             self.warned = place.moved
-            say(f"warning: {message}")
+            log.warning(message)
 
     def fail(self, message: str) -> dict[str, Any]:
         """Tells all ranks why this one ends. Returns the first failure of the job: this one, or another rank's."""

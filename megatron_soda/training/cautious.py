@@ -4,7 +4,7 @@ An element's update is zero where it would go against the gradient, and what is 
 the share of elements that are left. megatron-core keeps Q, K and V in one tensor, gate and up in another, and cuts
 tensors between tensor-parallel ranks and the ranks of the distributed optimizer; the shares are those of the model's
 own matrices all the same, so the layout changes nothing. Levanter stacks all layers, so there a matrix is, say, the Q
-of every layer: `training.cautious_mask=stacked`.
+of every layer: `optimizer.cautious_mask=stacked`.
 """
 
 import re
@@ -91,7 +91,7 @@ class Matrices:
 
     def __init__(self, recipe: Recipe, ddp: list[DistributedDataParallel], space: TokenSpace, device: Any) -> None:
         rank, ranks = parallel_state.get_tensor_model_parallel_rank(), recipe.parallel.tensor
-        stacked = recipe.training.cautious_mask == "stacked"
+        stacked = recipe.optimizer.cautious_mask == "stacked"
         elements: dict[str, int] = {}  # of this stage's matrices
         found = []
         for chunk in ddp:

@@ -22,6 +22,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from ..config import Model, Recipe
 from ..errors import SodaError
 from ..files import read_json, sha256, sync_folder, write_json
+from ..log import log
 from ..vocab import TokenSpace
 from . import checkpoint_files
 from .checkpoint_files import INDEX, Entries
@@ -64,7 +65,7 @@ def newest_whole(run: Path, before: int | None = None) -> Path | None:
         if not problems:
             return folder
         if not dist.is_initialized() or dist.get_rank() == 0:
-            print(f"warning: {folder} is damaged and not used: {problems[0]}", flush=True)
+            log.warning(f"{folder} is damaged and not used: {problems[0]}")
     if steps:
         raise SodaError(
             f"{run / 'checkpoints'}: every checkpoint{f' before step {before}' if before else ''} is damaged. "
@@ -136,12 +137,12 @@ def describe(recipe: Recipe, space: TokenSpace) -> dict[str, Any]:
     """What must agree between a checkpoint and a recipe."""
     sizes = {k: v for k, v in asdict(recipe.model).items() if k not in _NOT_OF_THE_MODEL}
     optimizer = {
-        "name": recipe.training.optimizer,
+        "name": recipe.optimizer.name,
         "distributed": recipe.parallel.distributed_optimizer,
         # The distributed optimizer keeps float32 weights in any case; the plain one's state has another form in bf16.
-        "half": recipe.training.precision != "fp32" and not recipe.parallel.distributed_optimizer,
+        "half": recipe.precision.dtype != "fp32" and not recipe.parallel.distributed_optimizer,
         # Nor does it tell torch's Adam and a fused one the same count of steps.
-        "torch": recipe.parallel.distributed_optimizer or choose_adam(recipe.training.optimizer == "cautious")[2],
+        "torch": recipe.parallel.distributed_optimizer or choose_adam(recipe.optimizer.name == "cautious")[2],
     }
     return {"model": sizes, "space": space.to_dict(), "optimizer": optimizer}
 
@@ -165,7 +166,7 @@ _PARTS = {"model": "model", "space": "vocabulary", "optimizer": "optimizer"}
 
 
 class Saver:
-    """Writes checkpoints, while training goes on if `training.async_save`, and forgets old ones. All ranks call all.
+    """Writes checkpoints, while training goes on if `checkpoint.async_save`, and forgets old ones. All ranks call all.
 
     `origin`: the checkpoint that training went on from, here or in another run.
     """
@@ -174,8 +175,8 @@ class Saver:
         self, recipe: Recipe, models: list, optimizer: MegatronOptimizer, description: dict, origin: Path | None = None
     ) -> None:
         self.run, self.models, self.optimizer, self.description = Path(recipe.run), models, optimizer, description
-        self.keep_last, self.keep_every = recipe.training.keep_last, recipe.training.keep_every
-        self.asynchronous = recipe.training.async_save
+        self.keep_last, self.keep_every = recipe.checkpoint.keep_last, recipe.checkpoint.keep_every
+        self.asynchronous = recipe.checkpoint.async_save
         self.final: Path | None = None  # of the checkpoint under way
         self.state: dict[str, Any] = {}
         self.save: checkpoint_files.Save | None = None

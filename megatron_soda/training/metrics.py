@@ -34,8 +34,8 @@ PEAK_TFLOPS = {
 
 def peak_tflops(recipe: Recipe, device_name: str) -> float | None:
     """Of one device: the recipe's, else the table's; None for a device that is in neither (a CPU)."""
-    if recipe.training.peak_tflops:
-        return recipe.training.peak_tflops
+    if recipe.logging.peak_tflops:
+        return recipe.logging.peak_tflops
     return next((peak for name, peak in PEAK_TFLOPS.items() if name in device_name), None)
 
 
@@ -54,9 +54,9 @@ def memory_gib() -> float:
 
 def check_wandb(recipe: Recipe) -> None:
     """SodaError if Weights & Biases is asked for and is not installed, or has no login: before the model is built."""
-    if not recipe.training.wandb_project:
+    if not recipe.logging.wandb_project:
         return
-    where = f"training.wandb_project={recipe.training.wandb_project}"
+    where = f"logging.wandb_project={recipe.logging.wandb_project}"
     if not _installed("wandb"):
         raise SodaError(
             f"{where}: the package wandb is not installed. "
@@ -112,16 +112,16 @@ class Metrics:
         self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
         self.file = self.path.open("a", encoding="utf-8")
         self.wandb: Any = None
-        if recipe.training.wandb_project:
+        if recipe.logging.wandb_project:
             identity = f"{recipe.name}-{zlib.crc32(str(run.resolve()).encode()):08x}"  # a resumed run is the same run
-            project = recipe.training.wandb_project
+            project = recipe.logging.wandb_project
             try:
                 self.wandb = importlib.import_module("wandb").init(
                     project=project, name=recipe.name, id=identity, dir=str(run), resume="allow"
                 )
             except Exception as error:  # wandb raises many kinds: a wrong key, no network, no such project
                 raise SodaError(
-                    f"training.wandb_project={project}: Weights & Biases does not start ({error}). WANDB_MODE=offline "
+                    f"logging.wandb_project={project}: Weights & Biases does not start ({error}). WANDB_MODE=offline "
                     "keeps the numbers in the run folder."
                 ) from None
 

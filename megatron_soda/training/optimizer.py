@@ -28,22 +28,22 @@ class Optimizer:
     """
 
     def __init__(self, recipe: Recipe, ddp: list[DistributedDataParallel], space: TokenSpace) -> None:
-        t = recipe.training
-        self.cautious, self.decay, self.peak = t.optimizer == "cautious", t.weight_decay, t.learning_rate
-        self.betas, self.epsilon = (t.beta1, t.beta2), t.epsilon
+        o = recipe.optimizer
+        self.cautious, self.decay, self.peak = o.name == "cautious", o.weight_decay, o.learning_rate
+        self.betas, self.epsilon = (o.beta1, o.beta2), o.epsilon
         self.backend, adam, is_torch = choose_adam(self.cautious)
         # megatron-core takes the first of Transformer Engine, apex and torch that it could import. We have chosen.
         megatron_optimizer.Adam, megatron_optimizer.USING_PYTORCH_OPTIMIZER = adam, False  # type: ignore[misc]
         megatron_distributed.HAVE_APEX_OR_TE = not is_torch
-        half = t.precision != "fp32"
+        half = recipe.precision.dtype != "fp32"
         config = OptimizerConfig(
             optimizer="adam",
-            lr=t.learning_rate,
-            weight_decay=t.weight_decay,
-            adam_beta1=t.beta1,
-            adam_beta2=t.beta2,
-            adam_eps=t.epsilon,
-            clip_grad=t.clip_grad,
+            lr=o.learning_rate,
+            weight_decay=o.weight_decay,
+            adam_beta1=o.beta1,
+            adam_beta2=o.beta2,
+            adam_eps=o.epsilon,
+            clip_grad=o.clip_grad,
             bf16=half,
             params_dtype=torch.bfloat16 if half else torch.float32,
             use_distributed_optimizer=recipe.parallel.distributed_optimizer,

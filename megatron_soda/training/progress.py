@@ -6,6 +6,8 @@ from datetime import timedelta
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..log import log
+
 _SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -38,5 +40,5 @@ class TrainingProgress:
         due = not self.said or now - self.said >= _SECONDS_BETWEEN_LINES or step == self.steps
         if self.shown and not self.terminal and due:
             left = timedelta(seconds=round((now - self.began) / max(1, step - self.first) * (self.steps - step)))
-            print(f"step {step}/{self.steps}  {note}  {left} left", flush=True)
+            log.info(f"step {step}/{self.steps}  {note}  {left} left")
             self.said = now

@@ -1,5 +1,6 @@
 """The settings that a checkpoint was trained with: recorded in it, and compared when a run goes on from it."""
 
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,27 @@ from . import checkpoint
 from .origin import Branch, Origin
 from .schedule import rate_at, stable_steps
 
-NAMES = (
-    *("learning_rate", "schedule", "steps", "warmup_share", "decay_share"),
-    *("weight_decay", "beta1", "beta2", "epsilon", "clip_grad", "z_loss", "loss_weights", "precision", "cautious_mask"),
-)
+KEYS = {  # checkpoint.json's name: the recipe's key
+    "learning_rate": "optimizer.learning_rate",
+    "schedule": "schedule.name",
+    "steps": "training.steps",
+    "warmup_share": "schedule.warmup_share",
+    "decay_share": "schedule.decay_share",
+    "weight_decay": "optimizer.weight_decay",
+    "beta1": "optimizer.beta1",
+    "beta2": "optimizer.beta2",
+    "epsilon": "optimizer.epsilon",
+    "clip_grad": "optimizer.clip_grad",
+    "z_loss": "training.z_loss",
+    "loss_weights": "training.loss_weights",
+    "precision": "precision.dtype",
+    "cautious_mask": "optimizer.cautious_mask",
+}
 _JUMP = 1.1  # times the rate before
 
 
 def settings_of(recipe: Recipe) -> dict[str, Any]:
-    return {name: getattr(recipe.training, name) for name in NAMES}
+    return {name: attrgetter(key)(recipe) for name, key in KEYS.items()}
 
 
 def compare_settings(recipe: Recipe, origin: Origin) -> list[str]:
@@ -28,9 +41,9 @@ def compare_settings(recipe: Recipe, origin: Origin) -> list[str]:
     was, now = origin.saved.get("training"), settings_of(recipe)
     if was is None:
         return [f"{origin.folder} does not say with which settings it was trained (an earlier version wrote it)."]
-    changed = [name for name in NAMES if was.get(name) != now[name]]
+    changed = [name for name in KEYS if was.get(name) != now[name]]
     notes = [
-        f"training.{name} was {was.get(name)} up to step {origin.step}, and is {now[name]} from now on."
+        f"{KEYS[name]} was {was.get(name)} up to step {origin.step}, and is {now[name]} from now on."
         for name in changed
     ]
     if origin.kind == "branched" or not changed:
@@ -64,7 +77,7 @@ def ways_on(recipe: Recipe, branch: Branch, was: dict[str, Any]) -> str:
         why = "a cosine has no stable phase" if was["schedule"] == "cosine" else "none from before the decay is left"
         start = f"branch off the last checkpoint with a new warm-up ({why})"
         settings = {"branch_from": checkpoint.folder_of(run, saved[-1]), "steps": 2 * steps}
-    keys = [f"run={run}-longer", *(f"training.{name}={value}" for name, value in settings.items())]
+    keys = [f"run={run}-longer", *(f"{KEYS.get(name, f'training.{name}')}={value}" for name, value in settings.items())]
     if not recipe.data.path:
         keys.append(f"data.path={recipe.data_folder}")
     return (

@@ -82,13 +82,13 @@ class Engine:
     def __init__(self, recipe: Recipe, space: TokenSpace, device: torch.device) -> None:
         self.recipe, self.space, self.device = recipe, space, device
         self.backend = choose_backend(recipe.training.backend)
-        if recipe.training.precision == "fp8" and self.backend != "transformer_engine":
+        if recipe.precision.dtype == "fp8" and self.backend != "transformer_engine":
             raise SodaError(
-                "training.precision=fp8 needs Transformer Engine and a CUDA device of compute capability 8.9 or more; "
-                "here are neither, or not both. training.precision=bf16 runs everywhere. See `soda doctor`."
+                "precision.dtype=fp8 needs Transformer Engine and a CUDA device of compute capability 8.9 or more; "
+                "here are neither, or not both. precision.dtype=bf16 runs everywhere. See `soda doctor`."
             )
-        if recipe.training.precision == "fp8" and torch.cuda.get_device_capability(device) < (8, 9):
-            raise SodaError(f"training.precision=fp8: {torch.cuda.get_device_name(device)} has no FP8; take bf16")
+        if recipe.precision.dtype == "fp8" and torch.cuda.get_device_capability(device) < (8, 9):
+            raise SodaError(f"precision.dtype=fp8: {torch.cuda.get_device_name(device)} has no FP8; take bf16")
         virtual = recipe.parallel.virtual_pipeline
         chunks = list(range(virtual)) if virtual > 1 else [None]
         self.models = [build_model(recipe, space, device, chunk) for chunk in chunks]

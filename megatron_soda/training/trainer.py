@@ -13,6 +13,7 @@ import torch.distributed as dist
 from ..config import Recipe, save_recipe
 from ..errors import SodaError
 from ..files import read_json
+from ..log import log
 from ..model.size import parameter_count, train_flops
 from ..parallel import preflight, ranks
 from ..parallel.watch import place
@@ -56,7 +57,7 @@ def train(recipe: Recipe) -> bool:
 def _say_done(recipe: Recipe, origin: Origin) -> None:
     if ranks.is_first():
         ways = ways_on(recipe, origin.branch, origin.saved.get("training") or settings_of(recipe))
-        print(f"{recipe.run}: all {origin.step} steps are done. {ways}")
+        log.info(f"{recipe.run}: all {origin.step} steps are done. {ways}")
 
 
 _FIRST_STEPS = 10  # if one of these is not finite, the checkpoint before them is to blame
@@ -110,11 +111,11 @@ class Trainer:
         )
         here = f"from step {self.step}" if self.step else "from the start"
         for line in lines:
-            print(line)
-        print(f"{parameters:,} parameters; {layout}; {engine.backend} layers, {engine.optimizer.backend}")
-        print(f"{self.source}; {here}", flush=True)
+            log.info(line)
+        log.info(f"{parameters:,} parameters; {layout}; {engine.backend} layers, {engine.optimizer.backend}")
+        log.info(f"{self.source}; {here}")
         for note in notes:
-            print(f"note: {note}", flush=True)
+            log.info(f"note: {note}")
 
     def run(self) -> bool:
         """Whether the last step was reached; if not, it was asked to stop, and has saved."""
@@ -158,8 +159,8 @@ class Trainer:
         return False
 
     def log(self, result: StepResult) -> None:
-        """Writes the metrics of a step, every `training.log_every` steps."""
-        if self.metrics is None or not (self._due(self.t.log_every) or self.step == 1):
+        """Writes the metrics of a step, every `logging.log_every` steps."""
+        if self.metrics is None or not (self._due(self.recipe.logging.log_every) or self.step == 1):
             return
         now, steps, parts = time.monotonic(), self.step - self.marked, self.engine.seconds.take()
         training = now - self.mark - parts.get("validate", 0.0) - parts.get("save", 0.0)
@@ -191,7 +192,7 @@ class Trainer:
 
     def check_stores(self, stopping: bool) -> None:
         """SodaError, on all ranks, if a store was overwritten under the run; before anything is logged or saved."""
-        if not (self._due(self.t.log_every) or self._due(self.t.save_every) or stopping):
+        if not (self._due(self.recipe.logging.log_every) or self._due(self.recipe.checkpoint.save_every) or stopping):
             return
         try:
             preflight.share_problem(self.corpora.overwritten(), self.engine.device)
@@ -214,17 +215,17 @@ class Trainer:
             self.metrics.write(self.step, {"valid_loss": loss_of(sums), "valid_nll": nll_vector(sums, names)})
 
     def save(self, stopping: bool) -> None:
-        """Goes on with a checkpoint under way, and begins one every `training.save_every` steps and before a stop."""
+        """Goes on with a checkpoint under way, and begins one every `checkpoint.save_every` steps and before a stop."""
         with self.engine.seconds.of("save"):
             self.saver.poll()
-            if self._due(self.t.save_every) or stopping:
+            if self._due(self.recipe.checkpoint.save_every) or stopping:
                 self._save()
 
     def end(self) -> bool:
         if self.metrics:
             record_timing(self.run_folder, "train", {"seconds": time.monotonic() - self.began}, add=True)
             if self.step < self.t.steps:
-                print(f"Stopped at step {self.step}, saved. The same command goes on from there.")
+                log.info(f"Stopped at step {self.step}, saved. The same command goes on from there.")
         return self.step >= self.t.steps
 
     def rate(self, step: int) -> float:
@@ -266,7 +267,7 @@ class Trainer:
                 if before is not None:
                     self._go_back(before, told)
                     return
-        lower = f"a lower training.learning_rate (now {self.t.learning_rate:g})"
+        lower = f"a lower optimizer.learning_rate (now {self.recipe.optimizer.learning_rate:g})"
         if not at_start:
             saved = checkpoint.saved_steps(self.run_folder)
             on = (
@@ -286,10 +287,9 @@ class Trainer:
     def _go_back(self, folder: Path, told: str) -> None:
         saved = read_json(folder / "checkpoint.json")
         if self.metrics:
-            print(
-                f"warning: {told} The checkpoint of step {self.started}, from which training went on, may be to blame: "
-                f"going back to that of step {saved['step']}.",
-                flush=True,
+            log.warning(
+                f"{told} The checkpoint of step {self.started}, from which training went on, may be to blame: going "
+                f"back to that of step {saved['step']}."
             )
             self.metrics.close()
             self.metrics = Metrics(self.recipe, saved["step"])
@@ -308,7 +308,7 @@ class Trainer:
                 aside = folder.with_name(f"not_finite_{folder.name}")
                 shutil.rmtree(aside, ignore_errors=True)
                 os.replace(folder, aside)
-                print(f"{folder} was set aside as {aside.name}.", flush=True)
+                log.warning(f"{folder} was set aside as {aside.name}.")
         self.returns = []
 
 

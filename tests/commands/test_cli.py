@@ -151,7 +151,7 @@ def test_a_learning_rate_that_makes_nan_is_a_message(monkeypatch, capsys, tmp_pa
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"run: {tmp_path}\ndata: {{sequence_length: 32}}\ntraining: {{global_batch_size: 4}}\n")
     assert soda(monkeypatch, "train", str(recipe), "learning_rate=1e30", "clip_grad=0") == 2
-    assert "Run again with a lower training.learning_rate (now 1e+30)" in capsys.readouterr().err
+    assert "Run again with a lower optimizer.learning_rate (now 1e+30)" in capsys.readouterr().err
 
 
 def test_doctor(monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pyarrow as pa
@@ -12,13 +13,14 @@ from hypothesis import strategies as st
 
 from data_prep import documents, interleave
 from megatron_soda.codecs.description import CodecDescription
-from megatron_soda.config import ORDERS
+from megatron_soda.config.prepare import Order
 from megatron_soda.data.units import read_shard, write_units
 from megatron_soda.errors import SodaError
 from megatron_soda.tokenizer import TextTokenizer, train_sentencepiece
 from megatron_soda.vocab import TokenSpace
 from tests.voices import WORDS
 
+ORDERS = get_args(Order)
 CODEC = CodecDescription("none", "f", 4, 16, 24_000, 1_920, {})
 
 

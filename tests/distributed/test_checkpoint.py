@@ -11,7 +11,7 @@ from megatron_soda.data.store import Store, write_store
 from tests.distributed.test_layouts import LAYOUTS, losses, train
 from tests.helpers import SPACE, documents, small_recipe
 
-FLAT = ["training.warmup_share=0", "training.decay_share=0"]
+FLAT = ["schedule.warmup_share=0", "schedule.decay_share=0"]
 
 
 def folders(run: Path) -> list[int]:
@@ -44,7 +44,7 @@ def test_async_checkpoints_are_whole_when_they_appear(pool, data, tmp_path, layo
     world, overrides = LAYOUTS.get(layout, (1, []))
     plain, run = tmp_path / "plain", tmp_path / "run"
     pool.run(world, train, str(plain), str(data), [*overrides, *FLAT])
-    asynchronous = [*overrides, *FLAT, "training.async_save=true", "training.save_every=4"]
+    asynchronous = [*overrides, *FLAT, "checkpoint.async_save=true", "checkpoint.save_every=4"]
     seen = pool.run(world, train_watched, str(run), str(data), [*asynchronous, "training.steps=13"])[0]
     assert seen[-1][-1] in (8, 12)
     assert folders(run) == [4, 8, 12, 13]
@@ -55,7 +55,11 @@ def test_async_checkpoints_are_whole_when_they_appear(pool, data, tmp_path, layo
 
 def test_old_checkpoints_are_forgotten(pool, data, tmp_path):
     pool.run(
-        1, train, str(tmp_path), str(data), ["training.save_every=2", "training.keep_last=2", "training.keep_every=6"]
+        1,
+        train,
+        str(tmp_path),
+        str(data),
+        ["checkpoint.save_every=2", "checkpoint.keep_last=2", "checkpoint.keep_every=6"],
     )
     assert folders(tmp_path) == [6, 12, 18, 20]
 
@@ -63,7 +67,7 @@ def test_old_checkpoints_are_forgotten(pool, data, tmp_path):
 @pytest.fixture(scope="module")
 def saved(pool, data, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("saved")
-    pool.run(2, train, str(run), str(data), [*FLAT, "training.save_every=5"])
+    pool.run(2, train, str(run), str(data), [*FLAT, "checkpoint.save_every=5"])
     return run
 
 
@@ -73,7 +77,7 @@ def train_heard(run: str, data: str, overrides: list[str]) -> str:
     import io
 
     out = io.StringIO()
-    with contextlib.redirect_stdout(out):
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         train(run, data, overrides)
     return out.getvalue()
 
@@ -95,7 +99,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(pool, data, sa
         victim.unlink()
     else:
         (newest / "manifest.json").unlink()
-    out = pool.run(2, train_heard, str(run), str(data), [*FLAT, "training.save_every=5"])[0]
+    out = pool.run(2, train_heard, str(run), str(data), [*FLAT, "checkpoint.save_every=5"])[0]
     assert "step_00000020 is damaged and not used" in out
     assert ("manifest.json" if damage == "no manifest" else victim.name) in out
     assert "from step 15" in out
@@ -116,9 +120,9 @@ def test_when_all_are_damaged_nothing_starts_anew(pool, data, saved, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["training.optimizer=cautious"], r"another optimizer: its optimizer\.name is adamw"),
+        (["optimizer.name=cautious"], r"another optimizer: its optimizer\.name is adamw"),
         (["parallel.distributed_optimizer=true"], r"another optimizer: its optimizer\.distributed"),
-        (["training.precision=bf16"], r"another optimizer: its optimizer\.half"),
+        (["precision.dtype=bf16"], r"another optimizer: its optimizer\.half"),
         (["model.ffn_hidden_size=128"], r"another model: its model\.ffn_hidden_size is 64"),
         (["model.tie_embeddings=true"], r"another model: its model\.tie_embeddings"),
         (["seed=1"], "seed was 1234 when the checkpoint of step 20 was written, and is 1"),
@@ -200,14 +204,14 @@ def test_a_decay_leg_with_another_mix(pool, data, corpora, tmp_path):
     # The leg brings a corpus of its own, which the trunk did not have.
     more = corpora[0].replace("text:", f"more: {data}/valid, text:")
     stage = "data.mix=[{from_step: 10, shares: {more: 0.25, text: 0.75}}]"
-    decay = [more, stage, origin, "training.schedule=decay"]
+    decay = [more, stage, origin, "schedule.name=decay"]
     with pytest.raises(RuntimeError, match=r"training\.steps=10 is not past step 10"):
         pool.run(1, train, str(leg), str(data), [*decay, "training.steps=10"])
-    pool.run(1, train, str(leg), str(data), [*decay, "training.steps=14", "training.save_every=2"])
+    pool.run(1, train, str(leg), str(data), [*decay, "training.steps=14", "checkpoint.save_every=2"])
     pool.run(1, train, str(leg), str(data), [*decay, "training.steps=14"])  # nothing to do
     rates = [json.loads(line) for line in (leg / "metrics.jsonl").read_text().splitlines()]
     rates = [row["learning_rate"] for row in rates if "learning_rate" in row]
-    peak = small_recipe(leg, data).training.learning_rate
+    peak = small_recipe(leg, data).optimizer.learning_rate
     assert rates == pytest.approx([peak * part / 4 for part in (4, 3, 2, 1)])
     assert consumed(leg, 14) == {
         "speech": consumed(trunk, 10)["speech"],
@@ -220,7 +224,7 @@ def test_a_decay_leg_with_another_mix(pool, data, corpora, tmp_path):
     pool.run(1, train, str(leg), str(data), [*decay, "training.steps=14"])
     assert losses(leg) == before
     with pytest.raises(RuntimeError, match=r"branch_from=.*nowhere"):
-        pool.run(1, train, str(tmp_path / "x"), str(data), ["training.schedule=decay", "training.branch_from=/nowhere"])
+        pool.run(1, train, str(tmp_path / "x"), str(data), ["schedule.name=decay", "training.branch_from=/nowhere"])
 
 
 def test_windows_on_whole_frames_and_data_that_do_not_fit(pool, data, corpora, tmp_path):

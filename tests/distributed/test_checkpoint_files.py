@@ -13,7 +13,7 @@ import pytest
 from tests.distributed.test_checkpoint import FLAT, folders, train_heard
 from tests.distributed.test_layouts import losses, train
 
-SAVES = [*FLAT, "training.save_every=5"]
+SAVES = [*FLAT, "checkpoint.save_every=5"]
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +205,7 @@ def test_what_describes_a_checkpoint_is_checked_too(pool, data, saved, run, dama
 
 def test_damaged_checkpoints_are_not_counted_as_kept(pool, data, run):
     """With the two newest damaged, the one that was resumed from and those written since stay."""
-    keep = [*FLAT, "training.save_every=2", "training.keep_last=2"]
+    keep = [*FLAT, "checkpoint.save_every=2", "checkpoint.keep_last=2"]
     for number in (15, 20):
         victim = step(run, number) / "__0_0.distcp"
         victim.write_bytes(victim.read_bytes()[:-1])
@@ -227,7 +227,7 @@ def test_a_damaged_one_that_cannot_be_seen_by_its_size(pool, data, run):
         content[len(content) // 2] ^= 1
         victim.write_bytes(bytes(content))
     pool.run(
-        2, train, str(run), str(data), [*FLAT, "training.save_every=3", "training.keep_last=1", "training.steps=12"]
+        2, train, str(run), str(data), [*FLAT, "checkpoint.save_every=3", "checkpoint.keep_last=1", "training.steps=12"]
     )
     assert folders(run) == [10, 12, 15, 20]
 
@@ -292,7 +292,7 @@ def train_with_a_full_disk(run: str, data: str, overrides: list[str], rank: int)
 @pytest.mark.parametrize("asynchronous", ["false", "true"])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_full_disk_of_one_rank_is_an_error_on_all(pool, data, tmp_path, rank, asynchronous):
-    overrides = [*SAVES, "parallel.tensor=2", f"training.async_save={asynchronous}"]  # so that both ranks write
+    overrides = [*SAVES, "parallel.tensor=2", f"checkpoint.async_save={asynchronous}"]  # so that both ranks write
     heard = pool.run(2, train_with_a_full_disk, str(tmp_path), str(data), overrides, rank)
     for said, *left in heard:
         assert f"step_00000010: cannot write the checkpoint: rank {rank}: " in said
@@ -313,5 +313,5 @@ def train_and_count(run: str, data: str, overrides: list[str]) -> list[str]:
 @pytest.mark.parametrize("asynchronous", ["false", "true"])
 def test_saving_starts_no_process(pool, data, tmp_path, asynchronous):
     """A signal to the process group would end it amid a save, and it would outlive a trainer that is killed."""
-    overrides = [*SAVES, f"training.async_save={asynchronous}"]
+    overrides = [*SAVES, f"checkpoint.async_save={asynchronous}"]
     assert pool.run(2, train_and_count, str(tmp_path), str(data), overrides) == [[], []]

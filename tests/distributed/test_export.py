@@ -62,7 +62,7 @@ def export(run: str, data: str, overrides: list[str], swap: bool = False) -> str
         (2, ["parallel.tensor=2"]),
         (2, ["parallel.pipeline=2"]),
         (1, ["model.tie_embeddings=true", "model.rope_scaling_factor=1"]),
-        (1, ["training.precision=bf16"]),
+        (1, ["precision.dtype=bf16"]),
     ],
     ids=["one", "tp2", "pp2", "tied", "bf16"],
 )
@@ -72,7 +72,7 @@ def test_transformers_gives_our_logits(pool, real_text_data, tmp_path, world, ov
     pool.run(world, train, str(tmp_path), str(real_text_data), overrides)
     (folder,) = pool.run(1, export, str(tmp_path), str(real_text_data), overrides)
     described = json.loads((Path(folder) / "soda.json").read_text())
-    assert described["max_logit_difference"] < (0.25 if "training.precision=bf16" in overrides else 1e-4)
+    assert described["max_logit_difference"] < (0.25 if "precision.dtype=bf16" in overrides else 1e-4)
     config = AutoConfig.from_pretrained(folder)
     assert config.architectures == ["Qwen3ForCausalLM"]
     assert config.vocab_size == TextTokenizer(real_text_data / "text_tokenizer.model").space(4, 16).size
@@ -93,7 +93,7 @@ def test_transformers_gives_our_logits(pool, real_text_data, tmp_path, world, ov
 
 def test_an_export_of_another_training_is_not_served(pool, real_text_data, tmp_path):
     """Trained anew in the same folder to the same step: the step says nothing about the weights."""
-    overrides = ["training.steps=1", "training.save_every=1"]
+    overrides = ["training.steps=1", "checkpoint.save_every=1"]
     weights = tmp_path / "hf" / "model.safetensors"
     seen = set()
     for seed in (1, 2):
@@ -144,7 +144,7 @@ CHANGES = {
 
 
 def test_a_model_that_is_not_as_exported_is_not_loaded(pool, real_text_data, tmp_path):
-    overrides = ["training.steps=1", "training.save_every=1"]
+    overrides = ["training.steps=1", "checkpoint.save_every=1"]
     pool.run(1, train, str(tmp_path), str(real_text_data), overrides)
     (folder,) = map(Path, pool.run(1, export, str(tmp_path), str(real_text_data), overrides))
     assert load_model(folder).step == 1
@@ -173,7 +173,7 @@ def test_a_model_that_is_not_as_exported_is_not_loaded(pool, real_text_data, tmp
 
 
 def test_earlier_checkpoints_are_heard_with_their_own_weights(pool, real_text_data, tmp_path):
-    overrides = ["training.steps=6", "training.save_every=1", "training.keep_last=6"]
+    overrides = ["training.steps=6", "checkpoint.save_every=1", "checkpoint.keep_last=6"]
     pool.run(1, train, str(tmp_path), str(real_text_data), overrides)
     (folder,) = pool.run(1, export, str(tmp_path), str(real_text_data), overrides)
     (heard,) = pool.run(1, _earlier, str(tmp_path), str(real_text_data), overrides, folder)

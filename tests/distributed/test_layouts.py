@@ -111,8 +111,8 @@ def test_same_losses_and_gradient_norms(pool, data, reference, tmp_path, layout)
     assert same(expected, found)
 
 
-FLAT = ["training.warmup_share=0", "training.decay_share=0"]
-CAUTIOUS = ["training.optimizer=cautious"]
+FLAT = ["schedule.warmup_share=0", "schedule.decay_share=0"]
+CAUTIOUS = ["optimizer.name=cautious"]
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ CAUTIOUS = ["training.optimizer=cautious"]
         ("tp2", CAUTIOUS),
         ("vpp2", CAUTIOUS),
         ("dp2_distributed", CAUTIOUS),
-        ("sp2", ["training.precision=bf16"]),
+        ("sp2", ["precision.dtype=bf16"]),
     ],
 )
 def test_resume_is_bitwise(pool, data, tmp_path, layout, extra):
@@ -187,7 +187,7 @@ def test_the_cautious_optimizer_is_the_same_at_every_layout(pool, data, tmp_path
 @pytest.mark.parametrize("guard", ["finish_load", "set_states"])
 def test_repairs_of_the_distributed_optimizer_are_needed(pool, data, tmp_path, guard):
     """Without each repair of optimizer.py, resuming under the distributed optimizer is wrong, or does not run."""
-    flat = ["parallel.distributed_optimizer=true", "training.warmup_share=0", "training.decay_share=0"]
+    flat = ["parallel.distributed_optimizer=true", "schedule.warmup_share=0", "schedule.decay_share=0"]
     straight, run = tmp_path / "straight", tmp_path / "run"
     pool.run(2, train, str(straight), str(data), flat)
     pool.run(2, train, str(run), str(data), [*flat, "training.steps=10"])
@@ -259,7 +259,7 @@ def test_bf16_stays_near_fp32(pool, data, reference, tmp_path):
     runs = {}
     for name in ("one", "dp2_distributed", "sp2", "pp2"):
         world, overrides = LAYOUTS.get(name, (1, []))
-        pool.run(world, train, str(tmp_path / name), str(data), [*overrides, "training.precision=bf16"])
+        pool.run(world, train, str(tmp_path / name), str(data), [*overrides, "precision.dtype=bf16"])
         runs[name] = losses(tmp_path / name)
         assert runs[name] == pytest.approx(losses(reference), abs=0.02)
         assert runs[name] != losses(reference)
@@ -267,8 +267,8 @@ def test_bf16_stays_near_fp32(pool, data, reference, tmp_path):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "cautious"])
 def test_a_rate_that_makes_nan_ends_with_its_name(pool, data, tmp_path, optimizer):
-    with pytest.raises(RuntimeError, match=r"step \d+: loss (nan|inf).*a lower training\.learning_rate"):
+    with pytest.raises(RuntimeError, match=r"step \d+: loss (nan|inf).*a lower optimizer\.learning_rate"):
         pool.run(
             1, train, str(tmp_path), str(data),
-            ["training.learning_rate=1e30", f"training.optimizer={optimizer}", "training.clip_grad=0"],
+            ["optimizer.learning_rate=1e30", f"optimizer.name={optimizer}", "optimizer.clip_grad=0"],
         )  # fmt: skip

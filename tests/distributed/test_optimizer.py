@@ -91,8 +91,8 @@ def run_steps(folder: str, overrides: list[str], wanted: dict[str, np.ndarray] |
     from megatron_soda.training.step import Engine
 
     recipe = small_recipe(
-        Path(folder), Path(folder), f"training.weight_decay={DECAY}", f"training.learning_rate={PEAK}",
-        f"training.beta1={BETA1}", f"training.beta2={BETA2}", f"training.epsilon={EPSILON}", *overrides,
+        Path(folder), Path(folder), f"optimizer.weight_decay={DECAY}", f"optimizer.learning_rate={PEAK}",
+        f"optimizer.beta1={BETA1}", f"optimizer.beta2={BETA2}", f"optimizer.epsilon={EPSILON}", *overrides,
     )  # fmt: skip
     device = ranks.init(recipe)
     size, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
@@ -133,7 +133,7 @@ def run_steps(folder: str, overrides: list[str], wanted: dict[str, np.ndarray] |
         for name, parameter, shape in parameters:
             parameter.main_grad.copy_(cut(name, parameter, gradient(name, step, shape)))
         engine.optimizer.step(rate(step))
-    half = recipe.training.precision == "bf16"
+    half = recipe.precision.dtype == "bf16"
     worst = 0.0
     for name, parameter, _ in parameters:
         target = cut(name, parameter, wanted[name])
@@ -160,12 +160,12 @@ def wanted(pool, tmp_path_factory):
     ("world", "overrides"),
     [
         (1, []),
-        (1, ["training.precision=bf16"]),
+        (1, ["precision.dtype=bf16"]),
         (2, ["parallel.tensor=2"]),
         (2, ["parallel.pipeline=2"]),
         (2, ["parallel.pipeline=2", "model.tie_embeddings=true"]),
         (2, ["parallel.distributed_optimizer=true"]),
-        (2, ["parallel.distributed_optimizer=true", "training.precision=bf16"]),
+        (2, ["parallel.distributed_optimizer=true", "precision.dtype=bf16"]),
         (4, ["parallel.distributed_optimizer=true"]),
         (4, ["parallel.distributed_optimizer=true", "parallel.tensor=2"]),
         (4, ["parallel.distributed_optimizer=true", "parallel.pipeline=2", "parallel.virtual_pipeline=2"]),
@@ -174,8 +174,8 @@ def wanted(pool, tmp_path_factory):
 )
 def test_against_numpy(pool, wanted, tmp_path, optimizer, world, overrides):
     name, _, mask = optimizer.partition(" ")
-    of_mask = [f"training.cautious_mask={mask}"] if mask else []
-    settings = [f"training.optimizer={name}", *of_mask, *overrides]
+    of_mask = [f"optimizer.cautious_mask={mask}"] if mask else []
+    settings = [f"optimizer.name={name}", *of_mask, *overrides]
     target = wanted(mask, "model.tie_embeddings=true" in overrides)
     for worst, count in pool.run(world, run_steps, str(tmp_path), settings, target):
         assert count > 5
@@ -236,7 +236,7 @@ def modules(monkeypatch):
     ],
 )
 def test_whose_adam(modules, present, name):
-    from megatron_soda.training.optimizer import choose_adam
+    from megatron_soda.optimizer.name import choose_adam
 
     modules(**present)
     found, _, is_torch = choose_adam(cautious=False)
@@ -250,9 +250,9 @@ def test_the_choice_is_logged(pool, data, tmp_path):
 
     from tests.distributed.test_layouts import train
 
-    pool.run(1, train, str(tmp_path), str(data), ["training.steps=1", "training.optimizer=cautious"])
+    pool.run(1, train, str(tmp_path), str(data), ["training.steps=1", "optimizer.name=cautious"])
     environment = json.loads((tmp_path / "environment.json").read_text())
     assert environment["optimizer"] == "Cautious AdamW of megatron_soda"
     assert environment["layers"] == "local"
-    with pytest.raises(RuntimeError, match=r"training\.precision=fp8 needs Transformer Engine"):
-        pool.run(1, train, str(tmp_path / "x"), str(data), ["training.precision=fp8"])
+    with pytest.raises(RuntimeError, match=r"precision\.dtype=fp8 needs Transformer Engine"):
+        pool.run(1, train, str(tmp_path / "x"), str(data), ["precision.dtype=fp8"])

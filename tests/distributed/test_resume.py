@@ -16,8 +16,8 @@ from tests.distributed.test_checkpoint_files import reseal
 from tests.distributed.test_layouts import losses, metrics, train
 from tests.helpers import SPACE, documents, write_data
 
-SHORT = [*FLAT, "training.steps=6", "training.save_every=3"]
-LONGER = [*FLAT, "training.steps=8", "training.save_every=3"]
+SHORT = [*FLAT, "training.steps=6", "checkpoint.save_every=3"]
+LONGER = [*FLAT, "training.steps=8", "checkpoint.save_every=3"]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def resume(pool, run: Path, *overrides: str, world: int = 1) -> str:
 
 
 def notes(out: str) -> list[str]:
-    return [line.removeprefix("note: ") for line in out.splitlines() if line.startswith("note: ")]
+    return [line.partition("note: ")[2] for line in out.splitlines() if "note: " in line]
 
 
 def rewrite(path: Path, change: Callable[[list[np.ndarray]], list[np.ndarray]], **changes: str) -> None:
@@ -204,7 +204,7 @@ def train_and_write(run: str, data: str, overrides: list[str], how: str) -> str:
 @pytest.mark.parametrize("how", ["in place", "anew", "removed"])
 def test_a_store_written_to_under_a_run_stops_it(pool, data, tmp_path, how):
     shutil.copytree(data, tmp_path / "data")
-    steps = ["training.steps=9", "training.save_every=2", *FLAT]
+    steps = ["training.steps=9", "checkpoint.save_every=2", *FLAT]
     with pytest.raises(RuntimeError, match="train was written to while the run was training on it") as error:
         pool.run(2, train_and_write, str(tmp_path / "run"), str(tmp_path / "data"), steps, how)
     assert "rank 0" in str(error.value)
@@ -305,15 +305,20 @@ def test_a_leg_with_windows_of_another_length(pool, run, tmp_path):
 
 
 def test_what_changes_is_said(pool, run):
-    out = resume(pool, run, "training.weight_decay=0.1", "training.beta1=0.9", "training.learning_rate=1e-5")
-    assert "training.weight_decay was 0.033 up to step 6, and is 0.1 from now on" in out
-    assert "training.beta1 was 0.98 up to step 6, and is 0.9" in out
+    out = resume(pool, run, "optimizer.weight_decay=0.1", "optimizer.beta1=0.9", "optimizer.learning_rate=1e-5")
+    assert "optimizer.weight_decay was 0.033 up to step 6, and is 0.1 from now on" in out
+    assert "optimizer.beta1 was 0.98 up to step 6, and is 0.9" in out
     assert "the learning rate falls from" in out
     assert "training.steps was 6" in out
     assert len(notes(out)) == 5
 
 
-WSD = ["training.warmup_share=0.2", "training.decay_share=0.4", "training.learning_rate=5e-3", "training.save_every=2"]
+WSD = [
+    "schedule.warmup_share=0.2",
+    "schedule.decay_share=0.4",
+    "optimizer.learning_rate=5e-3",
+    "checkpoint.save_every=2",
+]
 
 
 @pytest.fixture(scope="module")
@@ -356,10 +361,10 @@ def test_before_the_decay_steps_can_be_raised(pool, data, decayed, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "refused"),
     [
-        (["training.learning_rate=2e-2"], True),
-        (["training.schedule=cosine", "training.warmup_share=0"], False),
-        (["training.decay_share=0"], True),
-        (["training.clip_grad=0.5"], False),
+        (["optimizer.learning_rate=2e-2"], True),
+        (["schedule.name=cosine", "schedule.warmup_share=0"], False),
+        (["schedule.decay_share=0"], True),
+        (["optimizer.clip_grad=0.5"], False),
     ],
     ids=["rate", "cosine", "shares", "clipping"],
 )

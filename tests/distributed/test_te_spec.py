@@ -172,9 +172,9 @@ def training(folder: Path) -> dict[str, list[list[float]]]:
     data = write_data(folder / "data")
 
     def train(name: str, backend: str, *steps: int) -> list[list[float]]:
-        flat = ["training.warmup_share=0", "training.decay_share=0"]  # or the schedule would tell where it ends
+        flat = ["schedule.warmup_share=0", "schedule.decay_share=0"]  # or the schedule would tell where it ends
         for count in steps:
-            wanted = [f"training.backend={backend}", f"training.steps={count}", "training.save_every=3", *flat]
+            wanted = [f"training.backend={backend}", f"training.steps={count}", "checkpoint.save_every=3", *flat]
             trainer.train(small_recipe(folder / name, data, *wanted))
         rows = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
         return [[row["loss"], row["grad_norm"]] for row in rows if "loss" in row]

@@ -67,7 +67,7 @@ def small_disk(tmp_path):
 def test_full_disk_while_training(recipe, small_disk, tmp_path, asynchronous):
     """The checkpoint that does not fit is an error by name, the one before stays, and with room it goes on."""
     run = start(recipe, f"run={small_disk}/run", f"data.path={tmp_path}/run/data", "model.hidden_size=64",
-                f"training.async_save={asynchronous}", processes=1)  # fmt: skip
+                f"checkpoint.async_save={asynchronous}", processes=1)  # fmt: skip
     out = run.communicate(timeout=300)[0]
     assert run.returncode != 0
     assert "error: " in out

@@ -18,7 +18,7 @@ from tests.helpers import write_data
 
 pytestmark = pytest.mark.full
 STEPS = "training.steps=400"
-SAVE = "training.save_every=20"
+SAVE = "checkpoint.save_every=20"
 TRACEBACK = 'megatron_soda/train.py", line'  # of a trainer; torchrun ends with one of its own
 STARTERS = {"torchrun": start, "launch.sh": launch}
 
@@ -157,9 +157,7 @@ def test_a_dead_disk_is_not_taken_for_a_stopped_rank(recipe, run):
     place = (
         rf"Rank 1 \({host}\): step \d+, data, in frozen_read \(windows\.py:\d+, __getitem__\)\. Rank 0 \({host}\): step"
     )
-    assert re.search(rf"^warning: nothing has gone on for \d+ s\. {place} \d+, \w+, waiting in ", out, re.MULTILINE), (
-        out
-    )
+    assert re.search(rf"warning: nothing has gone on for \d+ s\. {place} \d+, \w+, waiting in ", out, re.MULTILINE), out
     assert re.search(rf"^error on rank 0 \({host}\): nothing has gone on for \d+ s\. {place}", out, re.MULTILINE), out
     assert "no sign of life" not in out
 
@@ -168,7 +166,7 @@ def test_a_dead_disk_is_not_taken_for_a_stopped_rank(recipe, run):
 @pytest.mark.parametrize("starter", STARTERS)
 def test_sigterm_after_a_periodic_save(recipe, run, straight, starter, asynchronous):
     """torchrun signals the whole process group of each rank, with what a save has started in it."""
-    launcher = STARTERS[starter](recipe, STEPS, SAVE, f"training.async_save={str(asynchronous).lower()}")
+    launcher = STARTERS[starter](recipe, STEPS, SAVE, f"checkpoint.async_save={str(asynchronous).lower()}")
     wait_for_step(run, 45, launcher)
     launcher.terminate()
     out = launcher.communicate(timeout=120)[0]
@@ -275,7 +273,7 @@ def test_sigterm_while_it_starts(recipe, run):
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_trainers_of_a_killed_torchrun_save_and_end(recipe, run, straight, asynchronous):
-    launcher = start(recipe, STEPS, SAVE, f"training.async_save={str(asynchronous).lower()}")
+    launcher = start(recipe, STEPS, SAVE, f"checkpoint.async_save={str(asynchronous).lower()}")
     wait_for_step(run, 25, launcher)
     launcher.kill()
     assert survivors(recipe, 60) == []
@@ -291,8 +289,8 @@ def test_trainers_of_a_killed_torchrun_save_and_end(recipe, run, straight, async
 def test_nothing_outlives_a_killed_trainer(recipe, run, asynchronous, number):
     """Killed soon after a save, and killed inside one."""
     for inside in (False, True):
-        setting = f"training.async_save={str(asynchronous).lower()}"
-        launcher = start(recipe, "training.steps=100000", "training.save_every=3" if inside else SAVE, setting)
+        setting = f"checkpoint.async_save={str(asynchronous).lower()}"
+        launcher = start(recipe, "training.steps=100000", "checkpoint.save_every=3" if inside else SAVE, setting)
         wait_for_step(run, (max(losses(run)) if inside else 0) + 25, launcher)
         helpers = [p for p in alive(recipe) if p.pid != launcher.pid]
         victim = trainer(launcher, 1)

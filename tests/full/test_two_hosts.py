@@ -121,7 +121,7 @@ def test_two_hosts_train_as_one(hosts, recipe, tmp_path):
 
 def test_sigterm_on_one_host_stops_both_and_the_same_command_goes_on(hosts, recipe, tmp_path):
     metrics = tmp_path / "run" / "metrics.jsonl"
-    flat = ["training.warmup_share=0", "training.decay_share=0"]  # so that the rate is the same whatever the steps
+    flat = ["schedule.warmup_share=0", "schedule.decay_share=0"]  # so that the rate is the same whatever the steps
     processes = start_both(hosts, recipe, [], "training.steps=5000", *flat, GLOO_SOCKET_IFNAME="soda0")
     for _ in range(1200):
         if (metrics.is_file() and '"step": 20,' in metrics.read_text()) or processes[0].poll() is not None:

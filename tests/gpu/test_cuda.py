@@ -23,7 +23,7 @@ needs_apex = pytest.mark.skipif(importlib.util.find_spec("amp_C") is None, reaso
 ROOT = Path(__file__).resolve().parents[2]
 TE = "training.backend=transformer_engine"
 LOCAL = "training.backend=local"
-BF16 = "training.precision=bf16"
+BF16 = "precision.dtype=bf16"
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_local_layers_agree_with_cpu(tmp_path, data):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "cautious"])
 def test_bf16_is_near_fp32(tmp_path, data, optimizer):
-    kind = f"training.optimizer={optimizer}"
+    kind = f"optimizer.name={optimizer}"
     full = train(tmp_path / "a", data, LOCAL, kind)
     assert train(tmp_path / "b", data, LOCAL, BF16, kind) == pytest.approx(full, abs=0.03)
 
@@ -74,16 +74,16 @@ def test_transformer_engine_agrees_with_local(tmp_path, data):
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["training.fp8_recipe=delayed"],
-        ["training.fp8_recipe=tensorwise"],
-        ["training.fp8_recipe=tensorwise", "training.bf16_layers=1"],
-        ["training.fp8_recipe=blockwise"],
+        ["precision.fp8_recipe=delayed"],
+        ["precision.fp8_recipe=tensorwise"],
+        ["precision.fp8_recipe=tensorwise", "precision.bf16_layers=1"],
+        ["precision.fp8_recipe=blockwise"],
     ],
     ids=["delayed", "tensorwise", "tensorwise-bf16-ends", "blockwise"],
 )
 def test_fp8_is_near_bf16(tmp_path, data, overrides):
     half = train(tmp_path / "a", data, TE, BF16)
-    found = train(tmp_path / "b", data, TE, "training.precision=fp8", *overrides)
+    found = train(tmp_path / "b", data, TE, "precision.dtype=fp8", *overrides)
     assert found == pytest.approx(half, abs=0.1)
     assert found != half
 
@@ -139,10 +139,11 @@ def test_documents_do_not_see_each_other_under_transformer_engine():
 
 
 def _optimizer(folder: str, overrides: list[str]) -> tuple[str, float]:
-    from megatron_soda.training.optimizer import choose_adam
+    from megatron_soda.optimizer.name import choose_adam
+
     from tests.distributed.test_optimizer import expected, run_steps
 
-    cautious = "training.optimizer=cautious" in overrides
+    cautious = "optimizer.name=cautious" in overrides
     wanted = expected(run_steps(folder, overrides, None), "stacked" if cautious else "")
     return choose_adam(cautious)[0], run_steps(folder, overrides, wanted)[0]
 
@@ -151,7 +152,7 @@ def _optimizer(folder: str, overrides: list[str]) -> tuple[str, float]:
 @pytest.mark.parametrize("more", [[], [BF16], [BF16, "parallel.distributed_optimizer=true"]])
 def test_optimizers_against_numpy(tmp_path, optimizer, more):
     """Transformer Engine's Adam where it is installed, then apex's, then torch's."""
-    name, worst = _in_a_process(_optimizer, str(tmp_path), [f"training.optimizer={optimizer}", *more])
+    name, worst = _in_a_process(_optimizer, str(tmp_path), [f"optimizer.name={optimizer}", *more])
     if optimizer == "adamw" and importlib.util.find_spec("transformer_engine"):
         assert name.startswith("Transformer Engine")
     assert worst < 2e-5
@@ -166,7 +167,7 @@ def test_apex_against_numpy(tmp_path):
 
 def _without_te(folder: str) -> tuple[str, float]:
     sys.modules["transformer_engine.pytorch"] = None  # type: ignore[assignment]
-    return _optimizer(folder, ["training.optimizer=adamw"])
+    return _optimizer(folder, ["optimizer.name=adamw"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

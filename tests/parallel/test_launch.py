@@ -55,36 +55,37 @@ def test_soda_base(name):
     t = recipe.training
     assert recipe.model.preset == name
     assert not recipe.model.tie_embeddings
-    assert t.learning_rate == pytest.approx(BASE[name], rel=2e-4)
+    assert recipe.optimizer.learning_rate == pytest.approx(BASE[name], rel=2e-4)
     tokens_of_a_step = t.global_batch_size * recipe.data.sequence_length
     assert tokens_of_a_step == 512 * 4096
     assert 0 <= t.steps * tokens_of_a_step - 500e9 < tokens_of_a_step
-    assert (t.optimizer, t.schedule, t.precision) == ("cautious", "wsd", "bf16")
-    assert (recipe.model.init, t.cautious_mask) == ("levanter", "stacked")
-    assert (t.beta1, t.beta2, t.epsilon, t.weight_decay) == (0.98, 0.98, 1e-16, 0.033)
-    assert (t.clip_grad, t.z_loss, t.warmup_share, t.decay_share) == (1.0, 1e-4, 0.1, 0.2)
+    o, schedule = recipe.optimizer, recipe.schedule
+    assert (o.name, schedule.name, recipe.precision.dtype) == ("cautious", "wsd", "bf16")
+    assert (recipe.model.init, o.cautious_mask) == ("levanter", "stacked")
+    assert (o.beta1, o.beta2, o.epsilon, o.weight_decay) == (0.98, 0.98, 1e-16, 0.033)
+    assert (o.clip_grad, t.z_loss, schedule.warmup_share, schedule.decay_share) == (1.0, 1e-4, 0.1, 0.2)
     assert recipe.data.mix[0].shares == pytest.approx(SODA_MIX, abs=5e-5)
 
 
 def test_the_other_recipes():
     ablation = load_recipe(PRETRAIN / "150m-ablation.yaml")
-    assert (ablation.training.steps, ablation.training.learning_rate) == (19_074, 1.5e-3)
+    assert (ablation.training.steps, ablation.optimizer.learning_rate) == (19_074, 1.5e-3)
     assert ablation.training.global_batch_size == 128
     assert ablation.model.tie_embeddings
     prelim = load_recipe(PRETRAIN / "600m-prelim.yaml")
-    assert (prelim.model.head_dim, prelim.training.learning_rate) == (64, 3.0e-3)
+    assert (prelim.model.head_dim, prelim.optimizer.learning_rate) == (64, 3.0e-3)
     weights = {"en": 0.3557, "es": 0.0738, "fr": 0.0350, "de": 0.0232}
     weights |= {"th": 0.00097, "hi": 0.00078, "ar": 0.00059, "zh": 0.00050}
     whole = sum(weights.values())
     shares = {f"yodas2-{language}": weight / whole for language, weight in weights.items()}
     assert prelim.data.mix[0].shares == pytest.approx(shares, abs=2e-6)
     decay = load_recipe(PRETRAIN / "135m-decay.yaml")
-    assert decay.training.schedule == "decay"
+    assert decay.schedule.name == "decay"
     assert decay.training.branch_from.endswith("step_00190000")
     assert decay.training.steps - decay.data.mix[0].from_step == 50_000
     base = load_recipe(PRETRAIN / "135m.yaml").training
     assert 190_000 % base.save_every == 190_000 % base.keep_every == 0  # so the checkpoint is there
-    assert decay.training.learning_rate == base.learning_rate
+    assert decay.optimizer.learning_rate == base.learning_rate
 
 
 # ---- preflight

@@ -18,7 +18,7 @@ def test_mfu_against_a_sum_by_hand():
     assert peak_tflops(recipe, "NVIDIA H100 PCIe") == 756.0
     assert peak_tflops(recipe, "cpu") is None
     assert mfu(1, 1.0, 1, None) is None
-    assert peak_tflops(load_recipe(None, ["training.peak_tflops=2"]), "cpu") == 2.0
+    assert peak_tflops(load_recipe(None, ["logging.peak_tflops=2"]), "cpu") == 2.0
 
 
 def test_memory_is_of_this_process():
@@ -26,7 +26,7 @@ def test_memory_is_of_this_process():
 
 
 def test_files_and_weights_and_biases(tmp_path, monkeypatch):
-    recipe = load_recipe(None, [f"run={tmp_path}", "training.wandb_project=soda"])
+    recipe = load_recipe(None, [f"run={tmp_path}", "logging.wandb_project=soda"])
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(SodaError, match="wandb is not installed"):
         check_wandb(recipe)
@@ -60,7 +60,7 @@ def test_without_weights_and_biases(tmp_path):
 
 
 def test_weights_and_biases_without_a_login(tmp_path, monkeypatch):
-    recipe = load_recipe(None, [f"run={tmp_path}", "training.wandb_project=soda"])
+    recipe = load_recipe(None, [f"run={tmp_path}", "logging.wandb_project=soda"])
 
     def fail(**settings):
         raise ValueError("no such project")

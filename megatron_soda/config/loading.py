@@ -1,0 +1,309 @@
+"""From YAML files and key=value overrides to a checked recipe."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from ..errors import SodaError
+from ..files import write_text
+from .fields import near
+from .recipe import Recipe
+from .renamed import RENAMED
+
+BASE = "base"  # of a file: another one, whose values hold where this one says nothing
+_RECIPE: TypeAdapter[Recipe] = TypeAdapter(Recipe)
+
+
+def load_recipe(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Reads a YAML recipe (None: all defaults), applies `section.key=value` overrides, checks everything.
+
+    A value is read by the type of its key. Where that is a string an override is taken as it stands, but for quotes
+    around all of it; a list of strings is [A,B], with quotes where an element has a comma. All else is YAML. Nothing
+    is substituted: `${X}` is four characters. A file may name another one that it builds on: `base: other.yaml`.
+
+    Raises SodaError for a file that is missing or not YAML, an unknown key (naming the nearest), a value of the wrong
+    type, and values that contradict each other.
+    """
+    values, old = _Values(), _Renaming()
+    if path is not None:
+        for file, content in _files(Path(path)):
+            values.merge(old.rename(content, str(file)), str(file))
+    for override in overrides:
+        values.merge(old.rename(_override(override), override), override)
+    old.tell()
+    return values.validate()
+
+
+def save_recipe(recipe: Recipe, path: Path) -> None:
+    write_text(path, yaml.safe_dump(asdict(recipe), sort_keys=False, allow_unicode=True))
+
+
+def recipe_schema() -> dict[str, Any]:
+    """The JSON schema of a recipe file: what makes editors complete keys and check values."""
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **_RECIPE.json_schema()}
+    schema["properties"] |= {BASE: {"type": "string", "description": "Another recipe, of which this one differs."}}
+    return schema
+
+
+# ---- files
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which every scalar is the text that stands there. What it means depends on the type of its key: `no` is a
+    language in prepare.languages, and false in parallel.sequence."""
+
+    yaml_implicit_resolvers = {"<": yaml.SafeLoader.yaml_implicit_resolvers["<"]}  # noqa: RUF012  (merges, <<)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key, other in zip(sorted(keys), sorted(keys)[1:], strict=False):
+            if key == other:
+                raise yaml.constructor.ConstructorError(None, None, f"{key} is duplicated", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _files(path: Path, above: tuple[Path, ...] = ()) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The files of a recipe with their content: what it builds on comes first."""
+    if path.resolve() in above:
+        raise SodaError(f"{above[-1]}: base: {path} builds on this recipe itself")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SodaError(f"{path}: cannot read the recipe ({error})") from None
+    content = _yaml(text, f"{path}: not YAML")
+    if content is None:
+        content = {}
+    if not isinstance(content, dict):
+        raise SodaError(f"{path}: a recipe is a mapping of sections")
+    if base := content.pop(BASE, None):
+        if not isinstance(base, str):
+            raise SodaError(f"{path}: base: must be the path of a recipe, not {base!r}")
+        yield from _files(path.parent / Path(base).expanduser(), (*above, path.resolve()))
+    yield path, content
+
+
+def _yaml(text: str, problem: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)  # a safe loader
+    except Exception as error:  # yaml raises many kinds
+        raise SodaError(f"{problem}: {' '.join(str(error).split()) or type(error).__name__}") from None
+
+
+# ---- overrides
+
+
+def _override(override: str) -> dict[str, Any]:
+    """`section.key=value` as a nested mapping."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise SodaError(f"{override!r}: an override is written section.key=value")
+    path = _path(_full_key(key, text))
+    kind = _kind_of(path)
+    if get_origin(kind) is list and all(arg is str or get_origin(arg) is Literal for arg in get_args(kind)):
+        value: Any = _elements(text, override)
+    elif is_dataclass(kind) or get_origin(kind) in (dict, list):
+        value = _yaml(text, f"{override!r}: the value is not YAML")
+    else:
+        value = _unquoted(text)
+    for name in reversed(path):
+        value = {name: value}
+    return value
+
+
+def _path(key: str) -> list[str]:
+    """The names of a dotted key. That of an entry of a mapping may have dots: data.corpora.yodas2.en"""
+    path: list[str] = []
+    while key:
+        if get_origin(_kind_of(path)) is dict:
+            return [*path, key]
+        name, _, key = key.partition(".")
+        path.append(name)
+    return path
+
+
+def _full_key(key: str, text: str) -> str:
+    """A key without its section (`suite`) stands for the one key of that name, if there is just one."""
+    if "." in key:
+        return key
+    if is_dataclass(_kind_of([key])) and f"training.{key}" in RENAMED and not text.lstrip().startswith("{"):
+        return f"training.{key}"  # `precision=bf16`, which is a section now
+    owners = [k for k in all_keys() if k.rpartition(".")[2] == key]
+    return owners[0] if len(owners) == 1 else key
+
+
+def all_keys() -> list[str]:
+    """Every key of a recipe, those of sections with their section's name."""
+    keys = []
+    for name, kind in get_type_hints(Recipe).items():
+        keys.append(name)
+        if is_dataclass(kind):
+            keys += [f"{name}.{f.name}" for f in fields(kind)]
+    return keys
+
+
+def _kind_of(path: list[str]) -> Any:
+    """The type of a key; str for one that does not exist, which validation names."""
+    kind: Any = Recipe
+    for name in path:
+        if is_dataclass(kind):
+            kind = get_type_hints(kind).get(name, str)
+        elif get_origin(kind) is dict:
+            kind = get_args(kind)[1]
+        else:
+            return str
+    return kind
+
+
+_DOUBLE, _SINGLE = r'"(?:[^"\\]|\\.)*"', r"'(?:[^']|'')*'"
+_ELEMENT = re.compile(rf"\s*(?:(?P<quoted>{_DOUBLE}|{_SINGLE})\s*|(?P<plain>(?:\[[^\[\]]*\]|[^,])*))(?:,|$)", re.S)
+
+
+def _unquoted(text: str) -> str:
+    """The text, or what is between the quotes around all of it, as a shell has it."""
+    if re.fullmatch("'[^']*'", text):
+        return text[1:-1]
+    return re.sub(r'\\(["\\])', r"\1", text[1:-1]) if re.fullmatch(_DOUBLE, text, re.S) else text
+
+
+def _elements(text: str, source: str) -> list[str]:
+    """The strings of [A,'B',"C"]. A comma between brackets, as in /data/[a,b].txt, is part of an element."""
+    text = text.strip()
+    if not (text.startswith("[") and text.endswith("]") and len(text) > 1):
+        raise SodaError(f"{source}: a list is written [A,B], and an empty one []")
+    text, at, found = text[1:-1].strip(), 0, []
+    while at < len(text) and (match := _ELEMENT.match(text, at)):
+        quoted, at = match["quoted"], match.end()
+        found.append(_yaml(quoted, f"{source}: {quoted} is not YAML") if quoted else match["plain"].strip())
+        if not (quoted or found[-1]):
+            raise SodaError(f"{source}: there is nothing between two commas of the list")
+    return found
+
+
+# ---- values
+
+
+class _Renaming:
+    """Gives keys of earlier versions their new names, and tells once."""
+
+    def __init__(self) -> None:
+        self.told: dict[str, list[str]] = {}
+
+    def rename(self, values: dict[str, Any], source: str) -> dict[str, Any]:
+        renamed: dict[str, Any] = {name: dict(v) if isinstance(v, dict) else v for name, v in values.items()}
+        for old, new in RENAMED.items():
+            (section, name), (new_section, new_name) = old.split("."), new.split(".")
+            of_old = renamed.get(section)
+            if not (isinstance(of_old, dict) and name in of_old):
+                continue
+            of_new = renamed.setdefault(new_section, {})
+            if not isinstance(of_new, dict) or new_name in of_new:
+                raise SodaError(f"{source}: {old} is now {new}, and both are given. Leave {old} out.")
+            of_new[new_name] = of_old.pop(name)
+            self.told.setdefault(source, []).append(f"{old} is now {new}")
+        return renamed
+
+    def tell(self) -> None:
+        from ..log import log
+
+        for source, changes in self.told.items():
+            log.warning(f"{source}: keys have new names: {', '.join(changes)}")
+
+
+class _Values:
+    """Values as texts, by key, and where each was given."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {}
+        self.sources: dict[tuple[str, ...], str] = {}
+
+    def merge(self, values: dict[str, Any], source: str) -> None:
+        self._merge(self.values, values, (), source)
+
+    def _merge(self, into: dict[str, Any], values: dict[str, Any], path: tuple[str, ...], source: str) -> None:
+        for name, value in values.items():
+            here = (*path, str(name))
+            kind = _kind_of(list(here))
+            if value == "" and is_dataclass(kind):  # `training:` with nothing below it
+                continue
+            if isinstance(value, dict) and isinstance(into.get(name), dict):
+                self._merge(into[name], value, here, source)
+            else:
+                into[str(name)] = {} if isinstance(value, dict) else value
+                if isinstance(value, dict):
+                    self._merge(into[str(name)], value, here, source)
+            self.sources[here] = source
+
+    def validate(self) -> Recipe:
+        try:
+            return _RECIPE.validate_python(self.values)
+        except ValidationError as error:
+            lines = [self._message(problem) for problem in error.errors(include_url=False)]
+            raise SodaError("\n".join(dict.fromkeys(lines))) from None
+
+    def _message(self, problem: Any) -> str:
+        location = tuple(part for part in problem["loc"] if part != "[key]")
+        key = _dotted(location)
+        names = tuple(str(part) for part in location if not isinstance(part, int))
+        while names and names not in self.sources:
+            names = names[:-1]
+        source, kind, value = self.sources.get(names, "recipe"), problem["type"], problem["input"]
+        if kind == "unexpected_keyword_argument":
+            return f"{source}: unknown key {key}.{_nearest(location)}"
+        if kind == "dataclass_type" and isinstance(location[-1], int):
+            return f"{source}: {key} must be a mapping with the keys from_step and shares"
+        if kind == "dataclass_type":
+            return f"{source}: {key} is a section, not a value: write {key}.KEY=VALUE"
+        if kind in _TYPES:
+            return f"{source}: {key}: must be {_TYPES[kind]}, not {value!r}"
+        file = f"{source}: " if "=" not in source else ""
+        hint = ""
+        if kind == "literal_error":
+            known = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
+            must, hint = f"one of {', '.join(k for k in known if k)}", near(str(value), known)
+        else:
+            must = str(_MUST.get(kind, problem["msg"])).format(**problem.get("ctx", {}))
+        shown = value if isinstance(value, str) else repr(value)
+        return f"{file}{key}={shown}: must be {must}.{hint}" if hint else f"{file}{key}={shown}: must be {must}"
+
+
+_MUST = {
+    "greater_than": "above {gt:g}",
+    "greater_than_equal": "{ge:g} or above",
+    "less_than": "below {lt:g}",
+    "less_than_equal": "{le:g} or below",
+    "finite_number": "a finite number",
+}
+_TYPES = {
+    "int_parsing": "a whole number",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_parsing": "a number",
+    "float_type": "a number",
+    "bool_parsing": "true or false",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "list_type": "a list, [A,B]",
+    "dict_type": "a mapping, {NAME: VALUE}",
+}
+
+
+def _dotted(location: tuple[Any, ...]) -> str:
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
+
+
+def _nearest(location: tuple[Any, ...]) -> str:
+    """ " Did you mean ..?" for an unknown key, or which keys there are."""
+    *path, name = location
+    kind = _kind_of([str(part) for part in path if not isinstance(part, int)])
+    if get_origin(kind) is list:
+        kind = get_args(kind)[0]
+    known = [f.name for f in fields(kind)] if is_dataclass(kind) else []
+    if hint := near(str(name), known if path else all_keys()):
+        return hint.replace("mean ", f"mean {_dotted(tuple(path))}." if path else "mean ")
+    elsewhere = [key for key in all_keys() if key.endswith(f".{name}")]
+    return f" Did you mean {elsewhere[0]}?" if elsewhere else f" Known here: {', '.join(known)}."

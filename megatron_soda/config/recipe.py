@@ -1,0 +1,66 @@
+"""The recipe: its sections, and what they must agree on."""
+
+from dataclasses import field, replace
+from pathlib import Path
+from typing import Self
+
+from pydantic import model_validator
+from pydantic.dataclasses import dataclass
+
+from .data import Data
+from .fields import SECTION, need
+from .model import Model
+from .parallel import Parallel
+from .prepare import Prepare
+from .training import Checkpoint, Logging, Optimizer, Precision, Schedule, Training, rule_learning_rate
+from .use import Evaluate, Generate
+
+
+@dataclass(config=SECTION)
+class Recipe:
+    name: str = "soda"
+    run: str = "runs/soda"
+    """The run folder: everything lands here."""
+    seed: int = 1234
+    prepare: Prepare = field(default_factory=Prepare)
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    parallel: Parallel = field(default_factory=Parallel)
+    training: Training = field(default_factory=Training)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    schedule: Schedule = field(default_factory=Schedule)
+    precision: Precision = field(default_factory=Precision)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    logging: Logging = field(default_factory=Logging)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+    generate: Generate = field(default_factory=Generate)
+
+    @property
+    def data_folder(self) -> Path:
+        return Path(self.data.path) if self.data.path else Path(self.run) / "data"
+
+    def on_one_rank(self) -> "Recipe":
+        """A copy for one process. An FP8 model runs in bf16, which its weights are in: documents are of any length."""
+        dtype = "fp32" if self.precision.dtype == "fp32" else "bf16"
+        return replace(self, parallel=Parallel(), precision=Precision(dtype=dtype))
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        t, precision = self.training, self.precision
+        need(
+            bool(t.branch_from) or self.schedule.name != "decay",
+            "schedule.name=decay is a leg off another run: set training.branch_from to one of its checkpoints",
+        )
+        need(
+            t.backend != "local" or precision.dtype != "fp8",
+            "precision.dtype=fp8 needs Transformer Engine; training.backend=local has no FP8",
+        )
+        need(
+            2 * precision.bf16_layers < self.model.num_layers,
+            f"precision.bf16_layers={precision.bf16_layers} at either end leave none of "
+            f"model.num_layers={self.model.num_layers} in FP8",
+        )
+        if self.optimizer.learning_rate == 0:
+            rate = rule_learning_rate(t.global_batch_size, self.model.hidden_size)
+            self.optimizer = replace(self.optimizer, learning_rate=rate)
+        return self

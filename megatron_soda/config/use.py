@@ -1,0 +1,53 @@
+"""`evaluate` and `generate`: what is done with a trained model."""
+
+from dataclasses import field
+from typing import Literal, Self
+
+from pydantic import model_validator
+from pydantic.dataclasses import dataclass
+
+from .fields import SECTION, Above0, Count, CountOrZero, choice
+
+SUITES = ("nll", "grammar")
+TASKS = ("continue", "speak", "transcribe")
+
+
+@dataclass(config=SECTION)
+class Evaluate:
+    suite: list[str] = field(default_factory=lambda: ["nll", "grammar"])
+    split: Literal["train", "valid", "test"] = "test"
+    documents: CountOrZero = 0
+    """0: all."""
+    generations: Count = 100
+    """Of the grammar suite."""
+    max_tokens: Count = 400
+    """Of a generation."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name in self.suite:
+            choice("evaluate.suite", name, SUITES)
+        return self
+
+
+@dataclass(config=SECTION)
+class Generate:
+    tasks: list[str] = field(default_factory=lambda: ["continue", "speak", "transcribe"])
+    samples: CountOrZero = 2
+    """Of each task."""
+    candidates: Count = 5
+    """Drawn for each sample; the best and the median of them are kept."""
+    split: Literal["valid", "test"] = "test"
+    text: str = ""
+    """Speak this instead of held-out sentences."""
+    temperature: Above0 = 0.9
+    top_p: Above0 = 0.95
+    max_seconds: Above0 = 6.0
+    prompt_seconds: Above0 = 1.0
+    """Of a continuation."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name in self.tasks:
+            choice("generate.tasks", name, TASKS)
+        return self

@@ -1,0 +1,41 @@
+"""What the program says while it works, through one logger; what a command was asked for is printed by the command.
+
+On a terminal lines are plain. In files and pipes each has the time and, of a job of several processes, the rank.
+"""
+
+import contextlib
+import logging
+import os
+import sys
+import time
+
+from rich.console import Console
+
+log = logging.getLogger("megatron_soda")
+console = Console(stderr=True)  # progress bars, and lines with colours
+
+
+class _Handler(logging.Handler):
+    """Warnings and errors go to standard error, the rest to standard output; a closed pipe ends nothing."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        is_warning = record.levelno >= logging.WARNING
+        stream = sys.stderr if is_warning else sys.stdout
+        text = f"{record.levelname.lower()}: {record.getMessage()}" if is_warning else record.getMessage()
+        if not stream.isatty():
+            text = f"{stamp()} {text}"
+        with contextlib.suppress(OSError, ValueError):
+            print(text, file=stream, flush=True)
+
+
+def stamp() -> str:
+    """The time, and the rank if there are several."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return time.strftime("%H:%M:%S") + (f" [rank {os.environ.get('RANK', '0')}]" if several else "")
+
+
+if not log.handlers:
+    log.addHandler(_Handler())
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # names CUDA_HOME wherever there is no GPU
