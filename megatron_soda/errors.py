@@ -21,7 +21,7 @@ class SodaError(Exception):
 def is_disk_full(error: BaseException, folder: str | Path | None = None) -> bool:
     """Whether writing failed because the disk is full, or a quota used up, whatever the library makes of it.
 
-    safetensors and sqlite say so in their text alone, and libsndfile nothing but "System error.", for which one can
+    safetensors and sqlite say so in their text only, and libsndfile nothing but "System error.", for which one can
     only look at the room that is left in `folder`."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True

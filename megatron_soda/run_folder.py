@@ -31,7 +31,7 @@ def record_timing(run: Path, stage: str, seconds: dict[str, float], *, add: bool
         try:
             timings = read_json(path, dict)
         except SodaError as error:  # no reason to fail at the end of a stage
-            log.warning(f"{error}; it is begun anew")
+            log.warning(f"{error}; it is started over")
     before = timings.get(stage) if add else {}
     before = {name: value for name, value in before.items() if _is_time(value)} if isinstance(before, dict) else {}
     timings[stage] = {name: round(before.get(name, 0.0) + value, 3) for name, value in seconds.items()}

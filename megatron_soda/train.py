@@ -47,7 +47,7 @@ def _failed(error: Exception, speaks: bool) -> int:
     trace = error.__traceback__
     try:
         message = user_message(error)
-    except Exception:  # it is none that a user can mend
+    except Exception:  # not one that a user can mend
         message = ""
     text = message or f"{type(error).__name__}: {error}"
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1

@@ -146,7 +146,7 @@ def test_linux_only(checkout, tmp_path):
     (tmp_path / "uname").chmod(0o755)
     status, said, _ = checkout.set_up(PATH=f"{tmp_path}:/usr/bin:/bin")
     assert status == 2
-    assert "runs on Linux alone, and this is Darwin" in said
+    assert "runs only on Linux, and this is Darwin" in said
     program = "import sys; sys.platform = 'darwin'; import megatron_soda"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert "megatron_soda runs on Linux alone" in done.stderr
+    assert "megatron_soda runs only on Linux" in done.stderr

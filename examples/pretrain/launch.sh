@@ -15,7 +15,7 @@
 #   MASTER_ADDR     name or address of node 0; needed if there are several
 #   MASTER_PORT     a free port of node 0 (29500)
 #   NPROC_PER_NODE  processes of a node (one a GPU; without GPUs 2)
-#   MAX_RESTARTS    how often torchrun starts the processes of a node anew after one has failed (0)
+#   MAX_RESTARTS    how often torchrun restarts the processes of a node after one has failed (0)
 #   SODA_PYTHON     an interpreter that has the package, a container's for one (that of .venv, which is made if needed)
 #   OMP_NUM_THREADS threads of a process (on CPUs its share of the cores)
 #   GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME   the network interface between the nodes

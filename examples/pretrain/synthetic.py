@@ -19,7 +19,7 @@ TOKENS = 100_000  # of a store
 
 
 def documents(seed: int, text_alone: bool) -> Iterator[np.ndarray]:
-    """Random text and codes in legal documents: in both orders, or text alone."""
+    """Random text and codes in legal documents: in both orders, or text only."""
     rng = np.random.default_rng(seed)
     tokens = 0
     while tokens < TOKENS:

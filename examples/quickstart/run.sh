@@ -3,7 +3,7 @@
 #
 #   bash examples/quickstart/run.sh                      free telephone prompts, fetched
 #   bash examples/quickstart/run.sh --speech DIR         your own audio: DIR has a manifest.jsonl (audio, text);
-#                                                        sound files alone: add prepare.orders=[audio-only]
+#                                                        sound files only: add prepare.orders=[audio-only]
 #   bash examples/quickstart/run.sh --layout tp2         tp2 | pp2 | dp2 (default, the fastest on two cores); pp2 has 4 layers, not 3
 #   bash examples/quickstart/run.sh training.steps=200   any setting of recipe.yaml, as key=value
 #

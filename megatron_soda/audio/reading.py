@@ -197,7 +197,7 @@ def _quietest(samples: np.ndarray, limit: int, search: int, frame: int) -> int:
 
 
 class Forward(soundfile.SoundFile):
-    """Read from front to back. After every block soundfile else seeks to where it is, and decodes anew for that."""
+    """Read from front to back. After every block soundfile else seeks to where it is, and decodes again for that."""
 
     def seekable(self) -> bool:
         return False

@@ -117,11 +117,11 @@ def load_quantiser(path: Path) -> Quantiser:
     tensors, metadata = read_safetensors(path)
     names = [field.name for field in dataclasses.fields(Quantiser)]
     if metadata.get("format") != FORMAT or any(PREFIX + name not in tensors for name in names):
-        raise SodaError(f"{path}: not a quantiser of the embedded codec. Fit one anew, or leave the path out.")
+        raise SodaError(f"{path}: not a quantiser of the embedded codec. Fit a new one, or leave the path out.")
     if metadata.get("version") != VERSION:
         raise SodaError(
             f"{path}: a quantiser of version {metadata.get('version')}, but this program has version {VERSION}, whose "
-            "codes differ. Fit it anew and encode the audio again."
+            "codes differ. Fit it again and encode the audio again."
         )
     quantiser = Quantiser(**{name: tensors[PREFIX + name].float() for name in names})
     with reading(path, "not a whole quantiser of the embedded codec"):
@@ -375,7 +375,7 @@ def fit_codebook(x: Tensor, weight: Tensor, entries: int, generator: torch.Gener
 
 
 def kmeans(x: Tensor, weight: Tensor, entries: int, generator: torch.Generator) -> Tensor:
-    """Weighted k-means (Lloyd) on x (n, d): centroids (entries, d). Rare entries are drawn anew at first."""
+    """Weighted k-means (Lloyd) on x (n, d): centroids (entries, d). Rare entries are drawn again at first."""
 
     def draw(count: int) -> Tensor:
         return x[torch.multinomial(weight, count, replacement=count > len(x), generator=generator)]

@@ -54,7 +54,7 @@ def recipe_schema() -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which every scalar is the text that stands there. What it means depends on the type of its key: `no` is a
+    """YAML in which every scalar is taken literally. What it means depends on the type of its key: `no` is a
     language in prepare.languages, and false in parallel.sequence."""
 
     yaml_implicit_resolvers = {"<": yaml.SafeLoader.yaml_implicit_resolvers["<"]}  # noqa: RUF012  (merges, <<)

@@ -127,7 +127,7 @@ class CompactTokens:
         if tuple(shape) != wanted:
             raise SodaError(
                 f"{header}: frames of {shape[0]} codes of {shape[1]} bits and text of {shape[2]} bits, but "
-                f"{path.name}.json tells of {wanted[0]}, {wanted[1]} and {wanted[2]}: they are of two stores"
+                f"{path.name}.json says {wanted[0]}, {wanted[1]} and {wanted[2]}: they are of two stores"
             )
         self.size, self.documents = tokens, documents
         frame = (slots * shape[1] + 7) // 8
@@ -139,7 +139,7 @@ class CompactTokens:
         ):
             if found != expected:
                 raise SodaError(
-                    f"{store_file(path, name)}: {found} bytes, but the header of {header.name} tells of {expected}. "
+                    f"{store_file(path, name)}: {found} bytes, but the header of {header.name} says {expected}. "
                     "The file was cut short or belongs to another store; run `soda prepare` again."
                 )
         self._starts = np.frombuffer(data, "<i8", spans + 1, HEADER.size)

@@ -65,7 +65,7 @@ class IndexedTokens:
         bytes_there = ids.bytes
         if bytes_there != expected or bytes_there % 4:
             raise SodaError(
-                f"{store_file(path, 'bin')}: {bytes_there} bytes, but the index tells of {expected}. "
+                f"{store_file(path, 'bin')}: {bytes_there} bytes, but the index says {expected}. "
                 "The file was cut short or belongs to another index; run `soda prepare` again."
             )
         self._ids = ids.array
@@ -83,7 +83,7 @@ class IndexedTokens:
             raise SodaError(f"{path}: not an index of int32 tokens in Megatron's format (version 1)")
         expected = HEADER.size + 12 * count + 8 * documents
         if len(data) != expected or documents != count + 1:
-            raise SodaError(f"{path}: {len(data)} bytes, but its header tells of {expected}. Run `soda prepare` again.")
+            raise SodaError(f"{path}: {len(data)} bytes, but its header says {expected}. Run `soda prepare` again.")
         self.documents = count
         self._lengths = np.frombuffer(data, "<i4", count, HEADER.size)  # in tokens
         self._pointers = np.frombuffer(data, "<i8", count, HEADER.size + 4 * count)  # where they begin, in bytes

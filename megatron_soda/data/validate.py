@@ -1,4 +1,4 @@
-"""`soda validate`: whether stores are whole, and every document of theirs is legal and stands there once."""
+"""`soda validate`: whether stores are whole, and every document is legal and unique."""
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -103,7 +103,7 @@ def _same_provenance(stores: dict[str, Store], problem: Callable[[str], None]) -
     made_by: dict[str, dict[str, str]] = {kind: {} for kind in ("codec", "tokenizer")}
     for name, store in stores.items():
         for kind, known in made_by.items():
-            if store.meta.get(kind):  # a store of text alone has no codec
+            if store.meta.get(kind):  # a store of text only has no codec
                 known[name] = str(store.meta[kind])
     for folder in {store.path.parent for store in stores.values()}:
         try:
@@ -179,9 +179,7 @@ def _check_twice(stores: dict[str, Store], hashes: _Hashes, problem: Callable[[s
         pair = (name, other)
         counts[pair] = counts.get(pair, 0) + 1
         if counts[pair] <= SHOWN:
-            where = (
-                "stands there twice" if name == other else f"stands in two stores, a leak between {name} and {other}"
-            )
+            where = "is duplicated" if name == other else f"is in two stores, a leak between {name} and {other}"
             problem(f"{stores[other].path}: document {again} {where}: it is document {number} of {name}")
     for (name, other), count in counts.items():
         if count > SHOWN:

@@ -19,7 +19,7 @@ def evaluate_grammar(
 
     valid: whole documents by TokenSpace.check. duration_exact: every audio span decodes to frames x samples per frame.
     ended_by_itself: the token budget never had to force the end. legal_mass: the probability that the model gives to
-    the legal tokens, a mean over all steps. Without a codec (text alone, or frames of the semantic code alone: `slots`)
+    the legal tokens, a mean over all steps. Without a codec (text only, or frames of the semantic code alone: `slots`)
     no duration is measured.
     """
     constraint = Constraint(model.space, model.device, slots)

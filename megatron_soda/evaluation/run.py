@@ -49,7 +49,7 @@ def _before(path: Path) -> dict:
     try:
         return read_json(path, dict) if path.is_file() else {}
     except SodaError as error:
-        print(f"warning: {error}; it is written anew")
+        print(f"warning: {error}; it is rewritten")
         return {}
 
 

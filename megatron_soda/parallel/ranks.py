@@ -59,7 +59,7 @@ def init(recipe: Recipe) -> torch.device:
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
         if world_size > 1:
             watch.start(store.clone(), rank, world_size)
-    # Before the groups: ranks that want other ones than their peers would wait for ever.
+    # Before the groups: ranks that want other ones than their peers would wait forever.
     facts[:] = preflight.compare_ranks(recipe, device)
     layout(recipe)
     return device

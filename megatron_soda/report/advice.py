@@ -93,7 +93,7 @@ def commands(train: list[dict], has_text: bool, trained: bool) -> list[tuple[str
     ]
     if steps:
         longer = f"soda train RUN/recipe.yaml run=RUN-longer data.path=RUN/data training.steps={2 * steps:.0f}"
-        found.append(("Train anew on the same data for twice the steps", longer))
+        found.append(("Train again on the same data for twice the steps", longer))
     return found
 
 

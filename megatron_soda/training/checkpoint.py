@@ -296,7 +296,7 @@ def sharded_state(models: list, optimizer: MegatronOptimizer | None, *, loading:
     """What torch_dist saves: every tensor under its name in the whole model, so that any layout finds it.
 
     Transformer Engine's extra state (the histories of delayed FP8 scaling) is left out: local layers have none, and it
-    is a pickle. After a resume these histories begin anew.
+    is a pickle. After a resume these histories start over.
     """
     state: dict[str, Any] = {
         f"model{index}": {k: v for k, v in model.sharded_state_dict().items() if not k.endswith("_extra_state")}

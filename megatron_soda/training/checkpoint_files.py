@@ -129,7 +129,7 @@ class Writer(FileSystemWriterAsync):
     def _write_file(self, bucket: Any) -> tuple[list[Any], str, tuple[int, str]]:
         path, key, (others, tensors) = bucket
         if others:
-            raise ValueError(f"{key}: a checkpoint holds tensors alone, and not {others[0][0].index.fqn}")
+            raise ValueError(f"{key}: a checkpoint holds only tensors, not {others[0][0].index.fqn}")
         results = []
         with open(path, "wb", buffering=1 << 20) as file, _Checked(file) as stream:
             for item, tensor in tensors:
@@ -375,7 +375,7 @@ class _Common(LoadCommonStrategy):
         return self.state
 
     def load_sharded_objects(self, sharded_objects_state_dict: Any, checkpoint_dir: Any) -> Any:
-        raise ValueError("a checkpoint holds tensors alone")
+        raise ValueError("a checkpoint holds only tensors")
 
     def check_backend_compatibility(self, loaded_backend: Any) -> None: ...
     def check_version_compatibility(self, loaded_version: Any) -> None: ...

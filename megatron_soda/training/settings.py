@@ -68,7 +68,7 @@ def ways_on(recipe: Recipe, branch: Branch, was: dict[str, Any]) -> str:
         return "To train longer, raise training.steps."
     saved = checkpoint.saved_steps(run)
     if was["schedule"] == "decay":
-        start = f"make the leg anew from where it began ({branch.origin})"
+        start = f"make the leg again from where it began ({branch.origin})"
         settings = {"branch_from": branch.origin, "schedule": "decay", "steps": 2 * steps - branch.step}
     elif stable := [step for step in saved if step in stable_steps(was, branch.step)]:
         start = "branch off the last checkpoint before the decay, at the peak rate"

@@ -184,9 +184,9 @@ class Trainer:
         self.mark, self.marked = now, self.step
         self.progress.log(self.step, result.loss, speed)
 
-    def any_rank(self, wish: bool) -> bool:
-        """Whether any rank wishes it: all learn so at the same step."""
-        flag = torch.tensor([float(wish)], device=self.engine.device)
+    def any_rank(self, asked: bool) -> bool:
+        """Whether any rank was asked to stop: all learn of it at the same step."""
+        flag = torch.tensor([float(asked)], device=self.engine.device)
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag.item())
 
@@ -273,7 +273,7 @@ class Trainer:
             on = (
                 f"it goes on from the checkpoint of step {saved[-1]}"
                 if saved
-                else "nothing was saved, so it starts anew"
+                else "nothing was saved, so it starts from the beginning"
             )
             raise SodaError(f"{told} Run again with {lower}: {on}.")
         if self.origin.kind == "branched":

@@ -143,14 +143,12 @@ def test_twice_and_leaks(tmp_path, capsys):
     made[30] = made[4]
     write_store(tmp_path / "valid", made, SPACE, codec="none", tokenizer="none")
     assert not validate(tmp_path)
-    assert "valid: document 30 stands there twice: it is document 4 of valid" in capsys.readouterr().out
+    assert "valid: document 30 is duplicated: it is document 4 of valid" in capsys.readouterr().out
     made[30] = documents(200)[150]
     write_store(tmp_path / "valid", made, SPACE, codec="none", tokenizer="none")
     assert not validate(tmp_path)
     said = capsys.readouterr().out
-    assert (
-        "valid: document 30 stands in two stores, a leak between train and valid: it is document 150 of train" in said
-    )
+    assert "valid: document 30 is in two stores, a leak between train and valid: it is document 150 of train" in said
     write_store(tmp_path / "valid", documents(200), SPACE, codec="none", tokenizer="none")
     assert not validate(tmp_path)
     assert "valid: 190 more documents that stand in train" in capsys.readouterr().out
@@ -211,7 +209,7 @@ def test_a_json_that_cannot_be(tmp_path, capsys, format, key, value):
     convert_stores(tmp_path, [], format, None)
     meta = json.loads((tmp_path / "valid.json").read_text())
     write_sealed(tmp_path / "valid.json", meta | {key: value})
-    assert validate(tmp_path) == (key == "codec" and not value)  # no codec: of text alone
+    assert validate(tmp_path) == (key == "codec" and not value)  # no codec: of text only
     said = capsys.readouterr().out
     assert "train: 5,770 tokens, 200 documents, 0 bad" in said
     assert "test: 1,331 tokens, 40 documents, 0 bad" in said
@@ -225,8 +223,7 @@ def test_corpora(tmp_path, capsys):
     write_data(tmp_path / "b")
     assert not validate(tmp_path / "data", ["valid"], corpora)
     assert (
-        "train: document 0 stands in two stores, a leak between a and b: it is document 0 of a"
-        in capsys.readouterr().out
+        "train: document 0 is in two stores, a leak between a and b: it is document 0 of a" in capsys.readouterr().out
     )
     write_store(tmp_path / "b" / "train", documents(30, 7), SPACE, codec="none", tokenizer="none")
     assert validate(tmp_path / "data", ["valid"], corpora)
@@ -239,7 +236,7 @@ def test_many_documents_go_to_several_files(tmp_path, monkeypatch, capsys):
     hashes = validate_module._Hashes
     monkeypatch.setattr(validate_module, "_Hashes", lambda documents: hashes(documents << 14))
     assert not validate(tmp_path, ["s"])
-    assert "document 390 stands there twice: it is document 10 of s" in capsys.readouterr().out
+    assert "document 390 is duplicated: it is document 10 of s" in capsys.readouterr().out
 
 
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=60), st.integers(1, 50))

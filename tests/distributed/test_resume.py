@@ -285,7 +285,7 @@ def test_text_has_no_codec(pool, run, tmp_path):
 
 
 def test_a_leg_with_windows_of_another_length(pool, run, tmp_path):
-    """The trunk's data could not say what is used up; data of a name of their own begin anew."""
+    """The trunk's data could not say what is used up; data of a name of their own start over."""
     longer = [*LONGER, branch(run), "data.sequence_length=48"]
     with pytest.raises(RuntimeError, match=r"nobody could say which are used up.*a name of their own in data\.corpora"):
         pool.run(1, train, str(tmp_path / "leg"), str(run / "data"), longer)

@@ -162,7 +162,7 @@ UNNAMED = ["unshare", "--uts", "sh", "-c", 'hostname no-such-host && exec "$@"',
 
 @pytest.mark.skipif(subprocess.run([*UNNAMED, "true"], capture_output=True).returncode != 0, reason="needs unshare")
 def test_a_host_whose_name_does_not_resolve(recipe, tmp_path):
-    """torchrun --standalone would wait for ever."""
+    """torchrun --standalone would wait forever."""
     process = start(UNNAMED, recipe, NPROC_PER_NODE="2")
     (said,) = finish([process])
     assert process.returncode == 0, said
