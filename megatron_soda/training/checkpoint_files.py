@@ -5,10 +5,9 @@ that a stranger wrote can run code however carefully its names are checked. They
 to read, but nothing here opens them: index.json holds the same facts, and torch's Metadata is built from it field by
 field. Only the tensors themselves go through torch.load, with weights_only.
 
-megatron-core says which tensors a rank saves and loads; its `save` and `load` are not called, for what they do with
-everything else differs between its versions, and is a pickle in all of them. Nor does its writer write: that forks
-processes or starts a manager. A signal to the process group kills those and breaks the checkpoint, and they outlive a
-trainer that is killed. Threads do neither.
+megatron-core says which tensors a rank saves and loads. Its `save` and `load` are not called: they differ between its
+versions in what they do with everything else. Nor is its writer: it forks processes or starts a manager, which a signal
+to the process group kills, breaking the checkpoint, and which outlive a trainer that is killed.
 """
 
 import errno
@@ -53,7 +52,6 @@ from ..errors import SodaError
 from ..files import read_json, write_json
 
 INDEX = "index.json"
-THREADS = 2  # and files, a rank
 _FORMAT = 1
 _DTYPES = {
     str(d).removeprefix("torch."): d
@@ -73,16 +71,12 @@ class Save:
     """
 
     def __init__(self, state: dict[str, Any], folder: Path, background: bool) -> None:
-        self.folder = folder
         sharded, common = save_preprocess(state)
-        if dist.get_rank() == 0:
-            torch.save(common, folder / "common.pt")
         self._writer = Writer(folder, common, copy=background)
         flat, _, _ = megatron_torch._replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
         planner = megatron_torch.MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
-        self._plan: Any = save_state_dict_async_plan(
-            megatron_torch.mcore_to_pyt_state_dict(flat, is_loading=False), self._writer, planner=planner
-        )[0]
+        plain = megatron_torch.mcore_to_pyt_state_dict(flat, is_loading=False)
+        self._plan: Any = save_state_dict_async_plan(plain, self._writer, planner=planner)[0]
         self._thread = threading.Thread(target=self._writer.write, name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -92,9 +86,7 @@ class Save:
 
     def finish(self) -> Entries:
         """Waits for every rank's files, and writes the index. What all ranks wrote, the same on each.
-
-        Raises WriteError, on every rank, if one of them could not.
-        """
+        Raises WriteError, on every rank, if one of them could not."""
         self._thread.join()
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, self._writer.failure or self._writer.entries)
@@ -103,18 +95,18 @@ class Save:
                 raise WriteError(found if len(everyone) == 1 else f"rank {rank}: {found}")
         save_state_dict_async_finalize(*self._plan)
         if dist.get_rank() == 0:
-            save_config(CheckpointingConfig("torch_dist", 1), str(self.folder))
+            save_config(CheckpointingConfig("torch_dist", 1), str(self._writer.path))
         return {name: entry for entries in everyone for name, entry in entries.items()}
 
 
 class Writer(FileSystemWriterAsync):
     """Writes one rank's files with threads of this process; `entries` and `failure` say how that went.
 
-    `common` is what is no tensor, for the index. `copy`: tensors that are on the CPU are copied, too, before `write`.
+    `common` is what is not a tensor. With `copy`, tensors that are on the CPU are copied as well.
     """
 
     def __init__(self, folder: Path, common: dict[str, Any], copy: bool) -> None:
-        super().__init__(str(folder), thread_count=THREADS)
+        super().__init__(str(folder), thread_count=2)
         self.common, self.copy = common, copy
         self.entries: Entries = {}
         self.failure = ""
@@ -123,17 +115,18 @@ class Writer(FileSystemWriterAsync):
 
     def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
         """Decides which tensors go to which file, and brings them to the CPU."""
-        for items in _split_by_size_and_type(self.thread_count, plan.items):
-            if items:
-                name = f"{plan.storage_data.prefix}{len(self._files)}.distcp"
-                self._files.append((name, [(item, _to_cpu(item, planner, self.copy)) for item in items]))
+        for items in filter(None, _split_by_size_and_type(self.thread_count, plan.items)):
+            name = f"{plan.storage_data.prefix}{len(self._files)}.distcp"
+            self._files.append((name, [(item, _to_cpu(item, planner, self.copy)) for item in items]))
         if torch.cuda.is_available():
             torch.cuda.synchronize()
 
     def write(self) -> None:
         """Writes, syncs and checksums this rank's files."""
         try:
-            with ThreadPoolExecutor(THREADS, "checkpoint") as pool:
+            if dist.get_rank() == 0:
+                torch.save(self.common, Path(self.path) / "common.pt")
+            with ThreadPoolExecutor(self.thread_count, "checkpoint") as pool:
                 for name, entry, results in pool.map(self._write_file, *zip(*self._files, strict=True)):
                     self._results += results
                     self.entries[name] = entry
@@ -163,7 +156,7 @@ class Writer(FileSystemWriterAsync):
         """On the first rank: writes .metadata for other programs, and the index."""
         vars(metadata).pop("all_local_plans", None)  # megatron-core's cache, most of the file
         super().finish(metadata, results)
-        metadata.storage_data = {r.index: r.storage_data for of_rank in results for r in of_rank}  # some torch: in a copy
+        metadata.storage_data = {r.index: r.storage_data for wrote in results for r in wrote}  # torch: in a copy
         write_index(Path(self.path), metadata, self.common)
 
 
@@ -239,10 +232,10 @@ def _why(error: BaseException, folder: Path) -> str:
 
 def write_index(folder: Path, metadata: Metadata, common: dict[str, Any]) -> None:
     """index.json out of torch's Metadata and what is no sharded tensor (plain values, and scalar tensors)."""
-    places: dict[str, list[dict[str, Any]]] = {name: [] for name in metadata.state_dict_metadata}
+    described: dict[str, Any] = metadata.state_dict_metadata
+    places: dict[str, list[dict[str, Any]]] = {name: [] for name in described}
     for place, stored in metadata.storage_data.items():
-        tensor: Any = metadata.state_dict_metadata[place.fqn]
-        chunk = next(c for c in tensor.chunks if c.offsets == place.offset)
+        chunk = next(c for c in described[place.fqn].chunks if c.offsets == place.offset)
         places[place.fqn].append(
             {
                 "offset": list(chunk.offsets),
@@ -252,7 +245,6 @@ def write_index(folder: Path, metadata: Metadata, common: dict[str, Any]) -> Non
                 "bytes": stored.length,
             }
         )
-    described: dict[str, Any] = metadata.state_dict_metadata
     tensors = {
         name: {
             "dtype": str(tensor.properties.dtype).removeprefix("torch."),
