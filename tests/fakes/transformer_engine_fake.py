@@ -1,4 +1,4 @@
-"""A Transformer Engine 2.20 of plain torch, as far as megatron-core 0.16.1 asks for it, to build and run on a CPU.
+"""A Transformer Engine 2.20 of plain torch, as far as megatron-core asks for it, to run on a CPU.
 
 `install()` puts it into sys.modules, before megatron is imported and in a process of its own. It has the names, the
 signatures, the parameters, the extra state and the refusals of the real one, so what it accepts the real one should.
