@@ -16,7 +16,7 @@ def adapt() -> None:
     # 0.19.2 finds a parameter group in a checkpoint by its learning rate, too, so a run whose rate was changed, or a
     # checkpoint of 0.16.1, could not be resumed. Ours differ in their decay alone.
     for module in (optimizer, distrib_optimizer):
-        module.param_group_identifier_keys = ("wd_mult",)
+        module.param_group_identifier_keys = ("wd_mult",)  # type: ignore[attr-defined]
     # 0.19.2 says once a process that GPTModel gets no new features, and that it lays out the distributed optimizer's
     # buffers itself. Neither is the user's to change.
     for name in ("models.gpt.gpt_model", "distributed.distributed_data_parallel"):

@@ -71,9 +71,9 @@ class Save:
     """
 
     def __init__(self, state: dict[str, Any], folder: Path, background: bool) -> None:
-        sharded, common = save_preprocess(state)
-        self._writer = Writer(folder, common, copy=background)
-        flat, _, _ = megatron_torch._replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
+        parts: Any = save_preprocess(state)  # what has shards, and what has none
+        self._writer = Writer(folder, parts[1], copy=background)
+        flat, _, _ = megatron_torch._replace_state_dict_keys_with_sharded_keys(parts[0], keep_only_main_replica=True)
         planner = megatron_torch.MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
         plain = megatron_torch.mcore_to_pyt_state_dict(flat, is_loading=False)
         self._plan: Any = save_state_dict_async_plan(plain, self._writer, planner=planner)[0]
@@ -367,7 +367,7 @@ def load(state: dict[str, Any], folder: Path) -> dict[str, Any]:
         sharded, _ = extract_sharded_base(sharded)
         validate_sharding_integrity(determine_global_metadata(sharded)[1])
         merge(common, megatron_torch.TorchDistLoadShardedStrategy().load(sharded, folder))
-        common = apply_factory_merges(common, factories)
+        common = apply_factory_merges(common, factories)  # type: ignore[arg-type]
     except torch.OutOfMemoryError:
         raise
     except (CheckpointException, Exception) as error:  # whatever torch and megatron-core raise on bytes of a stranger
