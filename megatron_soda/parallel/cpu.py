@@ -1,6 +1,6 @@
 """Lets megatron-core run without CUDA: the one place that bends anything. `install()` does nothing where CUDA is.
 
-megatron-core 0.16.1 names CUDA in some forty places (device="cuda", torch.cuda.current_device(), Tensor.cuda(),
+megatron-core names CUDA in some forty places (device="cuda", torch.cuda.current_device(), Tensor.cuda(),
 Tensor.type() == "torch.cuda.FloatTensor", the CUDA random state). Each goes through a public torch name, so each is
 wrapped here, for calls that come from a `megatron.*` module alone; everyone else sees stock torch. Two functions of
 megatron-core are replaced: `_set_cuda_rng_state`, which reaches into the CUDA generator, and the one that scales

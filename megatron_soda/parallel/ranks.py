@@ -25,10 +25,11 @@ from torch.distributed.rendezvous import rendezvous  # noqa: E402
 from .. import files  # noqa: E402
 from ..config import Recipe  # noqa: E402
 from ..errors import SodaError  # noqa: E402
-from . import preflight, watch  # noqa: E402
+from . import megatron, preflight, watch  # noqa: E402
 from .layout import check_layout  # noqa: E402
 
 facts: list[dict[str, Any]] = []  # of every rank, as `init` found them
+megatron.adapt()
 
 
 def init(recipe: Recipe) -> torch.device:

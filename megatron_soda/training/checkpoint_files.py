@@ -5,9 +5,9 @@ that a stranger wrote can run code however carefully its names are checked. They
 to read, but nothing here opens them: index.json holds the same facts, and torch's Metadata is built from it field by
 field. Only the tensors themselves go through torch.load, with weights_only.
 
-Three names of megatron-core 0.16.1 are replaced below (tests/distributed/test_checkpoint_files.py fails if they move).
-Its writer forks processes and starts a manager: a signal to the process group kills those and breaks the checkpoint,
-and they outlive a trainer that is killed. Threads do neither.
+megatron-core says which tensors a rank saves and loads. Its `save` and `load` are not called: they differ between its
+versions in what they do with everything else. Nor is its writer: it forks processes or starts a manager, which a signal
+to the process group kills, breaking the checkpoint, and which outlive a trainer that is killed.
 """
 
 import errno
@@ -25,11 +25,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.dict_utils import merge
+from megatron.core.dist_checkpointing.mapping import apply_factory_merges
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess, save_preprocess
 from megatron.core.dist_checkpointing.strategies import torch as megatron_torch
-from megatron.core.dist_checkpointing.strategies.base import LoadCommonStrategy
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync, _split_by_size_and_type
+from megatron.core.dist_checkpointing.strategies.state_dict_saver import (
+    save_state_dict_async_finalize,
+    save_state_dict_async_plan,
+)
+from megatron.core.dist_checkpointing.utils import extract_sharded_base
+from megatron.core.dist_checkpointing.validation import determine_global_metadata, validate_sharding_integrity
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader, SerializationFormat, _StorageInfo, _write_item
 from torch.distributed.checkpoint.metadata import (
@@ -39,6 +46,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 
 from ..errors import SodaError
 from ..files import read_json, write_json
@@ -63,11 +71,12 @@ class Save:
     """
 
     def __init__(self, state: dict[str, Any], folder: Path, background: bool) -> None:
-        self.folder = folder
-        request: Any = dist_checkpointing.save(state, str(folder), async_sharded_save=True)
-        self._finalize = request.finalize_fns
-        self._writer: Writer = request.async_fn.__self__
-        self._writer.stage(copy=background)
+        parts: Any = save_preprocess(state)  # what has shards, and what has none
+        self._writer = Writer(folder, parts[1], copy=background)
+        flat, _, _ = megatron_torch._replace_state_dict_keys_with_sharded_keys(parts[0], keep_only_main_replica=True)
+        planner = megatron_torch.MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
+        plain = megatron_torch.mcore_to_pyt_state_dict(flat, is_loading=False)
+        self._plan: Any = save_state_dict_async_plan(plain, self._writer, planner=planner)[0]
         self._thread = threading.Thread(target=self._writer.write, name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -77,71 +86,68 @@ class Save:
 
     def finish(self) -> Entries:
         """Waits for every rank's files, and writes the index. What all ranks wrote, the same on each.
-
-        Raises WriteError, on every rank, if one of them could not.
-        """
+        Raises WriteError, on every rank, if one of them could not."""
         self._thread.join()
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, self._writer.failure or self._writer.entries)
         for rank, found in enumerate(everyone):
             if isinstance(found, str):
                 raise WriteError(found if len(everyone) == 1 else f"rank {rank}: {found}")
-        for function in self._finalize:
-            function()
+        save_state_dict_async_finalize(*self._plan)
+        if dist.get_rank() == 0:
+            save_config(CheckpointingConfig("torch_dist", 1), str(self._writer.path))
         return {name: entry for entries in everyone for name, entry in entries.items()}
 
 
 class Writer(FileSystemWriterAsync):
-    """Writes one rank's files with threads of this process; `entries` and `failure` say how that went."""
+    """Writes one rank's files with threads of this process; `entries` and `failure` say how that went.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    `common` is what is not a tensor. With `copy`, tensors that are on the CPU are copied as well.
+    """
+
+    def __init__(self, folder: Path, common: dict[str, Any], copy: bool) -> None:
+        super().__init__(str(folder), thread_count=2)
+        self.common, self.copy = common, copy
         self.entries: Entries = {}
         self.failure = ""
+        self._files: list[tuple[str, list[tuple[WriteItem, Tensor]]]] = []
         self._results: list[Any] = []
 
-    def get_save_function_and_args(self) -> Any:
-        return self.write, None, []
-
-    def stage(self, copy: bool) -> None:
-        """Brings the tensors to the CPU. `copy`: also those that are there, for training goes on with them."""
-        buckets = []
-        for path, key, (others, tensors) in self.write_buckets or []:
-            here = [(item, _to_cpu(tensor, copy)) for item, tensor in tensors]
-            buckets.append((path, key, (others, here)))
+    def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
+        """Decides which tensors go to which file, and brings them to the CPU."""
+        for items in filter(None, _split_by_size_and_type(self.thread_count, plan.items)):
+            name = f"{plan.storage_data.prefix}{len(self._files)}.distcp"
+            self._files.append((name, [(item, _to_cpu(item, planner, self.copy)) for item in items]))
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self.write_buckets = buckets
 
     def write(self) -> None:
         """Writes, syncs and checksums this rank's files."""
         try:
-            buckets = self.write_buckets or []
-            with ThreadPoolExecutor(max(1, len(buckets)), "checkpoint") as pool:
-                for results, name, entry in pool.map(self._write_file, buckets):
+            if dist.get_rank() == 0:
+                torch.save(self.common, Path(self.path) / "common.pt")
+            with ThreadPoolExecutor(self.thread_count, "checkpoint") as pool:
+                for name, entry, results in pool.map(self._write_file, *zip(*self._files, strict=True)):
                     self._results += results
                     self.entries[name] = entry
         except Exception as error:  # Save.finish raises it on every rank
             self.failure = _why(error, Path(self.path))
         finally:
-            self.write_buckets = []  # a copy of the whole state is let go
+            self._files = []  # a copy of the whole state is let go
 
-    def _write_file(self, bucket: Any) -> tuple[list[Any], str, tuple[int, str]]:
-        path, key, (others, tensors) = bucket
-        if others:
-            raise ValueError(f"{key}: a checkpoint holds only tensors, not {others[0][0].index.fqn}")
+    def _write_file(self, name: str, tensors: list[Any]) -> tuple[str, tuple[int, str], list[Any]]:
         results = []
-        with open(path, "wb", buffering=1 << 20) as file, _Checked(file) as stream:
+        with open(Path(self.path) / name, "wb", buffering=1 << 20) as file, _Checked(file) as stream:
             for item, tensor in tensors:
                 try:
                     results.append(
-                        _write_item(self.transforms, stream, tensor, item, key, SerializationFormat.TORCH_SAVE)
+                        _write_item(self.transforms, stream, tensor, item, name, SerializationFormat.TORCH_SAVE)
                     )
                 except RuntimeError as error:  # torch's, which hides why the stream would not take more
                     raise (stream.failure or error) from None
             file.flush()
             os.fsync(file.fileno())
-        return results, key, (stream.size, stream.digest.hexdigest())
+        return name, (stream.size, stream.digest.hexdigest()), results
 
     def retrieve_write_results(self) -> Any:
         return self._results
@@ -150,7 +156,8 @@ class Writer(FileSystemWriterAsync):
         """On the first rank: writes .metadata for other programs, and the index."""
         vars(metadata).pop("all_local_plans", None)  # megatron-core's cache, most of the file
         super().finish(metadata, results)
-        write_index(Path(self.path), metadata, torch.load(Path(self.path) / "common.pt", weights_only=True))
+        metadata.storage_data = {r.index: r.storage_data for wrote in results for r in wrote}  # torch: in a copy
+        write_index(Path(self.path), metadata, self.common)
 
 
 class _Checked(io.RawIOBase):
@@ -178,8 +185,15 @@ class _Checked(io.RawIOBase):
         return len(view)
 
 
-def _to_cpu(tensor: Tensor, copy: bool) -> Tensor:
-    return tensor.clone() if copy and tensor.device.type == "cpu" else tensor.to("cpu", non_blocking=True)
+def _to_cpu(item: WriteItem, planner: SavePlanner, copy: bool) -> Tensor:
+    tensor = planner.resolve_data(item)
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"a checkpoint holds tensors alone, and not {item.index.fqn}")
+    tensor = tensor.detach()
+    part = tensor.numel() * tensor.itemsize < tensor.untyped_storage().size()  # torch.save would write the whole
+    if tensor.device.type == "cpu":
+        return tensor.clone() if copy or part else tensor
+    return tensor.to("cpu", non_blocking=True)
 
 
 class WriteError(OSError):
@@ -218,10 +232,10 @@ def _why(error: BaseException, folder: Path) -> str:
 
 def write_index(folder: Path, metadata: Metadata, common: dict[str, Any]) -> None:
     """index.json out of torch's Metadata and what is no sharded tensor (plain values, and scalar tensors)."""
-    places: dict[str, list[dict[str, Any]]] = {name: [] for name in metadata.state_dict_metadata}
+    described: dict[str, Any] = metadata.state_dict_metadata
+    places: dict[str, list[dict[str, Any]]] = {name: [] for name in described}
     for place, stored in metadata.storage_data.items():
-        tensor: Any = metadata.state_dict_metadata[place.fqn]
-        chunk = next(c for c in tensor.chunks if c.offsets == place.offset)
+        chunk = next(c for c in described[place.fqn].chunks if c.offsets == place.offset)
         places[place.fqn].append(
             {
                 "offset": list(chunk.offsets),
@@ -231,7 +245,6 @@ def write_index(folder: Path, metadata: Metadata, common: dict[str, Any]) -> Non
                 "bytes": stored.length,
             }
         )
-    described: dict[str, Any] = metadata.state_dict_metadata
     tensors = {
         name: {
             "dtype": str(tensor.properties.dtype).removeprefix("torch."),
@@ -340,45 +353,40 @@ def load(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     """
     from torch.distributed.checkpoint.api import CheckpointException
 
-    common = _Common(read_index(folder)[1])
+    common = read_index(folder)[1]
     original = torch.load
 
     def tensors_only(*args: Any, **kwargs: Any) -> Any:  # whatever the caller or the environment says
         return original(*args, **{**kwargs, "weights_only": True})
 
+    failure: BaseException | None = None
     torch.load = tensors_only
     try:
-        # The strategies are given, or metadata.json would choose them.
-        tensors = megatron_torch.TorchDistLoadShardedStrategy()
-        return dist_checkpointing.load(state, str(folder), tensors, common)  # type: ignore[return-value]
+        sharded, local, factories = load_preprocess(state)
+        merge(common, local)
+        sharded, _ = extract_sharded_base(sharded)
+        validate_sharding_integrity(determine_global_metadata(sharded)[1])
+        merge(common, megatron_torch.TorchDistLoadShardedStrategy().load(sharded, folder))
+        common = apply_factory_merges(common, factories)  # type: ignore[arg-type]
     except torch.OutOfMemoryError:
         raise
     except (CheckpointException, Exception) as error:  # whatever torch and megatron-core raise on bytes of a stranger
-        failed = getattr(error, "failures", None)
-        cause: Any = next(iter(failed.values()))[0] if failed else error
-        if isinstance(cause, SodaError):
-            raise cause from None
-        text = (str(cause).strip() or repr(cause)).splitlines()[0]
-        raise SodaError(f"{folder}: cannot be loaded into this model ({text})") from error
+        failure = error
     finally:
         torch.load = original
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, failure and _why_not_loaded(failure, folder))
+    if any(everyone):  # where one cannot, the others would wait for it
+        raise SodaError(next(filter(None, everyone))) from failure
+    return common
 
 
-class _Common(LoadCommonStrategy):
-    """Hands megatron-core what the index has in place of common.pt."""
-
-    def __init__(self, state: dict[str, Any]) -> None:
-        super().__init__()
-        self.state = state
-
-    def load_common(self, checkpoint_dir: Any) -> dict[str, Any]:
-        return self.state
-
-    def load_sharded_objects(self, sharded_objects_state_dict: Any, checkpoint_dir: Any) -> Any:
-        raise ValueError("a checkpoint holds only tensors")
-
-    def check_backend_compatibility(self, loaded_backend: Any) -> None: ...
-    def check_version_compatibility(self, loaded_version: Any) -> None: ...
+def _why_not_loaded(failure: BaseException, folder: Path) -> str:
+    failed = getattr(failure, "failures", None)
+    cause: Any = next(iter(failed.values()))[0] if failed else failure
+    if isinstance(cause, SodaError):
+        return str(cause)
+    return f"{folder}: cannot be loaded into this model ({(str(cause).strip() or repr(cause)).splitlines()[0]})"
 
 
 class Reader(FileSystemReader):
@@ -388,10 +396,4 @@ class Reader(FileSystemReader):
         return read_index(Path(self.path))[0]
 
 
-def _reader(folder: Any, cache_metadata: bool = False) -> Reader:
-    return Reader(folder)
-
-
-megatron_torch.FileSystemWriterAsync = Writer  # type: ignore[misc]
-megatron_torch._get_filesystem_reader = _reader
-filesystem_async._get_write_results_queue = lambda: None  # the manager process
+megatron_torch._get_filesystem_reader = lambda folder, **_: Reader(folder)  # type: ignore[assignment]

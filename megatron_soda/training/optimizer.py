@@ -147,15 +147,18 @@ def prepare_load(optimizer: MegatronOptimizer) -> None:
 
 
 def finish_load(optimizer: MegatronOptimizer) -> None:
-    """Gives every parameter its own Adam step counter.
+    """Gives every parameter its own Adam step counter, and Adam its own settings.
 
-    With torch's Adam under the distributed optimizer, megatron-core 0.16.1 loads the counters as one tensor shared by
-    all parameters and holding 1: training goes on, silently wrong. The true count is kept in the parameter groups.
+    With torch's Adam under the distributed optimizer, megatron-core loads the counters as one tensor shared by all
+    parameters and holding 1: training goes on, silently wrong. The true count is kept in the parameter groups. These
+    are those of the Adam that wrote the checkpoint, and Transformer Engine's stops without a setting that torch's has
+    not.
     """
     for part in _parts(optimizer):
         if not isinstance(part, DistributedOptimizer):
             continue
         for group in part.optimizer.param_groups:
+            group.update(part.optimizer.defaults)
             for parameter in group["params"]:
                 state = part.optimizer.state.get(parameter)
                 if state and "step" in state and "step" in group:

@@ -29,8 +29,10 @@ class Stop:
         self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else 0  # torchrun
 
     def listen(self, pipe: int) -> None:
+        poll = select.poll()  # select() refuses descriptors from 1024 on, and a process of many ranks has more
+        poll.register(pipe, select.POLLIN)
         while True:
-            if select.select([pipe], [], [], _LOOK)[0]:
+            if poll.poll(_LOOK * 1000):
                 numbers = os.read(pipe, 64)
                 if 0 in numbers:
                     return

@@ -52,7 +52,8 @@ def rewrite(path: Path, change: Callable[[list[np.ndarray]], list[np.ndarray]], 
 
 def roll(path: Path) -> None:
     ids = np.fromfile(path, "<i4")
-    np.roll(ids, len(ids) // 2).tofile(path)
+    with path.open("r+b") as file:  # at no moment is it shorter: others may be reading it
+        file.write(np.roll(ids, len(ids) // 2).tobytes())
 
 
 def describe_anew(folder: Path, change: Callable[[dict], None]) -> None:

@@ -166,13 +166,15 @@ def checkpoints(folder: Path) -> dict[str, str]:
 
 
 def training(folder: Path) -> dict[str, list[list[float]]]:
-    """Losses and gradient norms of six steps; also of Transformer Engine's layers and Adam, stopped halfway."""
+    """Losses and gradient norms of six steps; also of Transformer Engine's layers and Adam, stopped halfway; and of its
+    Adam going on, under the distributed optimizer, from where torch's stopped."""
     from megatron_soda.training import optimizer, trainer
 
     data = write_data(folder / "data")
 
-    def train(name: str, backend: str, *steps: int) -> list[list[float]]:
-        flat = ["schedule.warmup_share=0", "schedule.decay_share=0"]  # or the schedule would tell where it ends
+    def train(name: str, backend: str, *steps: int, distributed: bool = False) -> list[list[float]]:
+        flat = [f"parallel.distributed_optimizer={distributed}"]
+        flat += ["schedule.warmup_share=0", "schedule.decay_share=0"]  # or the schedule would tell where it ends
         for count in steps:
             wanted = [f"training.backend={backend}", f"training.steps={count}", "checkpoint.save_every=3", *flat]
             trainer.train(small_recipe(folder / name, data, *wanted))
@@ -180,10 +182,12 @@ def training(folder: Path) -> dict[str, list[list[float]]]:
         return [[row["loss"], row["grad_norm"]] for row in rows if "loss" in row]
 
     found = {"local": train("local", "local", 6)}
+    train("crossed", "local", 3, distributed=True)
     from transformer_engine.pytorch.optimizers import FusedAdam
 
     optimizer.choose_adam = lambda _: ("FusedAdam", FusedAdam, False)
     te = "transformer_engine"
+    found["crossed"] = train("crossed", "local", 6, distributed=True)
     return {**found, "straight": train("straight", te, 6), "halves": train("halves", te, 3, 6)}
 
 
@@ -428,6 +432,14 @@ def test_training_is_the_same_and_resumes_bitwise(results):
     for local, te in zip(found["local"], found["straight"], strict=True):
         assert te == pytest.approx(local, abs=1e-5)
     assert found["halves"] == found["straight"]
+
+
+def test_fused_adam_goes_on_from_torchs(results):
+    """As on a GPU, from a checkpoint that was made on a CPU."""
+    (found,) = of(results, "training")
+    assert len(found["crossed"]) == 6
+    for local, crossed in zip(found["local"], found["crossed"], strict=True):
+        assert crossed == pytest.approx(local, abs=1e-5)
 
 
 CLASSES = {"delayed": "TEDelayedScaling", "tensorwise": "Float8CurrentScaling", "blockwise": "Float8BlockScaling"}

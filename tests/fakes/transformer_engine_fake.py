@@ -1,4 +1,4 @@
-"""A Transformer Engine 2.20 of plain torch, as far as megatron-core 0.16.1 asks for it, to build and run on a CPU.
+"""A Transformer Engine 2.20 of plain torch, as far as megatron-core asks for it, to run on a CPU.
 
 `install()` puts it into sys.modules, before megatron is imported and in a process of its own. It has the names, the
 signatures, the parameters, the extra state and the refusals of the real one, so what it accepts the real one should.
@@ -119,6 +119,7 @@ class TransformerEngineBaseModule(torch.nn.Module):
     def __init__(self, name: str | None = None) -> None:
         super().__init__()
         self.name = name
+        self.sequence_parallel = False
         self.fp8 = False  # whether the last forward pass was in FP8
         self.fp8_meta: dict[str, Any] = {}
 
@@ -617,6 +618,10 @@ def multi_tensor_scale(chunk_size: int, is_infinite: Tensor, tensor_lists: Any, 
         target.copy_(source * scale)
 
 
+def multi_tensor_scale_tensor(chunk_size: int, is_infinite: Tensor, tensor_lists: Any, scale: Tensor) -> None:
+    multi_tensor_scale(chunk_size, is_infinite, tensor_lists, float(scale))
+
+
 def multi_tensor_l2norm(chunk_size: int, noop: Tensor, tensor_lists: Any, per_tensor: bool = False) -> Any:
     norms = torch.stack([tensor.float().norm() for tensor in tensor_lists[0]])
     return norms.norm().reshape(1), norms if per_tensor else None
@@ -647,14 +652,15 @@ MODULES: dict[str, dict[str, Any]] = {
         **_by_name(fp8_autocast, fp8_model_init),
         **_empty("Fp8Padding", "Fp8Unpadding"),
     },
-    "transformer_engine.pytorch.fp8": _by_name(FP8GlobalStateManager, fp8_autocast),
+    "transformer_engine.pytorch.fp8": _by_name(FP8GlobalStateManager, fp8_autocast, fp8_model_init),
     "transformer_engine.pytorch.distributed": _by_name(CudaRNGStatesTracker, activation_recompute_forward, checkpoint),
     "transformer_engine.pytorch.cpu_offload": _by_name(get_cpu_offload_context),
     "transformer_engine.pytorch.module": {},
     "transformer_engine.pytorch.module.base": _by_name(TransformerEngineBaseModule),
     "transformer_engine.pytorch.ops": _empty("Sequential", "FusibleOperation"),
     "transformer_engine.pytorch.optimizers": _by_name(
-        FusedAdam, FusedSGD, multi_tensor_applier, multi_tensor_scale, multi_tensor_l2norm
+        *(FusedAdam, FusedSGD, multi_tensor_applier, multi_tensor_l2norm),
+        *(multi_tensor_scale, multi_tensor_scale_tensor),
     ),
     "transformer_engine.pytorch.router": _empty(
         "fused_compute_score_for_moe_aux_loss", "fused_moe_aux_loss", "fused_topk_with_score_function"

@@ -56,6 +56,17 @@ def test_a_signal_while_it_starts(number):
     assert said == f"{number.name}: stopped before the first step; nothing was changed.\n"
 
 
+def test_a_process_with_many_descriptors_hears_signals():
+    """As one of many ranks has, by its connections: select() refuses numbers from 1024 on."""
+    many = "import os, resource\nresource.setrlimit(resource.RLIMIT_NOFILE, (2000, 2000))\n"
+    many += "while os.dup(0) < 1024: pass\n"
+    process = start(many + STARTS)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert said == "SIGTERM: stopped before the first step; nothing was changed.\n"
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_while_it_takes_steps_and_a_second_while_it_saves(tmp_path, number):
     process = start(STEPS, str(tmp_path / "saved"), "0.5")
