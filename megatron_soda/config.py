@@ -15,6 +15,7 @@ import yaml
 
 from .errors import SodaError
 from .files import write_text
+from .registry import SUITES, TASKS
 
 
 @dataclass
@@ -511,9 +512,9 @@ def _check(recipe: Recipe) -> None:
     choice("evaluate.split", recipe.evaluate.split, ("train", "valid", "test"))
     choice("generate.split", recipe.generate.split, ("valid", "test"))
     for name in recipe.evaluate.suite:
-        choice("evaluate.suite", name, ("nll", "grammar"))
+        choice("evaluate.suite", name, SUITES.names())
     for name in recipe.generate.tasks:
-        choice("generate.tasks", name, ("continue", "speak", "transcribe"))
+        choice("generate.tasks", name, TASKS.names())
     need(
         m.num_attention_heads % m.num_query_groups == 0,
         f"model.num_query_groups={m.num_query_groups} does not divide "
