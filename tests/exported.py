@@ -71,6 +71,7 @@ def write_exported(run: Path) -> Exported:
     for place in (data, folder):
         write_json(place / "codec.json", codec.to_dict())
     write_model(folder, space, text)
+    (run / "recipe.yaml").write_text((folder / "recipe.yaml").read_text())
     return Exported(run, folder, space, rows)
 
 
@@ -93,7 +94,11 @@ def write_model(folder: Path, space: TokenSpace, text: TextTokenizer) -> None:
     ends = {"bos_token_id": space.bos, "eos_token_id": space.eos}
     config = Qwen3Config(vocab_size=space.size, max_position_embeddings=CONTEXT, **sizes, **heads, **ends)
     config.dtype = torch.float32
-    Qwen3ForCausalLM(config).save_pretrained(folder)
+    model = Qwen3ForCausalLM(config).eval()
+    with torch.no_grad():  # about every second document begins with sound, or hardly any would
+        first = model.model(torch.tensor([[space.bos]])).last_hidden_state[0, 0]
+        model.lm_head.weight[space.audio_start] = 6 * first / first.square().sum()
+    model.save_pretrained(folder)
     save_tokenizer(text, space, folder, CONTEXT)
     (folder / "recipe.yaml").write_text(f"name: tiny\ndata: {{sequence_length: {CONTEXT}}}\n")
     written = {name: value for name, value in read_json(folder / "config.json").items() if name in CONFIG}

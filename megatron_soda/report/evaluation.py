@@ -68,6 +68,7 @@ def shares(rows: list[Row]) -> list[dict[str, Any]]:
                 "name": row.name,
                 "label": row.label or row.name,
                 "meaning": row.meaning,
+                "count": row.count,
                 "value": row.value,
                 "of": row.of if fits and isinstance(row.of, int) else None,
                 "percent": percent(value, of) if fits and of else None,

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -36,14 +37,13 @@ class Toy(Suite):
 
 
 @pytest.fixture
-def toy(monkeypatch) -> type[Suite]:
-    monkeypatch.setattr(SUITES, "_members", dict(SUITES._members))
+def toy() -> Iterator[None]:
     SUITES.register(Toy)
-    return Toy
+    yield
+    SUITES._members.pop("toy")
 
 
 def test_a_registered_suite_is_run_printed_and_shown(exported, toy, monkeypatch, capsys):
-    (exported.run / "recipe.yaml").write_text((exported.folder / "recipe.yaml").read_text())
     monkeypatch.setattr(sys, "argv", ["soda", "evaluate", str(exported.folder), "suite=[toy]", "seed=41"])
     cli.app(standalone_mode=False)
     result = json.loads((exported.run / "eval.json").read_text())
@@ -122,8 +122,25 @@ def test_data_that_are_not_the_models_are_refused(exported):
     evaluate(exported.recipe(*QUICK, "suite=[nll]", "data.accept=[codec]"), exported.folder)
     with store.path.with_suffix(".bin").open("r+b") as file:
         file.write(b"\7")
-    with pytest.raises(SodaError, match="bytes have changed"):
+    with pytest.raises(SodaError, match=r"test\.bin: has changed since it was written"):
         evaluate(exported.recipe(*QUICK, "data.accept=[codec]"), exported.folder)
+
+
+def test_shares_are_bars_on_the_page(exported, toy, monkeypatch):
+    """A suite without a baseline, of a result that a damaged eval.json may hold."""
+    monkeypatch.setattr(Toy, "against", "")
+    monkeypatch.setattr(Toy, "counted", "pairs")
+    rows = [Row("right", 0.625, of=1.0, count=48), Row("whole", 30, of=40), Row("odd", 7, of=5), Row("lost", "x")]
+    monkeypatch.setattr(Toy, "rows", lambda *_: rows)
+    path = exported.run / "eval.json"
+    path.write_text('{"toy": {"seed": 1}}')
+    page = build_report(exported.run).read_text()
+    for shown in ("width:62.50%", "<small>48 pairs</small>", "width:75.00%", "<small>of 40</small>", ">odd</b>"):
+        assert shown in page
+    assert "of 5<" not in page
+    assert ">lost</b>" not in page
+    path.write_text('{"toy": {"other": 1}}')
+    assert "its part “toy” is damaged and not shown (KeyError" in build_report(exported.run).read_text()
 
 
 def test_columns_that_nothing_fills_are_left_out():
