@@ -9,10 +9,7 @@ import os
 import sys
 import time
 
-from rich.console import Console
-
 log = logging.getLogger("megatron_soda")
-console = Console(stderr=True)  # progress bars, and lines with colours
 
 
 class _Handler(logging.Handler):

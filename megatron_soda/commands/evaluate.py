@@ -1,5 +1,6 @@
 """`soda evaluate`."""
 
+from ..registry import SUITES
 from .arguments import ModelTarget, Overrides
 from .resolve import model_folder, resolve
 
@@ -11,8 +12,13 @@ EXAMPLES = (
 
 
 def command(model: ModelTarget, overrides: Overrides = None) -> None:
-    """Measure the NLL vector on held-out documents, and how generations keep the grammar (RUN/eval.json)."""
     from ..evaluation.run import evaluate
 
     recipe = resolve(model, overrides or [])
     evaluate(recipe, model_folder(model, recipe))
+
+
+# The help text: every suite is named without being listed here.
+command.__doc__ = f"""Measure an exported model; results go to RUN/eval.json.
+
+Suites: {", ".join(SUITES.names())}."""

@@ -1,5 +1,6 @@
 """`soda generate`."""
 
+from ..registry import TASKS
 from .arguments import ModelTarget, Overrides
 from .resolve import model_folder, resolve
 
@@ -10,8 +11,13 @@ EXAMPLES = (
 
 
 def command(model: ModelTarget, overrides: Overrides = None) -> None:
-    """Continue, speak and transcribe held-out utterances; wav files go to RUN/samples."""
     from ..inference.run import generate
 
     recipe = resolve(model, overrides or [])
     generate(recipe, model_folder(model, recipe))
+
+
+# The help text: every task is named without being listed here.
+command.__doc__ = f"""Prompt an exported model with held-out utterances; wav files go to RUN/samples.
+
+Tasks: {", ".join(TASKS.names())}."""

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from ..console import console
 from ..errors import SodaError
-from ..log import console
 from ..tokenizer import TextTokenizer, clean_text, train_sentencepiece
 from ..vocab import LLAMA3, MARKERS
 

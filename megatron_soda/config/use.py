@@ -6,10 +6,8 @@ from typing import Literal, Self
 from pydantic import model_validator
 from pydantic.dataclasses import dataclass
 
+from ..registry import SUITES, TASKS
 from .fields import SECTION, Above0, Count, CountOrZero, choice
-
-SUITES = ("nll", "grammar")
-TASKS = ("continue", "speak", "transcribe")
 
 
 @dataclass(config=SECTION)
@@ -26,7 +24,7 @@ class Evaluate:
     @model_validator(mode="after")
     def _check(self) -> Self:
         for name in self.suite:
-            choice("evaluate.suite", name, SUITES)
+            choice("evaluate.suite", name, SUITES.names())
         return self
 
 
@@ -49,5 +47,5 @@ class Generate:
     @model_validator(mode="after")
     def _check(self) -> Self:
         for name in self.tasks:
-            choice("generate.tasks", name, TASKS)
+            choice("generate.tasks", name, TASKS.names())
         return self

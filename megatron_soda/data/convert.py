@@ -7,9 +7,9 @@ from pathlib import Path
 
 from rich.progress import Progress
 
+from ..console import console
 from ..errors import SodaError
 from ..files import atomic_path, locked, read_json, reading, sha256, sync_folder, write_json
-from ..log import console
 from ..tokenizer import NAMES
 from .files import store_file
 from .store import FORMATS, Store, convert, files_of_others, remove_others

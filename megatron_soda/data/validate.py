@@ -10,9 +10,9 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .. import ops
+from ..console import console
 from ..errors import SodaError, user_message
 from ..files import read_json
-from ..log import console
 from ..tokenizer import NAMES, data_tokenizer
 from ..vocab import FIRST_CODE, Grammar
 from .store import Store

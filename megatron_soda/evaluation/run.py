@@ -2,70 +2,71 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
 from ..config import Recipe
-from ..data.store import Store
 from ..errors import SodaError
 from ..files import read_json, write_json
-from ..hf.load import load_model
+from ..log import log
+from ..registry import SUITES
 from ..run_folder import record_timing
+from .bench import Bench
+from .suite import Row, Suite
 
 
-def evaluate(recipe: Recipe, folder: Path) -> dict:
-    """Runs the recipe's suites on the exported model in `folder` and writes RUN/eval.json."""
-    e, run = recipe.evaluate, Path(recipe.run)
+def evaluate(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """Runs the recipe's suites on the exported model in `folder`; RUN/eval.json holds the results by suite.
+
+    Results that other suites left there stay if they are of the same model and data. SodaError, before anything is
+    measured, if something is missing that a suite needs.
+    """
     began = time.monotonic()
-    model = load_model(folder)
-    test, train = Store(recipe.data_folder / e.split), Store(recipe.data_folder / "train")
-    for store in (test, train):
-        store.check_space(model.space, str(folder))
-        store.check_made_by(model.made_by, f"the model {folder}", recipe.data.accept)
-        store.verify()  # or the figures would be those of the damage
-    result: dict = {"model": model.name, "step": model.step, "split": e.split, "documents": e.documents or len(test)}
-    result |= {"export": model.key, "data": [store.fingerprint for store in (test, train)]}
-    path = run / "eval.json"
-    before = _before(path)
-    if all(before.get(key) == value for key, value in result.items()):
-        result = before  # the other suites of the same model stay
-    if "nll" in e.suite:
-        from .nll import evaluate_nll
-
-        result["nll"] = evaluate_nll(model, test, train, e.documents)
-    if "grammar" in e.suite:
-        from ..codecs.description import load_data_codec
-        from .grammar import evaluate_grammar
-
-        heard = test.slots == test.space.codebooks and (folder / "codec.json").is_file()  # else no sound can be made
-        codec = load_data_codec(folder) if heard else None
-        result["grammar"] = evaluate_grammar(model, codec, e.generations, e.max_tokens, recipe.seed, test.slots)
-    write_json(path, result)
-    record_timing(run, "evaluate", {"seconds": time.monotonic() - began})
-    _print(result)
+    suites = [SUITES[name] for name in dict.fromkeys(recipe.evaluate.suite)]
+    bench = Bench(recipe, folder)
+    needs = {need for suite in suites for need in suite.needs}
+    for need in sorted(needs):
+        getattr(bench, need)
+    path = Path(recipe.run) / "eval.json"
+    result = _carried_over(path, bench.header(with_data="data" in needs))
+    for suite in suites:
+        result[suite.name] = suite.measure(bench)
+        write_json(path, result)
+        print("\n".join(table(suite, suite.rows(result[suite.name]))))
+    if not suites:
+        write_json(path, result)
+    record_timing(Path(recipe.run), "evaluate", {"seconds": time.monotonic() - began})
     return result
 
 
-def _before(path: Path) -> dict:
-    """What is there; damage is no reason to throw away what was just computed."""
+def _carried_over(path: Path, header: dict[str, Any]) -> dict[str, Any]:
+    """The header, with results that are there already if they are of the same model and data."""
     try:
-        return read_json(path, dict) if path.is_file() else {}
-    except SodaError as error:
-        print(f"warning: {error}; it is rewritten")
-        return {}
+        before = read_json(path, dict) if path.is_file() else {}
+    except SodaError as error:  # no reason to throw away what is about to be computed
+        log.warning(f"{error}; it is rewritten")
+        before = {}
+    same_model = all(before.get(key) == header[key] for key in ("model", "step", "export"))
+    same_data = all(before.get(key, value) == value for key, value in header.items())
+    return {**before, **header} if same_model and same_data else header
 
 
-def _print(result: dict) -> None:
-    if "nll" in result:
-        nll = result["nll"]
-        print(f"{'class':<14}{'tokens':>10}{'model':>9}{'unigram':>9}{'difference':>12}   nats")
-        for name, row in [*nll["classes"].items(), ("acoustic mean", nll.get("acoustic_mean")), ("all", nll["all"])]:
-            if row:
-                m, u = row["model_nats"], row["unigram_nats"]
-                print(f"{name:<14}{row['tokens']:>10,}{m:>9.3f}{u:>9.3f}{m - u:>12.3f}")
-    if "grammar" in result:
-        g = result["grammar"]
-        print(
-            f"{g['valid']} of {g['generations']} generations valid, "
-            + (f"{g['duration_exact']} of exact duration, " if "duration_exact" in g else "")
-            + f"{g['ended_by_itself']} ended by themselves; legal mass {g['legal_mass_mean']:.4f}. "
-            f"Without the grammar: {g['free_valid']} valid, legal mass {g['free_legal_mass_mean']:.4f}"
-        )
+def table(suite: Suite, rows: list[Row]) -> list[str]:
+    """The lines that `soda evaluate` prints: a heading, then a line per row. Columns that no row fills are left out."""
+    columns = {suite.counted or "count": [row.count for row in rows]}
+    columns[suite.unit or "value"] = [row.value for row in rows]
+    columns[suite.against or "baseline"] = [row.baseline for row in rows]
+    columns["difference"] = [None if row.baseline is None else row.value - row.baseline for row in rows]
+    columns["of"] = [row.of if isinstance(row.of, int) else None for row in rows]
+    shown = {name: cells for name, cells in columns.items() if any(cell is not None for cell in cells)}
+    heading = f"{suite.name:<22}" + "".join(f"{name:>12}" for name in shown)
+    lines = [
+        f"{row.name.replace('_', ' '):<22}" + "".join(f"{_figure(cells[i]):>12}" for cells in shown.values())
+        for i, row in enumerate(rows)
+    ]
+    return [heading, *lines, ""]
+
+
+def _figure(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    return "" if value is None else f"{value:,}"

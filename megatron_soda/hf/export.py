@@ -17,10 +17,10 @@ from rich.markup import escape
 from torch import Tensor
 
 from ..config import Model, Recipe, save_recipe
+from ..console import console
 from ..data.store import Store
 from ..errors import SodaError
 from ..files import read_json, read_sealed, reading, write_sealed
-from ..log import console
 from ..parallel import ranks
 from ..run_folder import record_timing
 from ..tokenizer import NAMES, TextTokenizer, data_tokenizer, document_string

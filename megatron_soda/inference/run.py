@@ -2,27 +2,92 @@
 
 import time
 from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
 
 from ..config import Recipe
-from ..files import read_json
+from ..errors import SodaError
+from ..files import write_json
 from ..hf.load import load_model
+from ..registry import TASKS
 from ..run_folder import record_timing
-from .tasks import generate as run_tasks
-from .tasks import held_out_rows
+from .held_out import HeldOut, choose, held_out_rows, knows_text
+from .samples import progress, take_sample
+from .studio import Studio
+
+console = Console(stderr=True)
 
 
-def generate(recipe: Recipe, folder: Path) -> list[dict]:
-    """Runs the recipe's tasks on the exported model in `folder`; RUN/samples gets the wav files and samples.json."""
+def generate(recipe: Recipe, folder: Path) -> list[dict[str, Any]]:
+    """Runs the recipe's tasks on the exported model in `folder`; RUN/samples gets the wav files and samples.json.
+
+    Of each sample generate.candidates are drawn, and the best and the median of them kept (audio/judge.py).
+    Continuations and speech of earlier checkpoints follow, as the task `progress`. Returns what samples.json holds: for
+    each sample the task, the texts, the verdicts, and the names of its wav files. SodaError if no utterance is short
+    enough for generate.max_seconds or the model's context, or no task can be done without text.
+    """
     from ..codecs.description import load_data_codec
 
     began = time.monotonic()
     model = load_model(folder)
     rows = held_out_rows(recipe.data_folder, recipe.generate.split, model, recipe.data.accept)
-    out = Path(recipe.run) / "samples"
-    samples = run_tasks(model, recipe, rows, load_data_codec(folder), out)
+    studio = Studio(model, recipe, load_data_codec(folder), Path(recipe.run) / "samples")
+    held_out = choose(rows, studio.longest, studio.frame_rate, recipe.seed)
+    if not held_out.usable:
+        raise SodaError(
+            f"no {recipe.generate.split} utterance is under {studio.longest / studio.frame_rate:.1f} seconds; raise "
+            f"generate.max_seconds (now {recipe.generate.max_seconds:g}; the model's context is "
+            f"{studio.context} tokens)"
+        )
+    tasks = possible_tasks(recipe, bool(held_out.spoken) and knows_text(recipe))
+    studio.out.mkdir(parents=True, exist_ok=True)
+    # If this is stopped half-way, the old captions must not stand beside new sounds.
+    (studio.out / "samples.json").unlink(missing_ok=True)
+    samples = take_samples(studio, tasks, held_out)
+    write_json(studio.out / "samples.json", samples)
+    kept = {name for entry in samples for name in entry["audio"].values()}
+    for old in studio.out.glob("*.wav"):  # of a run with other settings
+        if old.name not in kept:
+            old.unlink()
     record_timing(Path(recipe.run), "generate", {"seconds": time.monotonic() - began})
-    for sample in read_json(out / "samples.json"):
+    _print(samples, studio.out)
+    return samples
+
+
+def possible_tasks(recipe: Recipe, has_text: bool) -> list[str]:
+    """The recipe's tasks without those that need text where there is none; what is left out is said. SodaError if
+    nothing is left."""
+    tasks = recipe.generate.tasks
+    left_out = [] if has_text else [name for name in tasks if TASKS[name].needs_text]
+    if not left_out:
+        return tasks
+    said = f"{' and '.join(left_out)}: the data have no transcripts, so the model knows no text beside speech"
+    if len(left_out) == len(tasks):
+        raise SodaError(f"generate.tasks={tasks}: {said}")
+    console.print(f"[yellow]left out[/] {said}", soft_wrap=True)
+    return [name for name in tasks if name not in left_out]
+
+
+def take_samples(studio: Studio, tasks: list[str], held_out: HeldOut) -> list[dict[str, Any]]:
+    """generate.samples entries of each task, then the progress of those that make sound."""
+    recipe, letters = studio.recipe, sum(len(row["text"]) for row in held_out.spoken)
+    pace = sum(len(row["codes"]) for row in held_out.spoken) / studio.frame_rate / letters if letters else None
+    jobs = [(TASKS[task], i) for task in tasks for i in range(recipe.generate.samples)]
+    samples = []
+    for number, (task, i) in enumerate(track(jobs, "generate", console=console)):
+        rows = held_out.rows(task.needs_text)
+        row, seed = rows[number % len(rows)], recipe.seed + number
+        samples.append(take_sample(studio, task, f"{task.name}_{i}", row, seed, pace))
+    samples += progress(studio, [name for name in tasks if not TASKS[name].writes], held_out)
+    for entry in samples:
+        entry["export"] = studio.model.key  # so that the page notices samples of an earlier export
+    return samples
+
+
+def _print(samples: list[dict[str, Any]], out: Path) -> None:
+    for sample in samples:
         text = f": {sample['output_text']!r}" if sample["output_text"] is not None else ""
         print(f"{sample['task']:<11}{sample['id']:<28}{sample['note']}{text}")
-    print(f"{sum(len(s['audio']) for s in samples)} wav files in {out}")
-    return samples
+    print(f"{sum(len(sample['audio']) for sample in samples)} wav files in {out}")

@@ -17,8 +17,8 @@ def quality(nll: dict, grammar: dict, listed: list[Any]) -> list[str]:
     """What the figures say of the model, in sentences."""
     found = []
     row = nll["all"]
-    if row and row["change"] is not None and finite(row["unigram_nats"]):
-        share = -row["change"] / row["unigram_nats"]
+    if row and row["change"] is not None and row["baseline"]:
+        share = -row["change"] / row["baseline"]
         if share < LITTLE:
             means = "It has learned next to nothing from context yet"
         elif share < SOME:
@@ -29,11 +29,11 @@ def quality(nll: dict, grammar: dict, listed: list[Any]) -> list[str]:
             f"{means}. On recordings it has not heard, a token surprises it {abs(share):.0%} "
             f"{'less' if share >= 0 else 'more'} than a table of frequencies."
         )
-    rows = {row["key"]: row for row in grammar["rows"]}
+    rows = {row["name"]: row for row in grammar["rows"]}
     if (ended := rows.get("ended_by_itself")) and ended["of"]:
         found.append(f"{ended['value']:,} of {ended['of']:,} generated documents came to an end by themselves.")
     judged = [as_dict(sample) for sample in listed if as_dict(sample).get("candidates")]
-    heard = [sample for sample in judged if sample.get("task") != "transcribe"]
+    heard = [sample for sample in judged if "model" in as_dict(sample.get("audio"))]
     drawn = sum(int(finite(sample.get("candidates")) or 0) for sample in heard)
     if drawn:
         good = sum(int(finite(sample.get("good")) or 0) for sample in heard)

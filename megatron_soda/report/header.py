@@ -1,5 +1,6 @@
 """The top of the page: the name of the model, the verdict, the short facts and the tiles of key figures."""
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -63,9 +64,9 @@ def tiles(train: list[dict], valid: list[dict], nll: dict, grammar: dict, data: 
         tile(kind, f"{end:.3f}", "nats per token" + (f", from {start:.3f}" if start not in (None, end) else ""))
     for row, name in ((nll["all"], "All tokens"), (nll["acoustic_mean"], "Acoustic tokens")):
         if row and row["change"] is not None:
-            bits = row["change_bits"]
+            bits = row["change"] / math.log(2)
             tile(name, f"{abs(bits):.2f} bits", f"{'saved' if bits < 0 else 'lost'} per token against the unigram")
-    for share in (row for row in grammar["rows"] if row["key"] == "valid"):
+    for share in (row for row in grammar["rows"] if row["name"] == "valid" and row["of"]):
         tile("Valid generations", f"{share['percent']:.3g} %", f"{share['value']:,} of {share['of']:,} sampled")
     tokens, step = last(train, "tokens"), last(train, "step")
     if tokens is not None:

@@ -11,10 +11,11 @@ import jinja2
 
 from ..errors import SodaError
 from ..files import write_text
+from ..registry import SUITES
 from .advice import commands, prospects, quality, speaks
 from .classes import class_colours, class_names
 from .data import data_summary
-from .evaluation import grammar_rows, nll_table
+from .evaluation import by_suite, likelihood
 from .header import header, tiles, title, verdict
 from .reading import as_dict, as_list, load, read_metrics, warn_of_stale
 from .samples import samples
@@ -29,7 +30,7 @@ PAPER = {
     "id": "arXiv 2602.16687",
     "url": "https://arxiv.org/abs/2602.16687",
 }
-EVALUATION_KEYS = ("model", "step", "split", "documents", "nll", "grammar", "export", "data")
+EVALUATION_KEYS = ("model", "step", "split", "documents", "export", "data")  # beside the suites' names
 
 
 def build_report(run: Path) -> Path:
@@ -60,12 +61,13 @@ def collect(run: Path) -> dict[str, Any]:
     facts = as_dict(load(run, "environment.json", warnings))
     data = as_dict(load(run, "data/prepare.json", warnings))
     stages = timings(as_dict(load(run, "timings.json", warnings)))
+    suites = by_suite(evaluation, warnings)
     warn_of_stale(run, warnings)
     recipe_file = run / "recipe.yaml"
     recipe = recipe_file.read_text(encoding="utf-8", errors="replace") if recipe_file.is_file() else ""
-    nll = nll_table(as_dict(evaluation.get("nll")))
-    grammar = grammar_rows(as_dict(evaluation.get("grammar")))
+    nll, grammar = likelihood(suites["nll"]), suites["grammar"]
     listed = as_list(load(run, "samples/samples.json", warnings))
+    known = (*EVALUATION_KEYS, *SUITES.names())
     colours = class_colours(class_names(train, valid, nll))
     return {
         "title": title(evaluation, recipe, run),
@@ -79,13 +81,12 @@ def collect(run: Path) -> dict[str, Any]:
         "colours": colours,
         "charts": charts(train, valid, colours, nll),
         "has_metrics": bool(train or valid),
-        "nll": nll,
-        "grammar": grammar,
+        "suites": list(suites.values()),
         "evaluation": {
             "split": evaluation.get("split"),
             "documents": evaluation.get("documents"),
             "step": evaluation.get("step"),
-            "more": flatten(public({k: v for k, v in evaluation.items() if k not in EVALUATION_KEYS})),
+            "more": flatten(public({k: v for k, v in evaluation.items() if k not in known})),
         },
         "tasks": samples(run, listed, warnings),
         "data": data_summary(data),

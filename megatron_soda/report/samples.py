@@ -6,18 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from ..audio.judge import judge, level_of
+from ..registry import TASKS
 from . import plots
 from .plots import Clip
 from .reading import as_dict
 from .words import finite, plain, plural, span
 
 MOST_CARDS = 60
-TASKS = {
-    "continue": ("Continue", "The model hears the prompt and goes on by itself."),
-    "speak": ("Speak", "The model is given text and produces the sound."),
-    "transcribe": ("Transcribe", "The model is given the sound and writes down the text."),
-    "progress": ("On the way", "The same prompt and the same draw, by the checkpoints that the run has kept."),
-}
+PROGRESS = ("On the way", "The same prompt and the same draw, by the checkpoints that the run has kept.")
 TRACKS = {
     "original": ("Original", "the recording"),
     "codec": ("Codec", "the recording turned into tokens and back: the best the model could sound"),
@@ -29,17 +25,21 @@ TRACKS = {
 
 def samples(run: Path, listed: list[Any], warnings: list[str]) -> list[dict[str, Any]]:
     """The samples by task, each with its sounds and its texts."""
-    found: dict[str, list[dict]] = {task: [] for task in TASKS}
+    found: dict[str, list[dict]] = {task: [] for task in (*TASKS.names(), "progress")}
     if len(listed) > MOST_CARDS:
         warnings.append(f"The first {MOST_CARDS} of {len(listed):,} samples are shown.")
     for sample in listed[:MOST_CARDS]:
         if isinstance(sample, dict):
             found.setdefault(str(sample.get("task", "other")), []).append(card(run / "samples", sample))
-    return [
-        {"task": task, "name": TASKS.get(task, (plain(task).capitalize(), ""))[0], "cards": cards, "meaning": meaning}
-        for task, cards in found.items()
-        if cards and (meaning := TASKS.get(task, ("", ""))[1]) is not None
-    ]
+    named = [(*words_of(task), cards) for task, cards in found.items() if cards]
+    return [{"name": name, "meaning": meaning, "cards": cards} for name, meaning, cards in named]
+
+
+def words_of(task: str) -> tuple[str, str]:
+    """The heading of a task and a sentence on it; a task that this version does not have is its name."""
+    if task == "progress":
+        return PROGRESS
+    return (TASKS[task].title, TASKS[task].meaning) if task in TASKS else (plain(task).capitalize(), "")
 
 
 def card(folder: Path, sample: dict[str, Any]) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def doubts(sample: dict[str, Any], key: str, clip: Clip, clips: dict[str, Clip])
     if isinstance(judged, list):
         return [str(problem) for problem in judged]
     spoken = clips.get("codec") or clips.get("original")
-    expected = spoken.seconds if spoken and sample.get("task") == "speak" else None
+    expected = spoken.seconds if spoken and sample.get("prompt_text") is not None else None
     level = level_of(spoken.samples) if spoken else -25.0
     verdict = judge(clip.samples, clip.rate, level=level, expected=expected, ended=True, nats=0.0)
     return verdict.problems
@@ -120,7 +120,7 @@ def texts(sample: dict[str, Any]) -> dict[str, Any]:
     median = sample.get("median_text")
     found = {"prompt": prompt, "reference": None, "output": None, "median": None, "agreement": ""}
     found["median"] = str(median) if median is not None and median != output else None
-    if reference is not None and output is not None and sample.get("task") != "continue":
+    if reference is not None and output is not None:
         found["reference"], found["output"], found["agreement"] = compared(str(reference), str(output))
     else:
         found["reference"] = None if reference is None else [("same", str(reference))]

@@ -19,7 +19,7 @@ SIDE_CHARTS = {
 
 def charts(train: list[dict], valid: list[dict], colours: dict, nll: dict) -> dict[str, Any]:
     """All charts, drawn; the big ones twice, for wide and for narrow screens."""
-    baseline = {row["name"]: row["unigram_nats"] for row in nll["classes"]}
+    baseline = {row["name"]: row["baseline"] for row in nll["classes"]}
     loss = [
         Line("training", *series(train, "loss"), "--accent", smooth=True),
         Line("validation", *series(valid, "valid_loss"), "--second", dots=True),

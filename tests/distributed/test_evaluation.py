@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from data_prep.prepare import prepare
+from megatron_soda.commands.resolve import resolve
 from megatron_soda.data.store import Store
 from megatron_soda.errors import SodaError
 from megatron_soda.evaluation.run import evaluate
@@ -56,7 +57,7 @@ def test_half_of_the_tokens(pool, tmp_path, kind):
     pool.run(1, train, str(run), str(data), overrides)
     (folder,) = pool.run(1, export, str(run), str(data), overrides)
 
-    result = evaluate(folder, [f"run={run}", f"data.path={data}", "evaluate.generations=3", "evaluate.max_tokens=60"])
+    result = evaluate(resolve(folder, [f"run={run}", f"data.path={data}"]), Path(folder))
     nll, grammar = result["nll"], result["grammar"]
     assert set(nll["classes"]) == classes
     model, store = load_model(Path(folder)), Store(data / "test")
@@ -71,14 +72,14 @@ def test_half_of_the_tokens(pool, tmp_path, kind):
     assert ("duration_exact" in grammar) == (kind == "audio-only")
 
     if refusal is None:
-        generate(folder, [f"run={run}", f"data.path={data}"])
+        generate(resolve(folder, [f"run={run}", f"data.path={data}"]), Path(folder))
         samples = json.loads((run / "samples" / "samples.json").read_text())
         assert {sample["task"] for sample in samples} <= {"continue", "progress"}
         for sample in samples:
             assert all((run / "samples" / name).stat().st_size > 1000 for name in sample["audio"].values())
     else:
         with pytest.raises(SodaError, match=refusal):
-            generate(folder, [f"run={run}", f"data.path={data}"])
+            generate(resolve(folder, [f"run={run}", f"data.path={data}"]), Path(folder))
     page = build_report(run).read_text()
     for name in classes:
         assert name.replace("_", " ") in page

@@ -252,11 +252,12 @@ def test_stores_of_another_codec_are_refused(pool, real_text_data, tmp_path):
     """All sizes agree, and every id means something else."""
     import shutil
 
+    from megatron_soda.commands.resolve import resolve
     from megatron_soda.data.store import Store, write_store
     from megatron_soda.errors import SodaError
     from megatron_soda.evaluation.run import evaluate
     from megatron_soda.hf.load import load_model
-    from megatron_soda.inference.tasks import held_out_rows
+    from megatron_soda.inference.held_out import held_out_rows
 
     one_step = ["training.steps=1"]
     pool.run(1, train, str(tmp_path / "run"), str(real_text_data), one_step)
@@ -274,7 +275,7 @@ def test_stores_of_another_codec_are_refused(pool, real_text_data, tmp_path):
             write_store(other / side, made, store.space, **{**made_by, kind: "fresh"})
         said = f"made by {kind} fresh, the model .* has {kind} none"
         with pytest.raises(SodaError, match=said):
-            evaluate(folder, [f"data.path={other}", "evaluate.suite=[nll]"])
+            evaluate(resolve(folder, [f"data.path={other}", "evaluate.suite=[nll]"]), Path(folder))
         with pytest.raises(SodaError, match=said):
             held_out_rows(other, "test", model)
         again = tmp_path / f"run of {kind}"

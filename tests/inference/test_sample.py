@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_soda.inference.sample import Constraint, sample
-from megatron_soda.inference.tasks import generated_codes, make_job
+from megatron_soda.inference.studio import generated_codes
 from tests.helpers import SPACE
 
 
@@ -99,21 +99,3 @@ def test_top_p_keeps_the_smallest_set():
     shares = torch.bincount(drawn, minlength=4) / 4000
     assert shares[2:].sum() == 0
     assert shares[0] == pytest.approx(0.5 / 0.8, abs=0.03)
-
-
-def test_prompts_are_the_papers():
-    """Section 8 of the paper's protocol: what stands before the continuation, and what ends it."""
-    codes = np.arange(12).reshape(3, 4)
-    audio = SPACE.audio_ids(codes).tolist()
-    s = SPACE
-    transcribe = make_job("transcribe", [5, 6], codes, s, 10, 2)
-    assert transcribe.prompt == [s.bos, s.audio_start, *audio, s.audio_end, s.text_start]
-    assert transcribe.stop == {s.text_end}
-    speak = make_job("speak", [5, 6], codes, s, 10, 2)
-    assert speak.prompt == [s.bos, s.text_start, 5, 6, s.text_end, s.audio_start]
-    assert speak.stop == {s.audio_end}
-    carry_on = make_job("continue", [5, 6], codes, s, 10, 2)
-    assert carry_on.prompt == [s.bos, s.audio_start, *audio[:8]]
-    assert carry_on.stop == {s.audio_end}
-    for job in (transcribe, speak, carry_on):
-        assert CONSTRAINT.follow(job.prompt) is not None

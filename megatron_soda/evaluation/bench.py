@@ -1,0 +1,55 @@
+"""What suites measure with: the model, and what they may need beside it."""
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ..codecs.base import Codec
+from ..codecs.description import DESCRIPTION, load_data_codec
+from ..config import Recipe
+from ..data.store import Store
+from ..errors import SodaError
+from ..hf.load import load_model
+
+
+class Bench:
+    """An exported model under evaluation. Stores and codec are loaded once, when first asked for."""
+
+    def __init__(self, recipe: Recipe, folder: Path) -> None:
+        self.recipe, self.folder = recipe, folder
+        self.model = load_model(folder)
+
+    @cached_property
+    def data(self) -> tuple[Store, Store]:
+        """The held-out store and the training store. SodaError unless both are whole and made for this model."""
+        stores = Store(self.recipe.data_folder / self.recipe.evaluate.split), Store(self.recipe.data_folder / "train")
+        for store in stores:
+            store.check_space(self.model.space, str(self.folder))
+            store.check_made_by(self.model.made_by, f"the model {self.folder}", self.recipe.data.accept)
+            store.verify()  # or the figures would be those of the damage
+        return stores
+
+    @property
+    def has_codec(self) -> bool:
+        return (self.folder / DESCRIPTION).is_file()
+
+    @cached_property
+    def codec(self) -> Codec:
+        """The codec of the model's tokens. SodaError if it has none."""
+        if not self.has_codec:
+            raise SodaError(
+                f"{self.folder}: no {DESCRIPTION} in it: the model knows no sound, so it cannot be measured on sound. "
+                f"Leave such suites out of evaluate.suite (now {self.recipe.evaluate.suite})."
+            )
+        return load_data_codec(self.folder)
+
+    def header(self, *, with_data: bool) -> dict[str, Any]:
+        """What eval.json says of the model, and of the data if they were used."""
+        found: dict[str, Any] = {"model": self.model.name, "step": self.model.step}
+        if with_data:
+            test, chosen = self.data[0], self.recipe.evaluate
+            found |= {"split": chosen.split, "documents": chosen.documents or len(test)}
+        found["export"] = self.model.key
+        if with_data:
+            found["data"] = [store.fingerprint for store in self.data]
+        return found

@@ -1,0 +1,120 @@
+"""How well generations keep the grammar: with it enforced, and how much the model knows of it by itself."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ...registry import SUITES
+from ..suite import Row, Suite
+
+if TYPE_CHECKING:
+    from ...hf.load import LoadedModel
+    from ...inference.sample import Constraint, Sampled
+    from ..bench import Bench
+
+ROWS_AT_ONCE = 50
+MEANINGS = {
+    "valid": "follow the token grammar from start to end",
+    "duration_exact": "every audio span decodes to exactly its number of frames",
+    "audio_spans": "spans of audio in all these generations together",
+    "ended_by_itself": "were ended by the model, not by the length limit",
+    "legal_mass_mean": "mean probability that the model gives to legal tokens, before the grammar removes the others",
+    "free_valid": "follow the grammar without being held to it",
+    "free_legal_mass_mean": "mean probability the model itself puts on tokens the grammar allows",
+}
+SHARES = ("legal_mass_mean", "free_legal_mass_mean")
+
+
+@SUITES.register
+class TokenGrammar(Suite):
+    name = "grammar"
+    title = "Token grammar"
+    about = (
+        "Generated sound is only playable if its tokens come in the right order, frame by frame. These are counts over "
+        "sampled generations; “free” means that the model was not held to the grammar."
+    )
+    needs = ("data",)
+    absent = "The token grammar has not been tested yet: eval.json is missing or has no “grammar” part."
+
+    def measure(self, bench: "Bench") -> dict[str, Any]:
+        test, settings = bench.data[0], bench.recipe.evaluate
+        # One code per frame, or text alone, is no sound to decode.
+        codec = bench.codec if bench.has_codec and test.slots == test.space.codebooks else None
+        count, most = settings.generations, settings.max_tokens
+        return evaluate_grammar(bench.model, codec, count, most, bench.recipe.seed, test.slots)
+
+    def rows(self, result: Mapping[str, Any]) -> list[Row]:
+        counts = {"audio_spans": None, **dict.fromkeys(SHARES, 1.0)}
+        return [
+            Row(key, result[key], of=counts.get(key, result.get("generations")), meaning=meaning)
+            for key, meaning in MEANINGS.items()
+            if key in result
+        ]
+
+    def rest(self, result: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in result.items() if key not in MEANINGS}
+
+
+def evaluate_grammar(
+    model: "LoadedModel", codec: Any, count: int, max_tokens: int, seed: int, slots: int = 0
+) -> dict[str, Any]:
+    """`count` documents sampled from BOS at temperature 1 under the grammar, and `count` without.
+
+    valid: whole documents by TokenSpace.check. duration_exact: every audio span decodes to frames x samples per frame.
+    ended_by_itself: the token budget never had to force the end. legal_mass: the probability that the model gives to
+    the legal tokens, a mean over all steps. Without a codec (text alone, or frames of the semantic code alone: `slots`)
+    no duration is measured.
+    """
+    from rich.console import Console
+
+    from ...inference.sample import Constraint
+
+    console, constraint = Console(stderr=True), Constraint(model.space, model.device, slots)
+    with console.status(f"{count} generations under the grammar"):
+        held = _generations(model, constraint, count, max_tokens=max_tokens, seed=seed)
+    with console.status(f"{count} generations without the grammar"):
+        free = _generations(model, constraint, count, max_tokens=max_tokens, seed=seed + count, constrained=False)
+    return {
+        "generations": count,
+        "valid": sum(model.space.check(np.array(row.ids), slots) is None for row in held),
+        **({} if codec is None else _durations(held, model, codec)),
+        "ended_by_itself": sum(row.ended and not row.forced for row in held),
+        "legal_mass_mean": _mean_mass(held),
+        "free_valid": sum(row.ended and row.valid for row in free),
+        "free_legal_mass_mean": _mean_mass(free),
+    }
+
+
+def _generations(
+    model: "LoadedModel", constraint: "Constraint", count: int, *, seed: int, **settings: Any
+) -> list["Sampled"]:
+    """Documents from BOS on, drawn ROWS_AT_ONCE at a time."""
+    from ...inference.sample import sample
+
+    found: list[Sampled] = []
+    for start in range(0, count, ROWS_AT_ONCE):
+        rows, prompt = min(ROWS_AT_ONCE, count - start), [model.space.bos]
+        found += sample(model.model, constraint, prompt, count=rows, seed=seed + start, stop=set(), **settings)
+    return found
+
+
+def _durations(rows: list["Sampled"], model: "LoadedModel", codec: Any) -> dict[str, int]:
+    exact = spans = 0
+    for row in rows:
+        codes = audio_spans(row.ids, model)
+        waves = codec.decode(codes)
+        spans += len(codes)
+        exact += all(len(w) == len(c) * codec.samples_per_frame for w, c in zip(waves, codes, strict=True))
+    return {"duration_exact": exact, "audio_spans": spans}
+
+
+def _mean_mass(rows: list["Sampled"]) -> float:
+    return float(np.mean([mass for row in rows for mass in row.legal_mass]))
+
+
+def audio_spans(ids: list[int], model: "LoadedModel") -> list[np.ndarray]:
+    """Codes (frames, codebooks) of every audio span of a whole document."""
+    array = np.array(ids)
+    starts, ends = np.flatnonzero(array == model.space.audio_start), np.flatnonzero(array == model.space.audio_end)
+    return [model.space.codes(array[a + 1 : b]) for a, b in zip(starts, ends, strict=True)]

@@ -1,0 +1,154 @@
+"""The NLL vector of a model on held-out documents, beside a smoothed unigram of every slot."""
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from ...registry import SUITES
+from ..suite import Row, Suite
+
+if TYPE_CHECKING:
+    from ...data.store import Store
+    from ...hf.load import LoadedModel
+    from ..bench import Bench
+
+TOKENS_AT_ONCE = 8192
+COLUMNS = ("tokens", "model_nats", "model_bits", "unigram_nats", "unigram_bits")
+TOTALS = {"acoustic_mean": "All acoustic", "all": "All tokens"}
+
+
+@SUITES.register
+class Nll(Suite):
+    name = "nll"
+    title = "Surprise per token, against the unigram baseline"
+    about = (
+        "The negative log-likelihood (NLL) is how surprised the model is by the true next token: lower is better, 0 "
+        "would be perfect foresight. It is given in nats (natural logarithm) with bits below (1 nat = 1.443 bits; one "
+        "bit less halves the guesses). The per-slot unigram ignores all context and only knows how often each token "
+        "occurs in its place: what lies below it, the model has learned from context."
+    )
+    needs = ("data",)
+    unit, small_unit, counted, against = "nats", "bits", "tokens", "unigram"
+    glossary: ClassVar[tuple[str, str] | None] = (
+        "What are these token classes?",
+        "Text tokens spell the transcript. Markers say where text and sound begin and end. Sound itself is cut by the "
+        "codec into short frames of several tokens each: the first, semantic, carries mostly what is said; acoustic 1, "
+        "2, … add voice, timbre and room in ever finer steps, so the later ones are closer to noise and harder to "
+        "predict. All are interleaved in one sequence, and one model predicts them all.",
+    )
+    absent = (
+        "There is no likelihood evaluation yet: eval.json is missing or has no “nll” part. Evaluate the model and "
+        "build this page again."
+    )
+
+    def measure(self, bench: "Bench") -> dict[str, Any]:
+        test, train = bench.data
+        return evaluate_nll(bench.model, test, train, bench.recipe.evaluate.documents)
+
+    def rows(self, result: Mapping[str, Any]) -> list[Row]:
+        classes = result.get("classes")
+        named = [
+            *(classes.items() if isinstance(classes, dict) else ()),
+            *((name, result.get(name)) for name in TOTALS),
+        ]
+        return [
+            Row(
+                name,
+                row.get("model_nats"),
+                label=TOTALS.get(name, ""),
+                count=row.get("tokens"),
+                baseline=row.get("unigram_nats"),
+                small=(row.get("model_bits"), row.get("unigram_bits")),
+                total=name in TOTALS,
+            )
+            for name, row in named
+            if isinstance(row, dict)
+        ]
+
+    def rest(self, result: Mapping[str, Any]) -> dict[str, Any]:
+        classes = result.get("classes")
+        named = {**(classes if isinstance(classes, dict) else {}), **{name: result.get(name) for name in TOTALS}}
+        more = {
+            name: {key: value for key, value in row.items() if key not in COLUMNS}
+            for name, row in named.items()
+            if isinstance(row, dict)
+        }
+        return more | {key: value for key, value in result.items() if key != "classes" and key not in TOTALS}
+
+
+def unigram(store: "Store") -> np.ndarray:
+    """float64 (size,): -log p(token | its class) in nats, counted on `store`, one added to every count.
+
+    It is given the class of the next token, which the model has to predict by itself.
+    """
+    counts = np.ones(store.space.size)
+    for start in range(0, store.size, 1 << 24):
+        chunk = store.read(start, min(1 << 24, store.size - start))
+        counts += np.bincount(chunk, minlength=store.space.size)
+    classes = store.space.class_table()
+    totals = np.bincount(classes, weights=counts)
+    return -np.log(counts / totals[classes])
+
+
+def evaluate_nll(model: "LoadedModel", test: "Store", train: "Store", documents: int = 0) -> dict[str, Any]:
+    """Teacher-forced NLL of every token after BOS, each document by itself, cut at the model's context length.
+
+    documents: the first so many of `test`; 0: all. Returns {"classes": {name: row}, "acoustic_mean": row, "all": row},
+    a row with tokens, and nats and bits of both model and unigram.
+    """
+    from rich.console import Console
+    from rich.progress import track
+
+    names, table, baseline = model.space.class_names, model.space.class_table(), unigram(train)
+    limit = model.model.config.max_position_embeddings
+    count = min(documents, len(test)) if documents else len(test)
+    chosen = sorted((test.document(i)[: limit + 1] for i in range(count)), key=len)
+    sums = np.zeros((3, len(names)))  # tokens, nats of the model, nats of the unigram
+    for batch in track(_batches(chosen), "evaluate", console=Console(stderr=True)):
+        for document, nats in zip(batch, _nats(model, batch), strict=True):
+            labels = document[1:]
+            for total, weights in zip(sums, (None, nats[: len(labels)], baseline[labels]), strict=True):
+                total += np.bincount(table[labels], weights, len(names))
+    rows = {name: _row(*sums[:, i]) for i, name in enumerate(names) if sums[0, i]}
+    acoustic = [rows[name] for name in names[3:] if name in rows]
+    result: dict[str, Any] = {"classes": rows, "all": _row(*sums.sum(1))}
+    if acoustic:  # the mean over codebooks, as the paper's vector is read
+        mean = {key: float(np.mean([row[key] for row in acoustic])) for key in acoustic[0]}
+        result["acoustic_mean"] = mean | {"tokens": sum(row["tokens"] for row in acoustic)}
+    return result
+
+
+def _nats(model: "LoadedModel", documents: list[np.ndarray]) -> np.ndarray:
+    """float64 (documents, longest - 1): -log p of every token after the first; beyond a document's end meaningless."""
+    import torch
+
+    ids = torch.full((len(documents), max(map(len, documents))), model.space.eos)
+    for row, document in zip(ids, documents, strict=True):
+        row[: len(document)] = torch.from_numpy(document.astype(np.int64))
+    with torch.no_grad():
+        logits: torch.Tensor = model.model(input_ids=ids[:, :-1].to(model.device)).logits
+        labels = ids[:, 1:].to(model.device)
+        nats = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")
+    return nats.double().cpu().numpy()
+
+
+def _batches(documents: list[np.ndarray]) -> list[list[np.ndarray]]:
+    """Documents sorted by length -> batches of about TOKENS_AT_ONCE tokens, padding included."""
+    batches: list[list[np.ndarray]] = []
+    for document in documents:
+        if batches and (len(batches[-1]) + 1) * len(document) <= TOKENS_AT_ONCE:
+            batches[-1].append(document)
+        else:
+            batches.append([document])
+    return batches
+
+
+def _row(tokens: float, model: float, baseline: float) -> dict[str, float]:
+    nats = {"model": model / tokens, "unigram": baseline / tokens}
+    row: dict[str, float] = {"tokens": int(tokens)}
+    for name, value in nats.items():
+        row[f"{name}_nats"] = float(value)
+        row[f"{name}_bits"] = float(value / math.log(2))
+    return row

@@ -1,0 +1,59 @@
+"""Which held-out utterances the tasks are shown on."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..config import Recipe
+from ..data.store import Store
+from ..errors import SodaError
+from ..hf.load import LoadedModel
+
+
+@dataclass
+class HeldOut:
+    """Rows of unit shards, short enough, in the order in which they are used."""
+
+    usable: list[dict[str, Any]]
+    spoken: list[dict[str, Any]]  # those of them with a transcript
+
+    def rows(self, needs_text: bool) -> list[dict[str, Any]]:
+        return self.spoken if needs_text else self.usable
+
+
+def choose(rows: list[dict[str, Any]], longest: int, frame_rate: float, seed: int) -> HeldOut:
+    """Utterances of 2 to `longest` frames, shuffled; those under 1.5 seconds, mostly single letters, come last."""
+    order = np.random.default_rng(seed)
+
+    def ordered(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        shuffled = [rows[i] for i in order.permutation(len(rows))]
+        return sorted(shuffled, key=lambda row: len(row["codes"]) < 1.5 * frame_rate)
+
+    usable = [row for row in rows if 2 <= len(row["codes"]) <= longest]
+    return HeldOut(ordered(usable), ordered([row for row in usable if row["text"]]))
+
+
+def held_out_rows(folder: Path, split: str, model: LoadedModel, accept: Collection[str] = ()) -> list[dict[str, Any]]:
+    """Utterances of a split of a data folder, made with the codec and for the token space of the model."""
+    from ..data.units import read_units
+
+    store = Store(folder / split)
+    store.check_space(model.space, str(model.folder))
+    if not (folder / "codec.json").is_file() or not (model.folder / "codec.json").is_file():
+        raise SodaError(f"{folder}: there is no speech in these data, so there is nothing to continue or to speak like")
+    if store.slots < store.space.codebooks:
+        raise SodaError(f"{store.path}: semantic-only documents have one code a frame, of which no sound can be made")
+    store.check_made_by(model.made_by, f"the model {model.folder}", accept)
+    path = folder / f"{split}.parquet"
+    if not path.is_file():
+        raise SodaError(f"{path}: no such file; was the data prepared by `soda prepare`?")
+    return list(read_units([path]))
+
+
+def knows_text(recipe: Recipe, tokens: int = 1 << 22) -> bool:
+    """Whether a transcript stands in the first documents of the held-out store."""
+    store = Store(recipe.data_folder / recipe.generate.split)
+    return bool(np.any(store.read(0, min(tokens, store.size)) == store.space.text_start))

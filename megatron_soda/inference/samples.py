@@ -1,0 +1,107 @@
+"""Samples: candidates of one prompt, judged, and the best and the median of them kept; and the way a run took."""
+
+import itertools
+from typing import Any
+
+import numpy as np
+
+from ..audio.judge import Verdict, best_and_median, judge, level_of
+from ..registry import TASKS
+from .earlier import earlier_models
+from .held_out import HeldOut
+from .sample import Sampled
+from .studio import Studio
+from .task import Prompt, Task
+
+PROGRESS_SECONDS = 3.0  # of a sample of an earlier checkpoint
+
+
+def take_sample(studio: Studio, task: Task, name: str, row: dict[str, Any], seed: int, pace: float | None) -> dict:
+    """An entry of samples.json, whose wav files are written. `name`: what theirs begin with. `pace`: seconds a letter
+    of speech takes in these data, None if that is not known."""
+    codec, prompt = studio.codec, studio.prompt(task, row, studio.longest)
+    own_text = prompt.text not in (None, row["text"])  # then the recording says something else
+    candidates = studio.draw(studio.model.model, prompt, studio.recipe.generate.candidates, seed)
+    again = codec.decode([row["codes"]])[0]
+    audio: dict[str, str] = {}
+    if not own_text:
+        audio["original"] = studio.save(f"{name}_original", studio.original(row))
+        audio["codec"] = studio.save(f"{name}_codec", again)
+    if prompt.given:
+        audio["prompt"] = studio.save(f"{name}_prompt", codec.decode([row["codes"][: prompt.given]])[0])
+    written: tuple[str | None, str | None] = (None, None)
+    if task.writes:
+        verdicts = [_of_text(result) for result in candidates]
+        best, median = best_and_median(verdicts)
+        written = studio.read(candidates[best], prompt), studio.read(candidates[median], prompt)
+    else:
+        waves = [studio.hear(result) for result in candidates]
+        verdicts = _of_sound(studio, prompt, candidates, waves, level_of(again), pace)
+        best, median = best_and_median(verdicts)
+        audio["model"] = studio.save(f"{name}_model", waves[best])
+        if median != best:
+            audio["median"] = studio.save(f"{name}_median", waves[median])
+    return {
+        "task": task.name,
+        "id": "" if own_text else row["id"],
+        "language": row["language"],
+        "prompt_text": prompt.text,
+        "reference_text": (row["text"] or None) if prompt.text is None else None,
+        "output_text": written[0],
+        "median_text": written[1],
+        "note": "" if verdicts[best].problems else "ended by itself",
+        "candidates": len(candidates),
+        "verdicts": {"model": verdicts[best].to_dict(), "median": verdicts[median].to_dict()},
+        "good": sum(not verdict.problems for verdict in verdicts),
+        "audio": audio,
+    }
+
+
+def _of_sound(
+    studio: Studio, prompt: Prompt, results: list[Sampled], waves: list[np.ndarray], level: float, pace: float | None
+) -> list[Verdict]:
+    skip = prompt.given * studio.codec.samples_per_frame
+    expected = pace * len(prompt.text) if pace and prompt.text else None
+    return [
+        judge(
+            wave[skip:],
+            studio.codec.sample_rate,
+            level=level,
+            expected=expected,
+            ended=_ended(result),
+            nats=float(np.mean(result.nats)),
+        )
+        for wave, result in zip(waves, results, strict=True)
+    ]
+
+
+def _of_text(result: Sampled) -> Verdict:
+    problems = [] if _ended(result) else ["cut off at the length limit"]
+    return Verdict(0.0, 0.0, 0.0, float(np.mean(result.nats)), problems)
+
+
+def _ended(result: Sampled) -> bool:
+    return result.ended and not result.forced
+
+
+def progress(studio: Studio, tasks: list[str], held_out: HeldOut) -> list[dict[str, Any]]:
+    """One short sample of each task from earlier checkpoints and from this one: the same prompt, the same draw."""
+    entries: list[tuple[dict[str, Any], Prompt, str]] = []
+    longest = min(studio.longest, round(PROGRESS_SECONDS * studio.frame_rate))
+    for name in tasks:
+        task = TASKS[name]
+        row = next((row for row in held_out.rows(task.needs_text) if len(row["codes"]) <= longest), None)
+        if row is None:
+            continue
+        prompt = studio.prompt(task, row, longest)
+        entry = {"task": "progress", "id": f"{name}: {row['id']}", "language": row["language"]}
+        entry |= {"prompt_text": prompt.text, "reference_text": None, "output_text": None, "note": "", "audio": {}}
+        entries.append((entry, prompt, name))
+    ours = (studio.model.step, studio.model.model)
+    # One by one: the earlier models are one network that is loaded again and again.
+    for step, network in itertools.chain(earlier_models(studio.recipe, studio.model), [ours]) if entries else []:
+        for entry, prompt, name in entries:
+            wave = studio.hear(studio.draw(network, prompt, 1, studio.recipe.seed)[0])
+            if len(wave):
+                entry["audio"][f"step_{step}"] = studio.save(f"progress_{name}_{step}", wave)
+    return [entry for entry, _, _ in entries if len(entry["audio"]) > 1]

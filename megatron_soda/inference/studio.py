@@ -1,0 +1,88 @@
+"""What all samples of a run share: prompts to tokens, tokens to sound, sound to files."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+
+from ..codecs.base import Codec
+from ..config import Recipe
+from ..files import atomic_path
+from ..hf.load import LoadedModel
+from ..vocab import TokenSpace
+from .sample import Constraint, Sampled, sample
+from .task import Material, Prompt, Task
+
+TEXT_AND_MARKERS = 64  # tokens of the context that are kept free of sound
+
+
+@dataclass
+class Studio:
+    model: LoadedModel
+    recipe: Recipe
+    codec: Codec
+    out: Path  # where the wav files go
+
+    def __post_init__(self) -> None:
+        self.constraint = Constraint(self.model.space, self.model.device)
+        self.frame_rate = self.codec.sample_rate / self.codec.samples_per_frame  # Hz
+        self.context = int(self.model.model.config.max_position_embeddings)  # tokens
+        fitting = (self.context - TEXT_AND_MARKERS) // self.model.space.codebooks
+        # Frames of an utterance, and of what is generated.
+        self.longest = max(1, min(round(self.recipe.generate.max_seconds * self.frame_rate), fitting))
+
+    def prompt(self, task: Task, row: dict[str, Any], longest: int) -> Prompt:
+        settings, encode = self.recipe.generate, self.model.text.encode
+        return task.prompt(Material(row, self.model.space, encode, longest, self.frame_rate, settings))
+
+    def draw(self, network: Any, prompt: Prompt, count: int, seed: int) -> list[Sampled]:
+        """`count` continuations by `network`, a Qwen3ForCausalLM of the model's token space."""
+        chosen = self.recipe.generate
+        return sample(
+            network,
+            self.constraint,
+            prompt.ids,
+            count=count,
+            seed=seed,
+            max_tokens=prompt.max_tokens,
+            stop=prompt.stop,
+            temperature=chosen.temperature,
+            top_p=chosen.top_p,
+        )
+
+    def hear(self, result: Sampled) -> np.ndarray:
+        """float32 (samples,): the last audio span, the prompt's frames included."""
+        codes = generated_codes(result.ids, self.model.space)
+        return self.codec.decode([codes])[0] if len(codes) else np.zeros(0, np.float32)
+
+    def read(self, result: Sampled, prompt: Prompt) -> str:
+        """The text that was generated."""
+        generated = result.ids[len(prompt.ids) :]
+        return self.model.text.decode(token for token in generated if token < self.model.space.text_size)
+
+    def original(self, row: dict[str, Any]) -> np.ndarray:
+        """float32 (samples,): the recording, or its codes made audible if it is no longer where it was."""
+        from ..audio.reading import read_audio
+        from ..audio.sound import BadAudio
+
+        try:
+            return read_audio(Path(row["audio"]), self.codec.sample_rate)
+        except (BadAudio, OSError):
+            return self.codec.decode([row["codes"]])[0]
+
+    def save(self, name: str, wave: np.ndarray) -> str:
+        """Writes NAME.wav and returns the file's name."""
+        with atomic_path(self.out / f"{name}.wav") as temporary:
+            soundfile.write(temporary, np.clip(wave, -1, 1), self.codec.sample_rate, format="WAV", subtype="PCM_16")
+        return f"{name}.wav"
+
+
+def generated_codes(ids: list[int], space: TokenSpace) -> np.ndarray:
+    """int16 (frames, codebooks): the whole frames of the last audio span of `ids`."""
+    ids_array = np.array(ids)
+    start = int(np.flatnonzero(ids_array == space.audio_start)[-1]) + 1
+    span = ids_array[start:]
+    span = span[span >= space.audio_base]
+    return space.codes(span[: len(span) // space.codebooks * space.codebooks])

@@ -1,0 +1,49 @@
+"""Evaluation suites and generation tasks by name. Importing it, or any member, imports no engine: recipes and the page
+need only names and words."""
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+from .evaluation.suite import Suite
+from .inference.task import Task
+
+Member = TypeVar("Member", Suite, Task)
+
+
+class Registry(Generic[Member]):
+    """One member per file of `package`: nll.py holds the class named "nll", continue_.py the one named "continue" (a
+    trailing underscore keeps a name off Python's keywords). A new file is a new member; nothing else lists them."""
+
+    def __init__(self, package: str) -> None:
+        self._package = package
+        self._members: dict[str, Member] = {}
+
+    def register(self, member: Callable[[], Member]) -> Callable[[], Member]:
+        """A class decorator."""
+        made = member()
+        self._members[made.name] = made
+        return member
+
+    def names(self) -> tuple[str, ...]:
+        """Sorted. Lists the files without importing them."""
+        return tuple(sorted({*self._files(), *self._members}))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names()
+
+    def __getitem__(self, name: str) -> Member:
+        """KeyError for an unknown name."""
+        if name not in self._members and name in self._files():
+            importlib.import_module(f"{self._package}.{self._files()[name]}")
+        return self._members[name]
+
+    def _files(self) -> dict[str, str]:
+        """Module names by member name."""
+        modules = (module.name for module in pkgutil.iter_modules(importlib.import_module(self._package).__path__))
+        return {module.removesuffix("_"): module for module in modules}
+
+
+SUITES: Registry[Suite] = Registry("megatron_soda.evaluation.suites")
+TASKS: Registry[Task] = Registry("megatron_soda.inference.tasks")

@@ -1,0 +1,75 @@
+"""The NLL vector against a loop over tokens in float64."""
+
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_soda.data.store import Store
+from megatron_soda.evaluation.suites import nll
+from megatron_soda.evaluation.suites.nll import evaluate_nll, unigram
+from megatron_soda.hf.load import load_model
+from tests.exported import CONTEXT
+
+
+def name_of(token: int, space) -> str:
+    if token in (space.bos, space.eos) or space.text_size <= token < space.audio_base:
+        return "marker"
+    codebook = (token - space.audio_base) // space.entries
+    return "text" if token < space.text_size else "acoustic_" + str(codebook) if codebook else "semantic"
+
+
+def members(space) -> Counter:
+    return Counter(name_of(token, space) for token in range(space.size))
+
+
+def unigram_by_hand(train: Store) -> list[float]:
+    counts = Counter(int(token) for i in range(len(train)) for token in train.document(i))
+    totals = Counter(members(train.space))
+    for token, count in counts.items():
+        totals[name_of(token, train.space)] += count
+    return [-math.log((counts[t] + 1) / totals[name_of(t, train.space)]) for t in range(train.space.size)]
+
+
+@torch.no_grad()
+def by_hand(model, test: Store, train: Store, documents: int) -> dict[str, list[tuple[float, float]]]:
+    """(nats of the model, nats of the unigram) of every label by class; each document alone, its context cut."""
+    network = model.model.double()
+    table = unigram_by_hand(train)
+    found: dict[str, list[tuple[float, float]]] = {}
+    for i in range(documents):
+        ids = [int(token) for token in test.document(i)][: CONTEXT + 1]
+        logits = network(input_ids=torch.tensor([ids[:-1]])).logits[0].numpy()
+        for row, label in zip(logits, ids[1:], strict=True):
+            nats = float(np.log(np.exp(row - row.max()).sum()) + row.max() - row[label])
+            found.setdefault(name_of(label, test.space), []).append((nats, table[label]))
+    return found
+
+
+def test_the_unigram_is_counted_by_class(exported):
+    train = Store(exported.run / "data" / "train")
+    assert unigram(train) == pytest.approx(np.array(unigram_by_hand(train)), abs=1e-12)
+
+
+@pytest.mark.parametrize("documents", [0, 9])
+def test_nll_is_that_of_a_loop_over_tokens(exported, monkeypatch, documents):
+    monkeypatch.setattr(nll, "TOKENS_AT_ONCE", 300)  # batches of several lengths, padded, and single documents
+    data = exported.run / "data"
+    test, train, model = Store(data / "test"), Store(data / "train"), load_model(exported.folder)
+    assert sum(len(test.document(i)) > CONTEXT + 1 for i in range(len(test))) == 2
+    assert len(nll._batches(sorted((test.document(i) for i in range(len(test))), key=len))) > 3
+    result = evaluate_nll(model, test, train, documents)
+    expected = by_hand(model, test, train, documents or len(test))
+    assert set(result["classes"]) == set(expected) == set(test.space.class_names)
+    everything = [pair for pairs in expected.values() for pair in pairs]
+    for row, pairs in [(result["all"], everything), *((result["classes"][name], expected[name]) for name in expected)]:
+        ours, baseline = np.mean(pairs, axis=0)
+        assert row["tokens"] == len(pairs)
+        assert row["model_nats"] == pytest.approx(ours, abs=1e-5)
+        assert row["unigram_nats"] == pytest.approx(baseline, abs=1e-10)
+        assert row["model_bits"] == pytest.approx(ours / math.log(2), abs=1e-5)
+    means = [np.mean(expected[f"acoustic_{k}"], axis=0) for k in (1, 2, 3)]
+    assert result["acoustic_mean"]["model_nats"] == pytest.approx(np.mean(means, axis=0)[0], abs=1e-5)
+    assert result["acoustic_mean"]["tokens"] == sum(len(expected[f"acoustic_{k}"]) for k in (1, 2, 3))
