@@ -86,8 +86,8 @@ def make_units(folder: Path, utterances: int) -> list[Path]:
     return paths
 
 
-def run(jobs: list[dict[str, Any]]) -> int:
-    return sum(documents.make_part(job)["tokens"] for job in jobs)
+def run(jobs: list[documents.PartJob]) -> int:
+    return sum(sum(documents.make_part(job).tokens.values()) for job in jobs)
 
 
 def in_turns(sides: dict[str, Callable[[], int]], repeats: int) -> tuple[dict[str, list[float]], dict[str, int]]:
@@ -138,12 +138,11 @@ def measure(
     folder: Path, name: str, units: list[Path], text: TextTokenizer, space: TokenSpace, fast: Any, repeats: int
 ) -> dict[str, Any]:
     orders = ["audio-only"] if name == "audio" else ["text-first", "audio-first"]
-    common = {"tokenizer": str(text.path), "tokenizer_fingerprint": "", "space": space.to_dict(), "seed": 0,
-              "orders": orders, "corpus_codebooks": 8}  # fmt: skip
+    common = documents.PartSettings(text.path, "", space, tuple(orders), (0.0, 0.0), seed=0, corpus_codebooks=8)
     trains = ["0" * pq.read_metadata(path).num_rows for path in units]
     jobs = documents.unit_jobs(units, [str(i) for i in range(len(units))], trains, folder / name, common)
     run(jobs)
-    parts = [documents.read_part(Path(job["out"]), "train") for job in jobs]
+    parts = [documents.read_part(job.out, "train") for job in jobs]
     made = [ids for ids, lengths in parts for ids in np.split(ids, np.cumsum(lengths)[:-1])]
     strings = [document_string(ids, space, text) for ids in made]
     of_text = sum(int((ids < space.text_size).sum()) - 2 for ids in made)
@@ -161,7 +160,7 @@ def measure(
 
     def our_store() -> int:
         run(jobs)
-        return write_parts(ours, (documents.read_part(Path(job["out"]), "train") for job in jobs), space)
+        return write_parts(ours, (documents.read_part(job.out, "train") for job in jobs), space)
 
     def their_store() -> int:
         import torch
