@@ -10,8 +10,8 @@ Three rows, one core, the two sides in turns:
 The tokenizer is a byte-level BPE trained here on the words of this project's own documents, or --tokenizer FILE. All
 text passes a real tokenizer on either side, so the share of text sets a ceiling, which is printed.
 
-    python tools/bench_data.py
-    python tools/bench_data.py --tokenizer llama3/tokenizer.json --utterances 4000
+    python tools/bench/bench_data.py
+    python tools/bench/bench_data.py --tokenizer llama3/tokenizer.json --utterances 4000
 """
 
 import json
@@ -34,7 +34,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from data_prep import documents
 from megatron_soda.codecs.description import CodecDescription
@@ -46,7 +46,7 @@ from megatron_soda.tokenizer import TextTokenizer, document_string
 from megatron_soda.vocab import BOS, EOS, TokenSpace
 
 console = Console()
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CODEC = CodecDescription("random", "random", 8, 2048, 24_000, 1_920, {})
 SECONDS, WORDS_A_SECOND, SHARD = 10.0, 2.5, 256
 
