@@ -4,12 +4,11 @@ seed puts the documents of a shard. A part is a safetensors file: ids and length
 
 import functools
 import json
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Generic, Self, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +23,6 @@ from megatron_soda.tokenizer import TextTokenizer, clean_text
 from megatron_soda.vocab import TokenSpace
 
 from . import interleave
-from .executor import Job, Result
 from .index import Shard, digest, read_index
 from .split import SIDES, by_share
 from .strings import to_ids
@@ -35,27 +33,98 @@ S = TypeVar("S", Row, Utterance)
 Made = Iterator[tuple[str, np.ndarray] | Reject]  # side, ids
 
 
+@dataclass(frozen=True)
+class PartSettings:
+    """What the parts of a preparation have in common."""
+
+    tokenizer: Path
+    tokenizer_fingerprint: str
+    space: TokenSpace
+    orders: tuple[str, ...]
+    shares: tuple[float, float]  # valid, test: of the documents of released corpora
+    seed: int
+    corpus_codebooks: int
+
+
+@dataclass(frozen=True)
+class UnitShard:
+    path: Path
+    sides: str  # a digit for each row: see split.py
+
+
+@dataclass(frozen=True)
+class TextShard:
+    shard: Shard
+    sides: str
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """Of a released corpus."""
+
+    path: Path
+    group: int
+
+
+@dataclass(frozen=True)
+class PartJob:
+    """`number` seeds the order of the documents; `key` is a hash of all that a part depends on, which `out` carries."""
+
+    source: UnitShard | TextShard | RowGroup
+    settings: PartSettings
+    number: int
+    out: Path
+    key: str
+
+
+@dataclass
+class Used:
+    """How much of a language is in the documents."""
+
+    utterances: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class PartFacts:
+    """What is known of a part without reading it."""
+
+    key: str
+    tokens: dict[str, int]  # by side
+    languages: dict[str, Used]
+
+    def to_json(self) -> str:
+        languages = {name: [used.utterances, used.seconds] for name, used in self.languages.items()}
+        tokens = {f"{side}.tokens": count for side, count in self.tokens.items()}
+        return json.dumps({**tokens, "key": self.key, "languages": languages})
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        values = json.loads(text)
+        languages = {name: Used(*used) for name, used in values["languages"].items()}
+        return cls(values["key"], {side: values[f"{side}.tokens"] for side in SIDES}, languages)
+
+
 def unit_jobs(
-    units: list[Path], keys: list[str], sides: list[str], folder: Path, settings: dict[str, Any]
-) -> list[Job]:
-    """Settings: tokenizer, space, orders, seed. `sides`: of the rows of every shard (see split.sides_of_units)."""
+    units: list[Path], keys: list[str], sides: list[str], folder: Path, settings: PartSettings
+) -> list[PartJob]:
+    """`sides`: of the rows of every shard (see split.sides_of_units)."""
     return [
-        _job("units", str(path), folder / f"speech-{i:06d}", key, i, {**settings, "sides": some})
+        _job(UnitShard(path, some), folder / f"speech-{i:06d}", key, i, settings)
         for i, (path, key, some) in enumerate(zip(units, keys, sides, strict=True))
     ]
 
 
-def text_jobs(shards: list[Shard], sides: list[str], folder: Path, settings: dict[str, Any]) -> list[Job]:
+def text_jobs(shards: list[Shard], sides: list[str], folder: Path, settings: PartSettings) -> list[PartJob]:
     return [
-        _job("texts", vars(s), folder / f"text-{s.number:06d}", s.key, s.number, {**settings, "sides": some})
+        _job(TextShard(s, some), folder / f"text-{s.number:06d}", s.key, s.number, settings)
         for s, some in zip(shards, sides, strict=True)
     ]
 
 
-def string_jobs(paths: list[Path], folder: Path, settings: dict[str, Any]) -> list[Job]:
-    """One job a row group. Settings as of units, with `shares` (valid, test) and corpus_codebooks. SodaError if a file
-    is no Parquet, or has no column `text` of strings."""
-    jobs: list[Job] = []
+def string_jobs(paths: list[Path], folder: Path, settings: PartSettings) -> list[PartJob]:
+    """One job a row group. SodaError if a file is no Parquet, or has no column `text` of strings."""
+    jobs: list[PartJob] = []
     for path in paths:
         with reading(path, "cannot be read as Parquet"):
             file = pq.ParquetFile(path)
@@ -68,25 +137,31 @@ def string_jobs(paths: list[Path], folder: Path, settings: dict[str, Any]) -> li
         for group in range(file.num_row_groups):
             number = len(jobs)
             key = digest(str(path), stat.st_size, stat.st_mtime_ns, group)
-            source = {"path": str(path), "group": group}
-            jobs.append(_job("strings", source, folder / f"strings-{number:06d}", key, number, settings))
+            jobs.append(_job(RowGroup(path, group), folder / f"strings-{number:06d}", key, number, settings))
     return jobs
 
 
-def _job(kind: str, source: Any, out: Path, key: str, number: int, settings: dict[str, Any]) -> Job:
-    key = digest(kind, key, number, {**settings, "tokenizer": Path(settings["tokenizer"]).name})
-    return {**settings, "kind": kind, "source": source, "out": f"{out}.safetensors", "number": number, "key": key}
+_KINDS = {UnitShard: "units", TextShard: "texts", RowGroup: "strings"}  # as digests name them
 
 
-def is_done(job: Job) -> bool:
-    return (part_facts(Path(job["out"])) or {}).get("key") == job["key"]
+def _job(source: UnitShard | TextShard | RowGroup, out: Path, key: str, number: int, settings: PartSettings) -> PartJob:
+    hashed = {**asdict(settings), "tokenizer": settings.tokenizer.name}
+    if not isinstance(source, RowGroup):
+        hashed["sides"] = source.sides
+    key = digest(_KINDS[type(source)], key, number, hashed)
+    return PartJob(source, settings, number, Path(f"{out}.safetensors"), key)
 
 
-def part_facts(path: Path) -> dict[str, Any] | None:
+def is_done(job: PartJob) -> bool:
+    facts = part_facts(job.out)
+    return facts is not None and facts.key == job.key
+
+
+def part_facts(path: Path) -> PartFacts | None:
     """What is known of a part; None if it is not there or not whole."""
     try:
         with reading(path), safe_open(path, "np") as file:
-            return json.loads((file.metadata() or {})["facts"])
+            return PartFacts.from_json((file.metadata() or {})["facts"])
     except SodaError:
         return None
 
@@ -97,58 +172,49 @@ def read_part(path: Path, of: str) -> tuple[np.ndarray, np.ndarray]:
         return file.get_tensor(f"{of}.ids"), file.get_tensor(f"{of}.lengths")
 
 
-def make_part(job: Job) -> Result:
-    """Writes a part, and OUT.rejects.json before it. -> counts."""
-    space = TokenSpace(**job["space"])
-    tokenizer = _tokenizer(job["tokenizer"])
-    source, facts = job["source"], Counter()
-    languages: dict[str, list[float]] = {}
-    if job["kind"] == "units":
-        made = _of_shard(Path(source), job["sides"], job["orders"], tokenizer, space, languages)
-    elif job["kind"] == "texts":
-        made = _of_texts(source, job["sides"], tokenizer, space)
-    else:
-        made = _of_strings(source, job["shares"], job["corpus_codebooks"], tokenizer, space)
+def make_part(job: PartJob) -> PartFacts:
+    """Writes a part, and OUT.rejects.json before it."""
+    facts = PartFacts(job.key, {}, {})
     documents: dict[str, list[np.ndarray]] = {name: [] for name in SIDES}
     rejects: list[Reject] = []
-    for item in made:
+    for item in _documents(job, facts.languages):
         if isinstance(item, Reject):
             rejects.append(item)
         else:
             documents[item[0]].append(item[1])
-    tensors, classes = {}, np.zeros(len(space.class_names), np.int64)
+    tensors = {}
     for number, (name, some) in enumerate(documents.items()):
-        order = np.random.default_rng([job["seed"], job["number"], number]).permutation(len(some))
+        order = np.random.default_rng([job.settings.seed, job.number, number]).permutation(len(some))
         ids = np.concatenate([some[i] for i in order], dtype=np.int32) if some else np.zeros(0, np.int32)
         tensors[f"{name}.ids"] = ids
         tensors[f"{name}.lengths"] = np.array([len(some[i]) for i in order], np.int32)
-        facts[f"{name}.tokens"], facts[f"{name}.documents"] = len(ids), len(some)
-        if name == "train":
-            classes = np.bincount(_class_table(space)[ids], minlength=len(classes))
-    path = Path(job["out"])
-    write_json(path.with_suffix(".rejects.json"), [asdict(r) for r in rejects])
-    whole = {**facts, "key": job["key"], "classes": classes.tolist(), "languages": languages, "rejects": len(rejects)}
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, {"facts": json.dumps(whole)})
-    return {"tokens": sum(facts[f"{name}.tokens"] for name in SIDES), "rejects": len(rejects)}
+        facts.tokens[name] = len(ids)
+    write_json(job.out.with_suffix(".rejects.json"), [asdict(r) for r in rejects])
+    with atomic_path(job.out) as temporary:
+        save_file(tensors, temporary, {"facts": facts.to_json()})
+    return facts
 
 
-def _of_shard(
-    path: Path,
-    sides: str,
-    orders: Sequence[str],
-    tokenizer: TextTokenizer,
-    space: TokenSpace,
-    languages: dict[str, list[float]],
-) -> Made:
-    codec = unit_codec(path)
-    rows, codes = read_shard(path)
+def _documents(job: PartJob, languages: dict[str, Used]) -> Made:
+    source, settings = job.source, job.settings
+    tokenizer = _tokenizer(settings.tokenizer)
+    if isinstance(source, UnitShard):
+        return _of_shard(source, settings, tokenizer, languages)
+    if isinstance(source, TextShard):
+        return _of_texts(source, tokenizer, settings.space)
+    return _of_strings(source, settings, tokenizer)
+
+
+def _of_shard(source: UnitShard, settings: PartSettings, tokenizer: TextTokenizer, languages: dict[str, Used]) -> Made:
+    space, codec = settings.space, unit_codec(source.path)
+    rows, codes = read_shard(source.path)
     if codec.codebooks < space.codebooks or codec.entries != space.entries:
         raise SodaError(
-            f"{path}: its codes are of {codec.codebooks} codebooks of {codec.entries}, the token space is of "
+            f"{source.path}: its codes are of {codec.codebooks} codebooks of {codec.entries}, the token space is of "
             f"{space.codebooks} of {space.entries}"
         )
-    yield from of_units(rows, codes[:, : space.codebooks], sides, orders, tokenizer, space, languages)
+    codes = codes[:, : space.codebooks]
+    yield from of_units(rows, codes, source.sides, settings.orders, tokenizer, space, languages)
 
 
 def of_units(
@@ -158,10 +224,10 @@ def of_units(
     orders: Sequence[str],
     tokenizer: TextTokenizer,
     space: TokenSpace,
-    languages: dict[str, list[float]],
+    languages: dict[str, Used],
 ) -> Made:
     """The documents of utterances, their codes in `codes` (frames, codebooks), their sides in `sides`; what is used of
-    each language is added to `languages`, as number and seconds."""
+    each language is added to `languages`."""
     good = np.ones(len(codes), bool)
     if codes.size and (codes.min() < 0 or codes.max() >= space.entries):
         good = np.all((codes >= 0) & (codes < space.entries), axis=1)
@@ -187,8 +253,9 @@ def of_units(
                 used |= {row.id for row in planned.spoken}
         for row in usable:
             if row.id in used:
-                entry = languages.setdefault(row.language or "?", [0, 0.0])
-                entry[0], entry[1] = entry[0] + 1, entry[1] + row.seconds
+                used_of = languages.setdefault(row.language or "?", Used())
+                used_of.utterances += 1
+                used_of.seconds += row.seconds
     side_of = {row.id: SIDES[int(digit)] for row, digit in zip(rows, sides, strict=True)}
     ids = _text_ids((text for planned in plans for text in interleave.texts_of(planned.plan)), tokenizer)
     for planned in plans:
@@ -238,28 +305,25 @@ def _text_ids(texts: Iterable[str], tokenizer: TextTokenizer) -> dict[str, np.nd
     return {t: np.array(ids, np.int32) for t, ids in zip(unique, tokenizer.encode_batch(unique), strict=True)}
 
 
-def _of_texts(shard: dict[str, Any], sides: str, tokenizer: TextTokenizer, space: TokenSpace) -> Made:
-    items = [item for item, _ in read_index(shard)]
+def _of_texts(source: TextShard, tokenizer: TextTokenizer, space: TokenSpace) -> Made:
+    items = [item for item, _ in read_index(source.shard)]
     texts = tokenizer.encode_batch([clean_text(item.text, space) for item in items])
-    for item, ids, digit in zip(items, texts, sides, strict=True):
+    for item, ids, digit in zip(items, texts, source.sides, strict=True):
         if ids:
             yield SIDES[int(digit)], interleave.text_only(ids, space)
         else:
             yield Reject(item.id, "empty text: nothing is left of it after cleaning")
 
 
-def _of_strings(
-    source: dict[str, Any], shares: tuple[float, float], codebooks: int, tokenizer: TextTokenizer, space: TokenSpace
-) -> Made:
-    number = 0
-    for strings in _strings(Path(source["path"]), source["group"]):
-        for ids in to_ids(strings, space, tokenizer, corpus_codebooks=codebooks):
+def _of_strings(source: RowGroup, settings: PartSettings, tokenizer: TextTokenizer) -> Made:
+    space, number = settings.space, 0
+    for strings in _strings(source.path, source.group):
+        for ids in to_ids(strings, space, tokenizer, corpus_codebooks=settings.corpus_codebooks):
             if isinstance(ids, str):
-                yield Reject(
-                    f"{source['path']}:row group {source['group']}, row {number}", f"malformed document: {ids}"
-                )
+                where = f"{source.path}:row group {source.group}, row {number}"
+                yield Reject(where, f"malformed document: {ids}")
             else:
-                yield by_share(_content_key(ids, space), *shares), ids
+                yield by_share(_content_key(ids, space), *settings.shares), ids
             number += 1
 
 
@@ -279,13 +343,8 @@ def _content_key(ids: np.ndarray, space: TokenSpace) -> str:
 
 
 @functools.lru_cache(maxsize=2)
-def _tokenizer(path: str) -> TextTokenizer:
+def _tokenizer(path: Path) -> TextTokenizer:
     return TextTokenizer(path)
-
-
-@functools.lru_cache(maxsize=2)
-def _class_table(space: TokenSpace) -> np.ndarray:
-    return space.class_table()
 
 
 def _is_string(kind: pa.DataType) -> bool:

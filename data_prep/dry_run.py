@@ -12,7 +12,6 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.table import Table
@@ -41,8 +40,21 @@ TEXTS = 2000  # that are encoded
 SENTENCES = 20_000  # that the tokenizer is trained on
 
 
-def estimate(recipe: Recipe) -> dict[str, Any]:
-    """Counts, hours, tokens and bytes, which are also printed. SodaError as `prepare`."""
+@dataclass(frozen=True)
+class Estimate:
+    utterances: int
+    texts: int
+    repeated_texts: int
+    released_files: int
+    rejects: int
+    unreadable_share: float
+    hours: float
+    tokens: int
+    bytes: dict[str, int]  # of units, parts and stores
+
+
+def estimate(recipe: Recipe) -> Estimate:
+    """Also prints what it returns. SodaError as `prepare`."""
     with tempfile.TemporaryDirectory(prefix="soda-") as scratch:
         rejects = Rejects(Path(scratch) / "rejects.jsonl")
         try:
@@ -51,7 +63,7 @@ def estimate(recipe: Recipe) -> dict[str, Any]:
             rejects.close()
 
 
-def _estimate(recipe: Recipe, scratch: Path, rejects: Rejects) -> dict[str, Any]:
+def _estimate(recipe: Recipe, scratch: Path, rejects: Rejects) -> Estimate:
     p = recipe.prepare
     if p.units or p.released:
         raise SodaError("--dry-run is for speech and text: prepare.units and prepare.released are encoded already")
@@ -61,49 +73,54 @@ def _estimate(recipe: Recipe, scratch: Path, rejects: Rejects) -> dict[str, Any]
         p.codec, p.codec_path or None, codebooks=(p.codebooks or None) if p.codec != "embedded" else None
     )
     codebooks = p.codebooks or codec.codebooks
-    decoded, bad, frames, samples = _listen(recipe, index, codec, rejects)
-    usable = 1 - bad / max(1, index.utterances)
-    if decoded == index.utterances:
-        check_rejects(recipe, inputs.speech_rejects + round(bad), inputs.speech_rejects + index.utterances, rejects)
-    elif inputs.speech_rejects + bad > p.max_rejects * index.utterances:
+    heard = _listen(recipe, index, codec, rejects)
+    usable = 1 - heard.bad / max(1, index.utterances)
+    if heard.decoded == index.utterances:
+        bad = inputs.speech_rejects + round(heard.bad)
+        check_rejects(recipe, bad, inputs.speech_rejects + index.utterances, rejects)
+    elif inputs.speech_rejects + heard.bad > p.max_rejects * index.utterances:
         console.print(
-            f"[yellow]{1 - usable:.0%}[/] of {decoded} utterances could not be decoded: `soda prepare` is likely to "
-            f"stop at prepare.max_rejects={p.max_rejects:g} ({rejects.in_words()})"
+            f"[yellow]{1 - usable:.0%}[/] of {heard.decoded} utterances could not be decoded: `soda prepare` is likely "
+            f"to stop at prepare.max_rejects={p.max_rejects:g} ({rejects.in_words()})"
         )
     space = TokenSpace(0, 0, 0, codebooks, p.entries or codec.entries)
-    counts, some = _plan(recipe, inputs, space, rejects)
+    plan = _plan(recipe, inputs, space, rejects)
     texts = _Thinned()
     for text in items(inputs.texts):
         texts.add(text.text)
     tokenizer = _tokenizer(recipe, inputs, scratch)
-    transcribed, written = some.tokens(tokenizer, space), texts.tokens(tokenizer, space)
-    letters_a_token = (some.letters + texts.letters) / max(1.0, transcribed + written)
-    codes = frames / max(1, index.utterances) * (codebooks * counts["frames"] + counts["semantic"])
-    spoken = codes + usable * (counts["markers"] + transcribed)
+    transcribed, written = plan.texts.tokens(tokenizer, space), texts.tokens(tokenizer, space)
+    letters_a_token = (plan.texts.letters + texts.letters) / max(1.0, transcribed + written)
+    codes = heard.frames / max(1, index.utterances) * (codebooks * plan.whole + plan.semantic)
+    spoken = codes + usable * (plan.markers + transcribed)
     written += 2 * inputs.texts.utterances
     tokens = spoken + min(written, spoken * p.text_share / (1 - p.text_share)) if spoken else written
-    found = {
-        "utterances": index.utterances,
-        "texts": inputs.texts.utterances,
-        "repeated_texts": inputs.repeated_texts,
-        "released_files": len(inputs.released),
-        "rejects": rejects.count,
-        "unreadable_share": 1 - usable,
-        "hours": samples / codec.sample_rate / 3600,
-        "tokens": round(tokens),
-    }
-    of_token = {"megatron": 4.0, "compact": 1.5}[p.store]
-    bytes_of = {
-        "units": round(1.5 * frames * codebooks),
-        "parts": round(4 * tokens),
-        "stores": round(of_token * tokens),
-    }
-    table = Table("expected", "", title=f"{decoded} utterances decoded, {letters_a_token:.1f} letters a token")
-    sizes = {f"GB of {name}": size / 1e9 for name, size in bytes_of.items()}
-    for name, value in {**found, **sizes}.items():
+    found = Estimate(
+        utterances=index.utterances,
+        texts=inputs.texts.utterances,
+        repeated_texts=inputs.repeated_texts,
+        released_files=len(inputs.released),
+        rejects=rejects.count,
+        unreadable_share=1 - usable,
+        hours=heard.samples / codec.sample_rate / 3600,
+        tokens=round(tokens),
+        bytes={
+            "units": round(1.5 * heard.frames * codebooks),
+            "parts": round(4 * tokens),
+            "stores": round({"megatron": 4.0, "compact": 1.5}[p.store] * tokens),
+        },
+    )
+    _show(found, f"{heard.decoded} utterances decoded, {letters_a_token:.1f} letters a token")
+    return found
+
+
+def _show(found: Estimate, title: str) -> None:
+    values = {name: value for name, value in vars(found).items() if name != "bytes"}
+    values.update({f"GB of {name}": size / 1e9 for name, size in found.bytes.items()})
+    table = Table("expected", "", title=title)
+    for name, value in values.items():
         table.add_row(name.replace("_", " "), f"{value:,.2f}" if isinstance(value, float) else f"{value:,}")
     console.print(table)
-    return {**found, "bytes": bytes_of}
 
 
 @dataclass
@@ -124,9 +141,16 @@ def _size(utterance: Utterance, stamp: str) -> tuple[str, float]:
     return "spoken" if utterance.text else "sound", float(len(utterance.text))
 
 
-def _listen(recipe: Recipe, index: Index, codec: Codec, rejects: Rejects) -> tuple[int, float, float, float]:
-    """Decodes some utterances, all of few -> how many; and of all utterances: how many cannot be decoded, frames and
-    samples of the others."""
+@dataclass(frozen=True)
+class _Heard:
+    decoded: int  # utterances that were; all else is of all of them
+    bad: float  # cannot be decoded
+    frames: float  # of the others
+    samples: float
+
+
+def _listen(recipe: Recipe, index: Index, codec: Codec, rejects: Rejects) -> _Heard:
+    """Decodes some utterances, all of few."""
     sorts: defaultdict[str, _Sort] = defaultdict(_Sort)
     for shard in index.shards:
         for utterance, stamp in read_index(shard):
@@ -157,7 +181,7 @@ def _listen(recipe: Recipe, index: Index, codec: Codec, rejects: Rejects) -> tup
         bad += number - good
         frames += good * _mean([-(-length // codec.samples_per_frame) for length in lengths], sizes, size / number)
         samples += good * _mean(lengths, sizes, size / number)
-    return decoded, bad, frames, samples
+    return _Heard(decoded, bad, frames, samples)
 
 
 _BACKWARDS = str.maketrans("0123456789abcdef", "fedcba9876543210")
@@ -213,10 +237,19 @@ def _tokenizer(recipe: Recipe, inputs: Inputs, scratch: Path) -> TextTokenizer:
     return TextTokenizer(path)
 
 
-def _plan(recipe: Recipe, inputs: Inputs, space: TokenSpace, rejects: Rejects) -> tuple[Counter, _Thinned]:
-    """Plans all documents. -> over all of them: utterances whose frames are in one (`frames`, and with codebook 0 alone
-    `semantic`), and markers; and their texts. SodaError if a store would be empty."""
-    p, counts, sides, texts = recipe.prepare, Counter(), Counter(), _Thinned()
+@dataclass
+class _Plan:
+    """Over all documents: utterances whose frames are in one, `whole` or with codebook 0 alone; markers; texts."""
+
+    whole: int = 0
+    semantic: int = 0
+    markers: int = 0
+    texts: _Thinned = field(default_factory=_Thinned)
+
+
+def _plan(recipe: Recipe, inputs: Inputs, space: TokenSpace, rejects: Rejects) -> _Plan:
+    """Plans all documents. SodaError if a store would be empty."""
+    p, plan, sides = recipe.prepare, _Plan(), Counter()
     for shard in inputs.speech.shards:
         utterances = [cleaned(utterance, space) for utterance, _ in read_index(shard)]
         for _, group in groupby(enumerate(utterances), key=lambda u: u[1].recording or u[0]):
@@ -225,15 +258,18 @@ def _plan(recipe: Recipe, inputs: Inputs, space: TokenSpace, rejects: Rejects) -
                     rejects.add(planned)
                     continue
                 sides[inputs.groups.side([f"{ID}\0{planned.spoken[0].id}"])] += 1
-                counts["markers"] += 2 + 2 * sum(not isinstance(part, tuple) for part in planned.plan)
+                plan.markers += 2 + 2 * sum(not isinstance(part, tuple) for part in planned.plan)
                 for text in texts_of(planned.plan):
-                    texts.add(text)
-                audio = "semantic" if planned.order == "semantic-only" else "frames"
-                counts[audio] += sum(isinstance(part, int) for part in planned.plan)
+                    plan.texts.add(text)
+                spoken = sum(isinstance(part, int) for part in planned.plan)
+                if planned.order == "semantic-only":
+                    plan.semantic += spoken
+                else:
+                    plan.whole += spoken
     if not all(sides[name] for name in SIDES):
         for some in sides_of_texts(inputs.texts.shards, inputs.groups, p.valid_share, p.test_share):
             sides.update(SIDES[int(digit)] for digit in some)
     for name in SIDES:
         if not sides[name]:
             raise SodaError(too_little(name, rejects))
-    return counts, texts
+    return plan

@@ -3,8 +3,8 @@
 import functools
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -17,35 +17,43 @@ from megatron_soda.data.units import unit_key, write_units
 from megatron_soda.files import write_json
 
 from . import executor
-from .executor import Job, Result
 from .index import Shard, digest, read_index
 
 SECONDS_AT_ONCE = 300.0  # of audio in memory, beyond one piece
-SETTINGS = ("decoder", "trim")  # of the recipe, which change the codes
 
 
-def encode_jobs(shards: list[Shard], folder: Path, codec: CodecDescription, settings: dict[str, Any]) -> list[Job]:
+@dataclass(frozen=True)
+class EncodeJob:
+    """A shard of sound and what its codes depend on. `key` is a hash of all that; the unit shard `out` carries it."""
+
+    shard: Shard
+    codec: CodecDescription
+    decoder: str  # prepare.decoder
+    trim: bool
+    out: Path
+    key: str
+
+
+def encode_jobs(
+    shards: list[Shard], folder: Path, codec: CodecDescription, *, decoder: str, trim: bool
+) -> list[EncodeJob]:
     """One job a shard: FOLDER/part-NUMBER.parquet."""
-    common = {"codec": codec, **settings}
-    return [
-        {
-            **common,
-            "shard": vars(shard),
-            "out": str(folder / f"part-{shard.number:06d}.parquet"),
-            "key": digest(shard.key, codec.fingerprint, settings),
-        }
-        for shard in shards
-    ]
+
+    def job(shard: Shard) -> EncodeJob:
+        key = digest(shard.key, codec.fingerprint, {"decoder": decoder, "trim": trim})
+        return EncodeJob(shard, codec, decoder, trim, folder / f"part-{shard.number:06d}.parquet", key)
+
+    return [job(shard) for shard in shards]
 
 
-def is_done(job: Job) -> bool:
-    return unit_key(Path(job["out"])) == job["key"]
+def is_done(job: EncodeJob) -> bool:
+    return unit_key(job.out) == job.key
 
 
-def encode_shard(job: Job) -> Result:
-    """Writes the unit shard, and part-NUMBER.rejects.json before it. -> counts."""
-    codec = _codec(json.dumps(job["codec"].arguments, sort_keys=True), executor.device)
-    utterances = [utterance for utterance, _ in read_index(job["shard"])]
+def encode_shard(job: EncodeJob) -> int:
+    """Writes the unit shard, and part-NUMBER.rejects.json before it. -> how many of its utterances were rejected."""
+    codec = _codec(json.dumps(job.codec.arguments, sort_keys=True), executor.device)
+    utterances = [utterance for utterance, _ in read_index(job.shard)]
     encoder = _Encoder(codec)
     rejects, lengths = [], {}
     for number, pieces in _decoded([u.audio for u in utterances], codec, job):
@@ -74,22 +82,21 @@ def encode_shard(job: Job) -> Result:
         for number, u in enumerate(utterances)
         if number in lengths
     ]
-    path = Path(job["out"])
-    write_json(rejects_path(path), rejects)
-    write_units(path, rows, codec=job["codec"], key=job["key"])
-    return {"utterances": len(rows), "rejects": len(rejects), "seconds": sum(lengths.values())}
+    write_json(rejects_path(job.out), rejects)
+    write_units(job.out, rows, codec=job.codec, key=job.key)
+    return len(rejects)
 
 
-def _decoded(sounds: list[Sound], codec: Codec, job: Job) -> Iterator[tuple[int, Iterable[np.ndarray]]]:
+def _decoded(sounds: list[Sound], codec: Codec, job: EncodeJob) -> Iterator[tuple[int, Iterable[np.ndarray]]]:
     """The pieces of every recording, by its number. To go through those of a bad one raises BadAudio."""
     shape = codec.sample_rate, codec.samples_per_frame
-    if job["decoder"] == "soundfile":
+    if job.decoder == "soundfile":
         for number, sound in enumerate(sounds):
-            yield number, read_pieces(sound, *shape, trim=job["trim"])
+            yield number, read_pieces(sound, *shape, trim=job.trim)
         return
     from megatron_soda.audio import dali
 
-    decoder = dali.DaliDecoder(*shape, trim=job["trim"])
+    decoder = dali.DaliDecoder(*shape, trim=job.trim)
     for start in range(0, len(sounds), dali.BATCH):
         yield from enumerate(decoder.decode(sounds[start : start + dali.BATCH]), start)
 

@@ -1,25 +1,27 @@
 """Runs the jobs of a stage: in processes of this machine, or on a Ray cluster.
 
-A job is plain data, the argument of the stage's function, which writes files of its own and returns a few counts. Which
-worker runs it, in what order, and whether it ran before, must not show in what it writes.
+A job is a frozen dataclass, the argument of the stage's function, which writes files of its own and returns what is
+known of them. Both are pickled on the way to a worker and back. Which worker runs a job, in what order, and whether it
+ran before, must not show in what it writes.
 """
 
-import json
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron_soda.errors import SodaError
 
-Job = dict[str, Any]
-Result = dict[str, Any]
+Job = TypeVar("Job")
+Result = TypeVar("Result")
 EXECUTORS = ("local", "ray")
 AHEAD = 4  # jobs of every worker that are in flight: a list of millions must not be copied to the workers
 
@@ -125,7 +127,7 @@ def _on_ray(function: Callable[[Job], Result], jobs: Sequence[Job], workers: int
         ray.init(log_to_driver=False, **here)
     ray.data.DataContext.get_current().enable_progress_bars = False
 
-    def task(row: dict[str, str]) -> dict[str, str]:
+    def task(row: dict[str, bytes]) -> dict[str, bytes]:
         import torch
 
         torch.set_num_threads(1)
@@ -133,14 +135,19 @@ def _on_ray(function: Callable[[Job], Result], jobs: Sequence[Job], workers: int
         if gpu:
             _set_device("cuda:0")  # Ray shows a task no other
         try:
-            return {"result": json.dumps(function(json.loads(row["job"])))}
+            return {"result": pickle.dumps(function(pickle.loads(row["job"])))}
         except SodaError as error:  # Ray would wrap it in its own
-            return {"result": json.dumps({"error": str(error)})}
+            return {"result": pickle.dumps(_Failed(str(error)))}
 
-    rows = ray.data.from_items([{"job": json.dumps(job)} for job in jobs], override_num_blocks=len(jobs))
+    rows = ray.data.from_items([{"job": pickle.dumps(job)} for job in jobs], override_num_blocks=len(jobs))
     done = rows.map(task, num_cpus=1, num_gpus=1 if gpu else 0, concurrency=workers or None)
     for row in done.iter_rows():
-        result = json.loads(row["result"])
-        if "error" in result:
-            raise SodaError(result["error"])
+        result = pickle.loads(row["result"])
+        if isinstance(result, _Failed):
+            raise SodaError(result.why)
         yield result
+
+
+@dataclass(frozen=True)
+class _Failed:
+    why: str

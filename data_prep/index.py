@@ -40,7 +40,7 @@ class Shard:
     key: str
 
 
-@dataclass
+@dataclass(frozen=True)
 class Index:
     """Shards of utterances, and how many there are."""
 
@@ -96,10 +96,9 @@ def make_index(
         seen.close()
 
 
-def read_index(shard: dict[str, Any] | Shard) -> Iterator[tuple[Utterance, str]]:
+def read_index(shard: Shard) -> Iterator[tuple[Utterance, str]]:
     """The utterances of a shard, each with the stamp of its file."""
-    path, group = (shard.path, shard.group) if isinstance(shard, Shard) else (shard["path"], shard["group"])
-    for row in pq.ParquetFile(path).read_row_group(group).to_pylist():
+    for row in pq.ParquetFile(shard.path).read_row_group(shard.group).to_pylist():
         values = json.loads(row["utterance"])
         yield Utterance(**{**values, "audio": Sound(**values["audio"])}), row["stamp"]
 

@@ -23,7 +23,7 @@ from .utterance import Reject, Utterance
 TEXTS_A_SHARD = 4  # times the utterances of one: a text is a sentence or a page
 
 
-@dataclass
+@dataclass(frozen=True)
 class Inputs:
     speech: Index
     speech_rejects: int

@@ -9,6 +9,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,17 @@ from megatron_soda.data.units import check_schema, read_columns, unit_codec, uni
 from megatron_soda.errors import SodaError
 from megatron_soda.files import locked, read_json, reading, write_json
 from megatron_soda.run_folder import record_timing
+from megatron_soda.tokenizer import TextTokenizer
+from megatron_soda.vocab import TokenSpace
 
 from . import choose, documents, encode
+from .documents import PartJob
 from .executor import Job, Result, run_jobs
-from .index import Index, digest
-from .inputs import check_rejects, check_sides, files, items, read_inputs
+from .index import digest
+from .inputs import Inputs, check_rejects, check_sides, files, items, read_inputs
 from .show import Rejects, console, progress
 from .split import SIDES, Groups, group_units, sides_of_texts, sides_of_units
-from .stores import write_stores
+from .stores import Parts, Spoken, read_facts, write_stores
 from .utterance import Reject
 
 SHOWN_REJECTS = 1000
@@ -41,7 +45,7 @@ def prepare(recipe: Recipe, dry_run: bool = False) -> dict[str, Any]:
     if dry_run:
         from .dry_run import estimate
 
-        return estimate(recipe)
+        return asdict(estimate(recipe))
     recipe.data_folder.mkdir(parents=True, exist_ok=True)
     with locked(recipe.data_folder):
         for left in [*recipe.data_folder.glob(".*.tmp"), *(recipe.data_folder / "units").glob(".*.tmp")]:
@@ -50,115 +54,100 @@ def prepare(recipe: Recipe, dry_run: bool = False) -> dict[str, Any]:
 
 
 def _prepare(recipe: Recipe) -> dict[str, Any]:
-    began = mark = time.monotonic()
-    timings: dict[str, float] = {}
-
-    def lap(name: str) -> None:
-        nonlocal mark
-        timings[name] = time.monotonic() - mark
-        mark = time.monotonic()
-
-    p, folder = recipe.prepare, recipe.data_folder
-    work, parts = folder / "work", folder / "work" / "parts"
-    rejects = Rejects(work / "rejects.jsonl", folder / "rejects.jsonl")
-    found = read_inputs(recipe, work, rejects)
-    index, texts = found.speech, found.texts
-    lap("index")
-
-    codec: CodecDescription | None = None
-    if p.units:
-        units, codec = _given_units(recipe, folder)
-        unit_keys = [digest(unit_key(path), path.stat().st_size, path.stat().st_mtime_ns) for path in units]
-    elif index.shards:
-        codec = choose.choose_codec(recipe, index, found.groups, folder)
-        lap("codec")
-        units, unit_keys = _encode(recipe, index, codec, folder, rejects, found.speech_rejects)
-    else:
-        units, unit_keys = [], []
-        for name in ("codec.json", "valid.parquet", "test.parquet"):
-            (folder / name).unlink(missing_ok=True)  # of other data in this folder
-    lap("encode")
-
-    groups = found.groups
-    if units:  # anew: by what could be encoded, and by its sound
-        groups.close()
-        groups = Groups(work / "groups.sqlite")
-        group_units(units, groups, p.split_by, work / "ids.sqlite")
-        groups.divide(p.valid_share, p.test_share)
-        if not found.released:
-            check_sides(groups, rejects)
-    sides, text_sides = sides_of_units(units, groups), sides_of_texts(texts.shards, groups, p.valid_share, p.test_share)
-    groups.close()
-    lap("split")
-
-    sizes = (codec.codebooks, codec.entries) if codec else (p.codebooks or 8, p.entries or 2048)
-    tokenizer = choose.choose_tokenizer(
-        recipe,
-        _transcripts(units, sides),
-        ((u.id, u.text) for u, digit in zip(items(texts), "".join(text_sides), strict=True) if digit == TRAIN),
-        digest(unit_keys, [s.key for s in texts.shards], sides, text_sides),
-        folder,
-        sizes,
-    )
+    folder, laps = recipe.data_folder, _Laps()
+    rejects = Rejects(folder / "work" / "rejects.jsonl", folder / "rejects.jsonl")
+    found = read_inputs(recipe, folder / "work", rejects)
+    laps.end("index")
+    spoken = _units(recipe, found, rejects, laps)
+    laps.end("encode")
+    sides = _split(recipe, found, spoken, rejects)
+    laps.end("split")
+    sizes = _sizes(recipe, spoken)
+    tokenizer = _tokenizer(recipe, found, spoken, sides, sizes)
     space = tokenizer.space(*sizes)
-    lap("tokenizer")
+    laps.end("tokenizer")
 
-    settings = {
-        "tokenizer": str(tokenizer.path),
-        "tokenizer_fingerprint": tokenizer.fingerprint,
-        "space": space.to_dict(),
-        "orders": list(p.orders),
-        "shares": (p.valid_share, p.test_share),
-        "seed": recipe.seed,
-        "corpus_codebooks": p.corpus_codebooks,
-    }
-    jobs = {
-        "speech": documents.unit_jobs(units, unit_keys, sides, parts, settings)
-        + documents.string_jobs(found.released, parts, settings),
-        "text": documents.text_jobs(texts.shards, text_sides, parts, settings),
-    }
-    key = digest([job["key"] for some in jobs.values() for job in some], p.text_share, list(SIDES), p.store)
+    jobs = _part_jobs(recipe, found, spoken, sides, tokenizer, space)
+    key = digest([job.key for job in jobs.all], recipe.prepare.text_share, list(SIDES), recipe.prepare.store)
     done = folder / "prepare.json"
-    if (summary := _whole(folder, key, bool(units))) is not None:
+    if (summary := _whole(folder, key, bool(spoken.paths))) is not None:
         rejects.close()
         console.print(f"{folder}: prepared already, nothing to do")
         return summary
     done.unlink(missing_ok=True)  # it must not speak for stores that are half of this run
 
-    for _ in _run("documents", documents.make_part, [*jobs["speech"], *jobs["text"]], documents.is_done, recipe):
+    for _ in _run("documents", documents.make_part, jobs.all, documents.is_done, recipe):
         pass
-    for job in [*jobs["speech"], *jobs["text"]]:
-        _collect(Path(job["out"]), rejects)
-    lap("documents")
+    for job in jobs.all:
+        _collect(job.out, rejects)
+    laps.end("documents")
     rejects.keep()
-    summary = write_stores(recipe, jobs, units, sides, tokenizer, space, codec, rejects, key)
-    lap("stores")
-    timings["seconds"] = time.monotonic() - began
-    summary.update(
-        key=key,
-        repeated_texts=found.repeated_texts,
-        cut_recordings=index.cut_recordings,
-        rejects=_first(folder / "rejects.jsonl", SHOWN_REJECTS),
-        reject_count=rejects.count,
-        reject_reasons=dict(rejects.reasons.most_common()),
-        codec={k: getattr(codec, k) for k in ("name", "fingerprint", "codebooks", "entries")} if codec else None,
-        tokenizer={"file": tokenizer.path.name, "fingerprint": tokenizer.fingerprint, "size": tokenizer.size},
-        attribution=_attribution(recipe),
-    )
+    parts = Parts(read_facts(jobs.speech), read_facts(jobs.text))
+    written = write_stores(recipe, parts, spoken, sides.units, tokenizer, space, rejects, key)
+    laps.end("stores")
+    summary = asdict(written) | _summary(recipe, found, spoken.codec, tokenizer, rejects, key)
     write_json(done, summary)
-    shutil.rmtree(parts, ignore_errors=True)
-    record_timing(Path(recipe.run), "prepare", timings)
+    shutil.rmtree(folder / "work" / "parts", ignore_errors=True)
+    record_timing(Path(recipe.run), "prepare", laps.whole())
     console.print(
-        f"{summary['utterances']:,} utterances, {summary['hours']:.2f} h -> "
-        f"{sum(summary['tokens'].values()):,} tokens; {rejects.count} rejected"
+        f"{written.utterances:,} utterances, {written.hours:.2f} h -> "
+        f"{sum(written.tokens.values()):,} tokens; {rejects.count} rejected"
     )
     return summary
+
+
+class _Laps:
+    """Seconds by stage."""
+
+    def __init__(self) -> None:
+        self._began = self._mark = time.monotonic()
+        self._seconds: dict[str, float] = {}
+
+    def end(self, name: str) -> None:
+        now = time.monotonic()
+        self._seconds[name] = now - self._mark
+        self._mark = now
+
+    def whole(self) -> dict[str, float]:
+        return {**self._seconds, "seconds": time.monotonic() - self._began}
 
 
 # ---- stages
 
 
-def _given_units(recipe: Recipe, folder: Path) -> tuple[list[Path], CodecDescription]:
+@dataclass(frozen=True)
+class _Sides:
+    """Of the rows of every unit shard and of every shard of texts: a digit each (see split.py)."""
+
+    units: list[str]
+    texts: list[str]
+
+
+@dataclass(frozen=True)
+class _PartJobs:
+    speech: list[PartJob]
+    text: list[PartJob]
+
+    @property
+    def all(self) -> list[PartJob]:
+        return self.speech + self.text
+
+
+def _units(recipe: Recipe, found: Inputs, rejects: Rejects, laps: _Laps) -> Spoken:
+    """The unit shards: given, or encoded."""
+    folder = recipe.data_folder
+    if recipe.prepare.units:
+        return _given_units(recipe, folder)
+    if found.speech.shards:
+        codec = choose.choose_codec(recipe, found.speech, found.groups, folder)
+        laps.end("codec")
+        return _encode(recipe, found, codec, rejects)
+    for name in ("codec.json", "valid.parquet", "test.parquet"):
+        (folder / name).unlink(missing_ok=True)  # of other data in this folder
+    return Spoken([], [], None)
+
+
+def _given_units(recipe: Recipe, folder: Path) -> Spoken:
     """Unit shards that were made before, all by one codec."""
     units = files(recipe.prepare.units, "prepare.units")
     codec = unit_codec(units[0])
@@ -171,33 +160,105 @@ def _given_units(recipe: Recipe, folder: Path) -> tuple[list[Path], CodecDescrip
                 f"{codec.name} {codec.fingerprint}: they mean different sounds and cannot be in one store"
             )
     choose.take_codec_of(units[0], codec, folder)
-    return units, codec
+    keys = [digest(unit_key(path), path.stat().st_size, path.stat().st_mtime_ns) for path in units]
+    return Spoken(units, keys, codec)
 
 
-def _encode(
-    recipe: Recipe, index: Index, codec: CodecDescription, folder: Path, rejects: Rejects, bad: int
-) -> tuple[list[Path], list[str]]:
-    p = recipe.prepare
-    units = folder / "units"
+def _encode(recipe: Recipe, found: Inputs, codec: CodecDescription, rejects: Rejects) -> Spoken:
+    p, index, bad = recipe.prepare, found.speech, found.speech_rejects
+    units = recipe.data_folder / "units"
     units.mkdir(exist_ok=True)
-    jobs = encode.encode_jobs(index.shards, units, codec, {name: getattr(p, name) for name in encode.SETTINGS})
-    wanted = {Path(job["out"]).name for job in jobs}
+    jobs = encode.encode_jobs(index.shards, units, codec, decoder=p.decoder, trim=p.trim)
+    wanted = {job.out.name for job in jobs}
     for old in units.glob("part-*"):
         if f"{old.name.split('.')[0]}.parquet" not in wanted:
             old.unlink()
     total, before, early = index.utterances + bad, rejects.count - bad, False
     gpu = p.codec != "embedded" and _has_gpu()
-    for result in _run("encode", encode.encode_shard, jobs, encode.is_done, recipe, gpu):
-        bad += result["rejects"]
+    for rejected in _run("encode", encode.encode_shard, jobs, encode.is_done, recipe, gpu):
+        bad += rejected
         if early := bad > p.max_rejects * total:
             break
     for job in jobs:
         if encode.is_done(job):
-            _collect(Path(job["out"]), rejects)
+            _collect(job.out, rejects)
     if rejects.count > 5:
         console.print(f"[yellow]and {rejects.count - 5} more[/], see {rejects.kept}")
     check_rejects(recipe, rejects.count - before, total, rejects, early)
-    return [Path(job["out"]) for job in jobs], [job["key"] for job in jobs]
+    return Spoken([job.out for job in jobs], [job.key for job in jobs], codec)
+
+
+def _split(recipe: Recipe, found: Inputs, spoken: Spoken, rejects: Rejects) -> _Sides:
+    p, work, groups = recipe.prepare, recipe.data_folder / "work", found.groups
+    if spoken.paths:  # anew: by what could be encoded, and by its sound
+        groups.close()
+        groups = Groups(work / "groups.sqlite")
+        group_units(spoken.paths, groups, p.split_by, work / "ids.sqlite")
+        groups.divide(p.valid_share, p.test_share)
+        if not found.released:
+            check_sides(groups, rejects)
+    units = sides_of_units(spoken.paths, groups)
+    texts = sides_of_texts(found.texts.shards, groups, p.valid_share, p.test_share)
+    groups.close()
+    return _Sides(units, texts)
+
+
+def _sizes(recipe: Recipe, spoken: Spoken) -> tuple[int, int]:
+    """Codebooks and entries."""
+    p = recipe.prepare
+    return (spoken.codec.codebooks, spoken.codec.entries) if spoken.codec else (p.codebooks or 8, p.entries or 2048)
+
+
+def _tokenizer(recipe: Recipe, found: Inputs, spoken: Spoken, sides: _Sides, sizes: tuple[int, int]) -> TextTokenizer:
+    digits = "".join(sides.texts)
+    return choose.choose_tokenizer(
+        recipe,
+        _transcripts(spoken.paths, sides.units),
+        ((u.id, u.text) for u, digit in zip(items(found.texts), digits, strict=True) if digit == TRAIN),
+        digest(spoken.keys, [s.key for s in found.texts.shards], sides.units, sides.texts),
+        recipe.data_folder,
+        sizes,
+    )
+
+
+def _part_jobs(
+    recipe: Recipe, found: Inputs, spoken: Spoken, sides: _Sides, tokenizer: TextTokenizer, space: TokenSpace
+) -> _PartJobs:
+    p, parts = recipe.prepare, recipe.data_folder / "work" / "parts"
+    settings = documents.PartSettings(
+        tokenizer=tokenizer.path,
+        tokenizer_fingerprint=tokenizer.fingerprint,
+        space=space,
+        orders=tuple(p.orders),
+        shares=(p.valid_share, p.test_share),
+        seed=recipe.seed,
+        corpus_codebooks=p.corpus_codebooks,
+    )
+    units = documents.unit_jobs(spoken.paths, spoken.keys, sides.units, parts, settings)
+    strings = documents.string_jobs(found.released, parts, settings)
+    return _PartJobs(units + strings, documents.text_jobs(found.texts.shards, sides.texts, parts, settings))
+
+
+def _summary(
+    recipe: Recipe,
+    found: Inputs,
+    codec: CodecDescription | None,
+    tokenizer: TextTokenizer,
+    rejects: Rejects,
+    key: str,
+) -> dict[str, Any]:
+    """What prepare.json holds beside what it says of the stores."""
+    return {
+        "key": key,
+        "repeated_texts": found.repeated_texts,
+        "cut_recordings": found.speech.cut_recordings,
+        "rejects": _first(recipe.data_folder / "rejects.jsonl", SHOWN_REJECTS),
+        "reject_count": rejects.count,
+        "reject_reasons": dict(rejects.reasons.most_common()),
+        "codec": {k: getattr(codec, k) for k in ("name", "fingerprint", "codebooks", "entries")} if codec else None,
+        "tokenizer": {"file": tokenizer.path.name, "fingerprint": tokenizer.fingerprint, "size": tokenizer.size},
+        "attribution": _attribution(recipe),
+    }
 
 
 def _run(

@@ -3,8 +3,8 @@
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,8 +19,7 @@ from megatron_soda.files import atomic_path
 from megatron_soda.tokenizer import TextTokenizer
 from megatron_soda.vocab import TokenSpace
 
-from . import documents
-from .executor import Job
+from .documents import PartFacts, PartJob, Used, part_facts, read_part
 from .index import digest
 from .inputs import too_little
 from .seen import Seen
@@ -30,76 +29,130 @@ from .split import SIDES
 HELD_OUT_ROWS = 20_000  # utterances kept beside the valid and the test store, to speak and transcribe
 
 
+@dataclass(frozen=True)
+class Spoken:
+    """The unit shards of a preparation; none if it has no speech."""
+
+    paths: list[Path]
+    keys: list[str]  # of what the parts depend on
+    codec: CodecDescription | None
+
+
+@dataclass(frozen=True)
+class Part:
+    path: Path
+    facts: PartFacts
+
+
+@dataclass(frozen=True)
+class Parts:
+    """In the order in which they come in the stores."""
+
+    speech: list[Part]
+    text: list[Part]
+
+    def tokens(self, side: str, text_share: float) -> tuple[int, int]:
+        """Tokens of speech and of text that the store of a side gets: text alone is used whole."""
+        spoken, written = (sum(part.facts.tokens[side] for part in some) for some in (self.speech, self.text))
+        return spoken, min(written, round(spoken * text_share / (1 - text_share))) if spoken else written
+
+
+@dataclass(frozen=True)
+class Written:
+    """What prepare.json says of the stores."""
+
+    utterances: int
+    hours: float
+    documents: dict[str, int]  # by side, as tokens and stores
+    duplicates: int  # documents left out
+    tokens: dict[str, int]
+    stores: dict[str, str]  # fingerprints
+    bytes: dict[str, int]
+    classes: dict[str, int]  # tokens of the training side by class
+    languages: dict[str, Used]
+
+
 def write_stores(
     recipe: Recipe,
-    jobs: dict[str, list[Job]],
-    units: list[Path],
+    parts: Parts,
+    spoken: Spoken,
     sides: list[str],
     tokenizer: TextTokenizer,
     space: TokenSpace,
-    codec: CodecDescription | None,
     rejects: Rejects,
     key: str,
-) -> dict[str, Any]:
-    """Writes the three stores and the held-out units, and returns what prepare.json says of them. `jobs`: those of the
-    parts, by `speech` and `text`; `sides`: of the rows of the units; `key`: of this preparation, which the held-out
-    units carry. SodaError if a store would be empty."""
+) -> Written:
+    """Writes the three stores and the held-out units. `sides`: of the rows of the units; `key`: of this preparation,
+    which the held-out units carry. SodaError if a store would be empty."""
     folder, p = recipe.data_folder, recipe.prepare
-    facts = {kind: [_facts(job) for job in some] for kind, some in jobs.items()}
     provenance = {
-        "codec": codec.fingerprint if codec else None,
+        "codec": spoken.codec.fingerprint if spoken.codec else None,
         "tokenizer": tokenizer.fingerprint,
-        "slots": _slots(recipe, space, bool(units)),
+        "slots": _slots(recipe, space, bool(spoken.paths)),
     }
     tokens, written, classes = {}, {}, Counter()
-    total = sum(sum(_tokens(facts, name, p.text_share)) for name in SIDES)
+    total = sum(sum(parts.tokens(name, p.text_share)) for name in SIDES)
     with progress("stores", total) as advance, _Once(folder / "work" / "documents.sqlite", advance) as once:
         for name in SIDES:
-            blend = once.of(_blend(jobs, facts, name, p.text_share))
+            blend = once.of(_blend(parts, name, p.text_share))
             counted = _Counted(blend, advance, space if name == "train" else None)
             tokens[name] = write_parts(folder / name, counted, space, p.store, **provenance)
             written[name] = counted.documents
             if not tokens[name]:
                 raise SodaError(too_little(name, rejects))
             classes.update(counted.classes)
-            if name != "train" and units:
-                _held_out(folder / f"{name}.parquet", units, sides, name, digest(key, name))
-    spoken, text = (sum(f["train.tokens"] for f in facts[kind]) for kind in ("speech", "text"))
-    wanted = spoken * p.text_share / (1 - p.text_share)
-    if p.text and spoken and text < wanted:
+            if name != "train" and spoken.paths:
+                _held_out(folder / f"{name}.parquet", spoken.paths, sides, name, digest(key, name))
+    _warn(recipe, parts, once.left_out)
+    languages = _languages(parts.speech)
+    stores = {name: Store(folder / name) for name in SIDES}
+    return Written(
+        utterances=sum(used.utterances for used in languages.values()),
+        hours=sum(used.seconds for used in languages.values()) / 3600,
+        documents=written,
+        duplicates=once.left_out,
+        tokens=tokens,
+        stores={name: store.fingerprint for name, store in stores.items()},
+        bytes={
+            "units": _bytes(spoken.paths),
+            "stores": _bytes([path for store in stores.values() for path in store.files.values()]),
+        },
+        classes={n: int(classes[n]) for n in space.class_names},
+        languages=languages,
+    )
+
+
+def _warn(recipe: Recipe, parts: Parts, left_out: int) -> None:
+    share = recipe.prepare.text_share
+    spoken, text = (sum(part.facts.tokens["train"] for part in some) for some in (parts.speech, parts.text))
+    wanted = spoken * share / (1 - share)
+    if recipe.prepare.text and spoken and text < wanted:
         console.print(
             f"[yellow]too little text[/]: {text / (spoken + text):.1%} of the tokens, not "
-            f"prepare.text_share={p.text_share:.1%}; {wanted - text:,.0f} tokens of text are missing"
+            f"prepare.text_share={share:.1%}; {wanted - text:,.0f} tokens of text are missing"
         )
-    if once.left_out:
-        console.print(f"[yellow]{once.left_out:,} documents[/] left out, which are there already, token by token")
-    languages: dict[str, dict[str, float]] = {}
-    for part in facts["speech"]:
-        for language, (count, seconds) in part["languages"].items():
-            entry = languages.setdefault(language, {"utterances": 0, "seconds": 0.0})
-            entry["utterances"] += count
-            entry["seconds"] += seconds
-    return {
-        "utterances": sum(entry["utterances"] for entry in languages.values()),
-        "hours": sum(entry["seconds"] for entry in languages.values()) / 3600,
-        "documents": written,
-        "duplicates": once.left_out,
-        "tokens": tokens,
-        "stores": {name: Store(folder / name).fingerprint for name in SIDES},
-        "bytes": {
-            "units": _bytes(units),
-            "stores": _bytes([path for n in SIDES for path in Store(folder / n).files.values()]),
-        },
-        "classes": {n: int(classes[n]) for n in space.class_names},
-        "languages": dict(sorted(languages.items())),
-    }
+    if left_out:
+        console.print(f"[yellow]{left_out:,} documents[/] left out, which are there already, token by token")
 
 
-def _facts(job: Job) -> dict[str, Any]:
-    facts = documents.part_facts(Path(job["out"]))
-    if facts is None:
-        raise SodaError(f"{job['out']}: gone or damaged since it was written. Run the same command again.")
-    return facts
+def _languages(speech: list[Part]) -> dict[str, Used]:
+    languages: dict[str, Used] = {}
+    for part in speech:
+        for language, used in part.facts.languages.items():
+            whole = languages.setdefault(language, Used())
+            whole.utterances += used.utterances
+            whole.seconds += used.seconds
+    return dict(sorted(languages.items()))
+
+
+def read_facts(jobs: list[PartJob]) -> list[Part]:
+    """The parts that the jobs made. SodaError if one is not there any more."""
+    parts = []
+    for job in jobs:
+        if (facts := part_facts(job.out)) is None:
+            raise SodaError(f"{job.out}: gone or damaged since it was written. Run the same command again.")
+        parts.append(Part(job.out, facts))
+    return parts
 
 
 def _slots(recipe: Recipe, space: TokenSpace, spoken: bool) -> int:
@@ -115,22 +168,13 @@ def _slots(recipe: Recipe, space: TokenSpace, spoken: bool) -> int:
     return of_strings if p.released and not spoken else of_units
 
 
-def _tokens(facts: dict[str, list[dict]], name: str, share: float) -> tuple[int, int]:
-    """Tokens of speech and of text that the store of a side gets: text alone is used whole."""
-    spoken, written = (sum(f[f"{name}.tokens"] for f in facts[kind]) for kind in ("speech", "text"))
-    return spoken, min(written, round(spoken * share / (1 - share))) if spoken else written
-
-
-def _blend(
-    jobs: dict[str, list[Job]], facts: dict[str, list[dict]], name: str, share: float
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _blend(parts: Parts, name: str, share: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Documents of a side: those of speech, and text evenly among them, taken evenly out of all texts."""
-    spoken, wanted = _tokens(facts, name, share)
-    written = sum(f[f"{name}.tokens"] for f in facts["text"])
-    text = _thinned([Path(job["out"]) for job in jobs["text"]], name, wanted, written)
+    spoken, wanted = parts.tokens(name, share)
+    text = _thinned(parts.text, name, wanted)
     given = gone = 0
-    for job in jobs["speech"]:
-        ids, lengths = documents.read_part(Path(job["out"]), name)
+    for part in parts.speech:
+        ids, lengths = read_part(part.path, name)
         yield ids, lengths
         gone += len(ids)
         while given * spoken < wanted * gone and (some := next(text, None)):
@@ -139,11 +183,12 @@ def _blend(
     yield from text
 
 
-def _thinned(parts: list[Path], name: str, wanted: int, total: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """About `wanted` of the `total` tokens of the parts, document by document, the same share of every part."""
+def _thinned(parts: list[Part], name: str, wanted: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """About `wanted` tokens of the parts, document by document, the same share of every part."""
+    total = sum(part.facts.tokens[name] for part in parts)
     seen = given = 0
-    for path in parts if wanted else []:
-        ids, lengths = documents.read_part(path, name)
+    for part in parts if wanted else []:
+        ids, lengths = read_part(part.path, name)
         seen += len(ids)
         for document in np.split(ids, np.cumsum(lengths)[:-1]) if len(lengths) else ():
             if given * total >= wanted * seen:

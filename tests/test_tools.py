@@ -68,11 +68,11 @@ def test_compare_runs_refuses(tmp_path, first, words):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize(
-    "name",
-    "bench_head bench_train bench_data bench_codecs bench_decode bench_kernels bench_stores compare_runs".split(),
-)
+BENCHMARKS = [str(path.relative_to(TOOLS)) for path in sorted((TOOLS / "bench").glob("bench_*.py"))]
+
+
+@pytest.mark.parametrize("name", [*BENCHMARKS, "compare_runs.py"])
 def test_help(name):
-    done = tool(f"{name}.py", "--help")
+    done = tool(name, "--help")
     assert done.returncode == 0, done.stderr
     assert "one JSON line" in done.stdout

@@ -37,17 +37,21 @@ def row(id: str, frames: int = 3, **fields) -> dict:
             "recording": "", "seconds": 0.08 * frames, "audio": f"{id}.wav", **fields}  # fmt: skip
 
 
+def part_settings(tokenizer: Path, space: TokenSpace, **some) -> documents.PartSettings:
+    fixed = {"tokenizer_fingerprint": "t", "orders": (), "shares": (0.0, 0.0), "seed": 0, "corpus_codebooks": 4}
+    return documents.PartSettings(tokenizer, space=space, **{**fixed, **some})
+
+
 def make(folder: Path, rows: list[dict], tokenizer: TextTokenizer, orders: list[str], codebooks: int = 4, **settings):
     """The documents of a shard, by their first ids, and the rejects."""
     write_units(folder / "unit.parquet", rows, codec=CODEC, key="k")
     space = TokenSpace(tokenizer.size, tokenizer.bos, tokenizer.eos, codebooks, 16)
-    common = {"tokenizer": str(tokenizer.path), "tokenizer_fingerprint": "t", "space": space.to_dict(), "seed": 0,
-              "orders": orders, "shares": (0.0, 0.0), "corpus_codebooks": 4, **settings}  # fmt: skip
+    common = part_settings(tokenizer.path, space, orders=tuple(orders), **settings)
     (job,) = documents.unit_jobs([folder / "unit.parquet"], ["k"], ["0" * len(rows)], folder, common)
     assert not documents.is_done(job)
     documents.make_part(job)
     assert documents.is_done(job)
-    return space, whole(Path(job["out"])), json.loads(Path(job["out"]).with_suffix(".rejects.json").read_text())
+    return space, whole(job.out), json.loads(job.out.with_suffix(".rejects.json").read_text())
 
 
 def whole(path: Path, side: str = "train") -> list[list[int]]:
@@ -164,15 +168,14 @@ def test_released_corpora(tokenizer, tmp_path):
     strings = [f"<|begin_of_text|>{a}{b}<|end_of_text|>" for a, b in ((text, audio), (audio, text))]
     strings += [f"<|begin_of_text|>{text}{letters}<|end_of_text|>", None, "<|begin_of_text|>the line<|end_of_text|>"]
     pq.write_table(pa.table({"id": list("abcde"), "text": strings}), tmp_path / "c.parquet", row_group_size=2)
-    common = {"tokenizer": str(tokenizer.path), "tokenizer_fingerprint": "t", "space": space.to_dict(), "seed": 0,
-              "orders": [], "shares": (0.0, 0.0), "corpus_codebooks": 4}  # fmt: skip
+    common = part_settings(tokenizer.path, space)
     jobs = documents.string_jobs([tmp_path / "c.parquet"], tmp_path, common)
     assert len(jobs) == 3
     made, rejects = [], []
     for job in jobs:
         documents.make_part(job)
-        made += whole(Path(job["out"]))
-        rejects += json.loads(Path(job["out"]).with_suffix(".rejects.json").read_text())
+        made += whole(job.out)
+        rejects += json.loads(job.out.with_suffix(".rejects.json").read_text())
     of_text = [space.text_start, *tokenizer.encode("please hold"), space.text_end]
     of_audio = [space.audio_start, *space.audio_ids(codes).tolist(), space.audio_end]
     assert sorted(made) == sorted(

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -15,15 +16,23 @@ from data_prep.executor import run_jobs
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def sleep(job: dict) -> dict:
-    time.sleep(job["seconds"])
+@dataclass(frozen=True)
+class Nap:
+    seconds: int
+
+
+NAPS = [Nap(0), *[Nap(600)] * 5]
+
+
+def sleep(job: Nap) -> Nap:
+    time.sleep(job.seconds)
     return job
 
 
 def test_who_stops_early_does_not_wait_for_the_workers():
     began = time.monotonic()
-    jobs = run_jobs(sleep, [{"seconds": 0}, *[{"seconds": 600}] * 5], workers=2)
-    assert next(jobs) == {"seconds": 0}
+    jobs = run_jobs(sleep, NAPS, workers=2)
+    assert next(jobs) == Nap(0)
     jobs.close()
     assert time.monotonic() - began < 60
     assert not [p for p in psutil.Process().children(recursive=True) if "spawn_main" in " ".join(p.cmdline())]
@@ -35,7 +44,7 @@ def main() -> None:
 
     @cli.app.command()
     def wait() -> None:
-        for _ in run_jobs(sleep, [{"seconds": 0}, *[{"seconds": 600}] * 5], workers=2):
+        for _ in run_jobs(sleep, NAPS, workers=2):
             print("working", flush=True)
 
     sys.argv = ["soda", "wait"]

@@ -106,7 +106,7 @@ def test_workers_and_interruptions_change_no_byte(prepared, speech, tmp_path, mo
         return spied(job)
 
     def spied(job):
-        calls.append(job["out"])
+        calls.append(job.out)
         return original(job)
 
     monkeypatch.setattr(encode, "encode_shard", interrupted)

@@ -3,8 +3,8 @@
 A section is a function that returns its rows; each measures on one thread and takes the best of some repeats, the two
 sides in turns. Where there is a CUDA device with the kernels built for it, they are measured there, too.
 
-    python tools/bench_kernels.py
-    python tools/bench_kernels.py --only unpack --only batch --scale 0.1
+    python tools/bench/bench_kernels.py
+    python tools/bench/bench_kernels.py --only unpack --only batch --scale 0.1
 """
 
 import json
@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron_soda import ops
 from megatron_soda.errors import SodaError, run_tool

@@ -6,8 +6,8 @@ gradient of the hidden states and with that of the weight added to the float32 m
 The time is taken in one process, the two in turns. The memory is the most that one pass, in a process of its own,
 takes beyond what it found: weights, their gradients and the inputs. On a CPU that is resident memory.
 
-    python tools/bench_head.py
-    python tools/bench_head.py --tokens 4096 --repeats 5 --threads 2
+    python tools/bench/bench_head.py
+    python tools/bench/bench_head.py --tokens 4096 --repeats 5 --threads 2
 """
 
 import os
@@ -26,7 +26,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron_soda.config import choice, load_recipe
 from megatron_soda.errors import run_tool

@@ -5,8 +5,8 @@ hand means: one wave at a time, padded with zeros to whole frames. On a CPU ours
 be no slower; on CUDA it makes batches, and the bar is five times as fast, which has not been measured. The two run in
 turns. On a CPU two worker processes are also measured against one, each with --threads threads: the bar is 1.8.
 
-    python tools/bench_codecs.py --codec encodec
-    python tools/bench_codecs.py --codec dac --seconds 60 --repeats 5
+    python tools/bench/bench_codecs.py --codec encodec
+    python tools/bench/bench_codecs.py --codec dac --seconds 60 --repeats 5
 """
 
 import json
@@ -27,7 +27,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron_soda.codecs import Codec, load_codec
 from megatron_soda.config import choice

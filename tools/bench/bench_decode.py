@@ -4,8 +4,8 @@ Ours is `read_pieces`, with its checks and cuts; by hand is soundfile.read and s
 neither; DALI is `DaliDecoder`, where it is installed. The files are made up: sound with the rhythm of speech, 5 to 20
 seconds long, and one of ten minutes. Time is CPU time of this process, all its threads together, the sides in turns.
 
-    python tools/bench_decode.py
-    python tools/bench_decode.py --files 64 --rate 16000 --channels 2
+    python tools/bench/bench_decode.py
+    python tools/bench/bench_decode.py --files 64 --rate 16000 --channels 2
 """
 
 import json
@@ -27,7 +27,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron_soda.audio.dali import DaliDecoder
 from megatron_soda.audio.reading import read_pieces

@@ -10,8 +10,8 @@ Three rows, one core, the two sides in turns:
 The tokenizer is a byte-level BPE trained here on the words of this project's own documents, or --tokenizer FILE. All
 text passes a real tokenizer on either side, so the share of text sets a ceiling, which is printed.
 
-    python tools/bench_data.py
-    python tools/bench_data.py --tokenizer llama3/tokenizer.json --utterances 4000
+    python tools/bench/bench_data.py
+    python tools/bench/bench_data.py --tokenizer llama3/tokenizer.json --utterances 4000
 """
 
 import json
@@ -34,7 +34,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from data_prep import documents
 from megatron_soda.codecs.description import CodecDescription
@@ -46,7 +46,7 @@ from megatron_soda.tokenizer import TextTokenizer, document_string
 from megatron_soda.vocab import BOS, EOS, TokenSpace
 
 console = Console()
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CODEC = CodecDescription("random", "random", 8, 2048, 24_000, 1_920, {})
 SECONDS, WORDS_A_SECOND, SHARD = 10.0, 2.5, 256
 
@@ -86,8 +86,8 @@ def make_units(folder: Path, utterances: int) -> list[Path]:
     return paths
 
 
-def run(jobs: list[dict[str, Any]]) -> int:
-    return sum(documents.make_part(job)["tokens"] for job in jobs)
+def run(jobs: list[documents.PartJob]) -> int:
+    return sum(sum(documents.make_part(job).tokens.values()) for job in jobs)
 
 
 def in_turns(sides: dict[str, Callable[[], int]], repeats: int) -> tuple[dict[str, list[float]], dict[str, int]]:
@@ -138,12 +138,11 @@ def measure(
     folder: Path, name: str, units: list[Path], text: TextTokenizer, space: TokenSpace, fast: Any, repeats: int
 ) -> dict[str, Any]:
     orders = ["audio-only"] if name == "audio" else ["text-first", "audio-first"]
-    common = {"tokenizer": str(text.path), "tokenizer_fingerprint": "", "space": space.to_dict(), "seed": 0,
-              "orders": orders, "corpus_codebooks": 8}  # fmt: skip
+    common = documents.PartSettings(text.path, "", space, tuple(orders), (0.0, 0.0), seed=0, corpus_codebooks=8)
     trains = ["0" * pq.read_metadata(path).num_rows for path in units]
     jobs = documents.unit_jobs(units, [str(i) for i in range(len(units))], trains, folder / name, common)
     run(jobs)
-    parts = [documents.read_part(Path(job["out"]), "train") for job in jobs]
+    parts = [documents.read_part(job.out, "train") for job in jobs]
     made = [ids for ids, lengths in parts for ids in np.split(ids, np.cumsum(lengths)[:-1])]
     strings = [document_string(ids, space, text) for ids in made]
     of_text = sum(int((ids < space.text_size).sum()) - 2 for ids in made)
@@ -161,7 +160,7 @@ def measure(
 
     def our_store() -> int:
         run(jobs)
-        return write_parts(ours, (documents.read_part(Path(job["out"]), "train") for job in jobs), space)
+        return write_parts(ours, (documents.read_part(job.out, "train") for job in jobs), space)
 
     def their_store() -> int:
         import torch

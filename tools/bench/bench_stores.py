@@ -9,8 +9,8 @@ Run by hand.
                 `gptdataset` does not, `gptdataset apart` does (reset_position_ids, reset_attention_mask).
   validate      soda validate of such stores, tokens a second, one core.
 
-    python tools/bench_stores.py
-    python tools/bench_stores.py --documents 1000000 --only loading
+    python tools/bench/bench_stores.py
+    python tools/bench/bench_stores.py --documents 1000000 --only loading
 """
 
 import contextlib
@@ -33,7 +33,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron_soda.data import compact, indexed
 from megatron_soda.data.batch import Batcher

@@ -3,8 +3,8 @@
 Word errors are those of whisper-base (faster-whisper, int8) on prompts concatenated to chunks of about 25 s; STOI is
 that of Taal et al. (2011) against the original. The held-out prompt ids are left out of every fit in all languages.
 
-    python tools/bench_codec.py
-    python tools/bench_codec.py --packages ~/debs --seconds 300 --json bench.json
+    python tools/bench/bench_codec.py
+    python tools/bench/bench_codec.py --packages ~/debs --seconds 300 --json bench.json
 """
 
 import hashlib
@@ -25,13 +25,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from train_embedded_decoder import Prompt, read_prompts
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron_soda.codecs import load_codec
 from megatron_soda.codecs.embedded import EmbeddedCodec
 from megatron_soda.errors import SodaError, run_tool
+from tools.train_embedded_decoder import Prompt, read_prompts
 
 SAMPLE_RATE = 24_000
 PAUSE = 0.4  # s, between the prompts of a chunk
@@ -182,7 +181,7 @@ def main(
 
     Needs faster-whisper and pystoi (pip install -e '.[full]'), apt-get and dpkg-deb. Example:
 
-    python tools/bench_codec.py --seconds 300
+    python tools/bench/bench_codec.py --seconds 300
     """
     from faster_whisper import WhisperModel  # pyright: ignore[reportMissingImports]
 

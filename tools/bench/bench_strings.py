@@ -5,8 +5,8 @@ without any. Of every spoken text both orders are there, and ours tokenises it o
 give the same ids, which is checked. Hugging Face's is measured by the batch call that transformers makes, which is
 the authors' way, and by its faster one, which finds no offsets.
 
-    python tools/bench_strings.py
-    python tools/bench_strings.py --tokenizer soda-tokenizer --documents 2000
+    python tools/bench/bench_strings.py
+    python tools/bench/bench_strings.py --tokenizer soda-tokenizer --documents 2000
 """
 
 import json
@@ -26,7 +26,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from data_prep.strings import to_ids
 from megatron_soda.errors import SodaError, run_tool
@@ -41,7 +41,7 @@ console = Console()
 
 def words() -> list[str]:
     """Words as they come in English, from the pages of this project."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     pages = [root / "LICENSE", *sorted(root.glob("*.md")), *sorted(root.glob("docs/*.md"))]
     return " ".join(page.read_text(encoding="utf-8") for page in pages).split()
 
