@@ -23,7 +23,7 @@ from megatron_soda.codecs.description import CodecDescription, load_data_codec
 from megatron_soda.config import load_recipe
 from megatron_soda.data.units import read_shard, read_units, unit_codec, unit_key, write_units
 from megatron_soda.errors import SodaError
-from megatron_soda.report.evaluation import nll_table
+from megatron_soda.report.evaluation import by_suite
 from megatron_soda.report.reading import as_dict, load, read_metrics
 from megatron_soda.tokenizer import TextTokenizer, train_sentencepiece
 from tests.fuzz import damaged, edited
@@ -173,7 +173,7 @@ def _readers(folder: Path) -> dict[str, tuple[Path, Callable[[Path], object]]]:
         "timings.json": (run / "timings.json", use_timings),
         "eval.json": (
             run / "eval.json",
-            lambda path: nll_table(as_dict(as_dict(load(path.parent, path.name, [])).get("nll"))),
+            lambda path: by_suite(as_dict(load(path.parent, path.name, [])), []),
         ),
         "metrics.jsonl": (run / "metrics.jsonl", lambda path: read_metrics(path, [])),
     }
