@@ -236,7 +236,7 @@ def modules(monkeypatch):
     ],
 )
 def test_whose_adam(modules, present, name):
-    from megatron_soda.optimizer.name import choose_adam
+    from megatron_soda.training.optimizer import choose_adam
 
     modules(**present)
     found, _, is_torch = choose_adam(cautious=False)

@@ -139,8 +139,7 @@ def test_documents_do_not_see_each_other_under_transformer_engine():
 
 
 def _optimizer(folder: str, overrides: list[str]) -> tuple[str, float]:
-    from megatron_soda.optimizer.name import choose_adam
-
+    from megatron_soda.training.optimizer import choose_adam
     from tests.distributed.test_optimizer import expected, run_steps
 
     cautious = "optimizer.name=cautious" in overrides

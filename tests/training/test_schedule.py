@@ -2,7 +2,8 @@ import math
 from itertools import pairwise
 
 import pytest
-from megatron_soda.schedule.name import learning_rate, rate_at, stable_steps
+
+from megatron_soda.training.schedule import learning_rate, rate_at, stable_steps
 
 
 def rates(count: int, **settings) -> list[float]:

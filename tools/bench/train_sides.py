@@ -213,7 +213,6 @@ def transformers(recipe: Recipe, documents: int, same_malloc: bool) -> Callable[
         {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": recipe.optimizer.weight_decay},
         {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
     ]
-    o = recipe.optimizer
     optimizer = torch.optim.AdamW(
         groups,
         lr=RATE,
