@@ -26,5 +26,5 @@ fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/basedpyright
-.venv/bin/python -m pytest "${selection[@]}" "$@"
+.venv/bin/python -m pytest --durations 10 "${selection[@]}" "$@"
 if [ $# = 0 ]; then bash tests/machines.sh clean; fi
