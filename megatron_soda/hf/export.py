@@ -33,9 +33,9 @@ _CODEC = ("codec.json", "codec.safetensors")
 _OF_THE_DATA = (*_CODEC, *NAMES)
 
 
-def export(recipe: Recipe) -> Path:
-    """Writes RUN/hf from the newest checkpoint and returns it; skipped if it is there already, of the content of that
-    checkpoint and whole.
+def export(recipe: Recipe, folder: Path | None = None, to: Path | None = None) -> Path:
+    """Writes the model `to` (RUN/hf) from the checkpoint `folder` (the newest) and returns it; skipped if it is there
+    already, of the content of that checkpoint and whole. What is in `to` is replaced.
 
     Raises SodaError without a checkpoint, for one of another model, and if transformers' logits differ from ours.
     """
@@ -43,10 +43,12 @@ def export(recipe: Recipe) -> Path:
 
     began = time.monotonic()
     run = Path(recipe.run)
-    newest = checkpoint.newest_whole(run)
+    if folder and (problems := checkpoint.damage(folder)):
+        raise SodaError(f"{folder}: the checkpoint is damaged: {problems[0]}")
+    newest = folder or checkpoint.newest_whole(run)
     if newest is None:
         raise SodaError(f"{run}: no checkpoint in it. Run `soda train` first.")
-    final = run / "hf"
+    final = to or run / "hf"
     with reading(newest / "checkpoint.json", "not the description of a checkpoint"):
         step = int(read_json(newest / "checkpoint.json")["step"])
     key = export_key(newest, recipe)
@@ -65,7 +67,7 @@ def export(recipe: Recipe) -> Path:
         device = ranks.init(recipe)
         ours = build_model(recipe, store.space, device)
         checkpoint.load(newest, [ours], None)
-        temporary = run / ".hf.tmp"
+        temporary = final.parent / f".{final.name}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         text = data_tokenizer(recipe.data_folder)

@@ -3,12 +3,15 @@
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from megatron_soda.config import save_recipe
 from megatron_soda.errors import SodaError
 from megatron_soda.files import write_json, write_sealed
 from megatron_soda.hf.load import load_model, read_export
@@ -89,6 +92,23 @@ def test_transformers_gives_our_logits(pool, real_text_data, tmp_path, world, ov
     logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert float(torch.cat(losses).mean()) == pytest.approx(logged[-2]["loss"], abs=0.35)
     assert not list(Path(folder).rglob("*.bin"))
+
+
+def test_any_checkpoint_goes_anywhere_by_megatrons_flags(pool, real_text_data, tmp_path):
+    """tools/convert_checkpoint.py: of a run the newest checkpoint, or the one that is named."""
+    run, tool = tmp_path / "run", Path(__file__).resolve().parents[2] / "tools" / "convert_checkpoint.py"
+    pool.run(1, train, str(run), str(real_text_data), [])
+    (folder,) = pool.run(1, export, str(run), str(real_text_data), [])
+    save_recipe(small_recipe(run, real_text_data), run / "recipe.yaml")
+    for load, step in ((run, 20), (run / "checkpoints" / "step_00000010", 10)):
+        flags = ["--model-type", "GPT", "--loader", "core", "--saver", "hf", "--load-dir", load]
+        command = [sys.executable, tool, *flags, "--save-dir", tmp_path / "out" / f"{step}"]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert read_export(tmp_path / "out" / f"{step}")["step"] == step
+    of_export = (Path(folder) / "model.safetensors").read_bytes()
+    assert (tmp_path / "out" / "20" / "model.safetensors").read_bytes() == of_export
+    assert (tmp_path / "out" / "10" / "model.safetensors").read_bytes() != of_export
 
 
 def test_an_export_of_another_training_is_not_served(pool, real_text_data, tmp_path):
