@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
 from megatron_soda.audio.reading import read_pieces
 from megatron_soda.audio.sound import BadAudio
 from megatron_soda.codecs import QUANTISER_FILE, load_codec
 from megatron_soda.codecs.description import DESCRIPTION, CodecDescription, read_description
 from megatron_soda.config import Recipe
+from megatron_soda.console import console
 from megatron_soda.errors import SodaError
 from megatron_soda.files import atomic_path, reading, sha256, write_json, write_text
 from megatron_soda.tokenizer import (
@@ -34,8 +34,6 @@ FIT_AT_LEAST = 600.0  # seconds of speech; with less, the quantiser that ships w
 FIT_AT_MOST = 5400.0
 FIT_UTTERANCES = 20_000  # at most, of which FIT_AT_MOST seconds are read
 TOKENIZER_SENTENCES = 500_000  # at most
-
-console = Console(stderr=True)
 
 
 def choose_codec(recipe: Recipe, index: Index, groups: Groups, folder: Path) -> CodecDescription:

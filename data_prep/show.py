@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
@@ -21,9 +20,9 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from .utterance import Reject
+from megatron_soda.console import console
 
-console = Console(stderr=True)
+from .utterance import Reject
 
 
 @dataclass

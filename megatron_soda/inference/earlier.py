@@ -5,14 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from ..config import Recipe
+from ..console import console
 from ..errors import SodaError
 from ..hf.load import LoadedModel
 
 MOST = 2
-console = Console(stderr=True)
 
 
 def earlier_models(recipe: Recipe, model: LoadedModel) -> Iterator[tuple[int, Any]]:

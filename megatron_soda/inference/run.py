@@ -4,10 +4,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import track
 
 from ..config import Recipe
+from ..console import console
 from ..errors import SodaError
 from ..files import write_json
 from ..hf.load import load_model
@@ -16,8 +16,6 @@ from ..run_folder import record_timing
 from .held_out import HeldOut, choose, held_out_rows, knows_text
 from .samples import progress, take_sample
 from .studio import Studio
-
-console = Console(stderr=True)
 
 
 def generate(recipe: Recipe, folder: Path) -> list[dict[str, Any]]:

@@ -39,7 +39,10 @@ def train_watched(run: str, data: str, overrides: list[str]) -> list[list[int]]:
     return seen
 
 
-@pytest.mark.parametrize("layout", ["one", "dp2_distributed", "tp2pp2"])
+@pytest.mark.parametrize(
+    "layout",
+    ["dp2_distributed", pytest.param("one", marks=pytest.mark.full), pytest.param("tp2pp2", marks=pytest.mark.full)],
+)
 def test_async_checkpoints_are_whole_when_they_appear(pool, data, tmp_path, layout):
     world, overrides = LAYOUTS.get(layout, (1, []))
     plain, run = tmp_path / "plain", tmp_path / "run"

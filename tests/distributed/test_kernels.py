@@ -27,7 +27,10 @@ def metrics(run: Path) -> list[tuple[float, float]]:
     return [(row["loss"], row["grad_norm"]) for row in rows if "loss" in row]
 
 
-@pytest.mark.parametrize("overrides", [[], ["data.align_windows=true", "data.reset_positions=true"]])
+ALIGNED = ["data.align_windows=true", "data.reset_positions=true"]
+
+
+@pytest.mark.parametrize("overrides", [[], pytest.param(ALIGNED, marks=pytest.mark.full)])
 def test_fifty_steps(pool, tmp_path, overrides):
     write_data(tmp_path / "data")
     write_data(tmp_path / "small")

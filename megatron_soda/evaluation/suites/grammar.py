@@ -66,11 +66,10 @@ def evaluate_grammar(
     the legal tokens, a mean over all steps. Without a codec (text alone, or frames of the semantic code alone: `slots`)
     no duration is measured.
     """
-    from rich.console import Console
-
+    from ...console import console
     from ...inference.sample import Constraint
 
-    console, constraint = Console(stderr=True), Constraint(model.space, model.device, slots)
+    constraint = Constraint(model.space, model.device, slots)
     with console.status(f"{count} generations under the grammar"):
         held = _generations(model, constraint, count, max_tokens=max_tokens, seed=seed)
     with console.status(f"{count} generations without the grammar"):

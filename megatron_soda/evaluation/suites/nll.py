@@ -98,15 +98,16 @@ def evaluate_nll(model: "LoadedModel", test: "Store", train: "Store", documents:
     documents: the first so many of `test`; 0: all. Returns {"classes": {name: row}, "acoustic_mean": row, "all": row},
     a row with tokens, and nats and bits of both model and unigram.
     """
-    from rich.console import Console
     from rich.progress import track
+
+    from ...console import console
 
     names, table, baseline = model.space.class_names, model.space.class_table(), unigram(train)
     limit = model.model.config.max_position_embeddings
     count = min(documents, len(test)) if documents else len(test)
     chosen = sorted((test.document(i)[: limit + 1] for i in range(count)), key=len)
     sums = np.zeros((3, len(names)))  # tokens, nats of the model, nats of the unigram
-    for batch in track(_batches(chosen), "evaluate", console=Console(stderr=True)):
+    for batch in track(_batches(chosen), "evaluate", console=console):
         for document, nats in zip(batch, _nats(model, batch), strict=True):
             labels = document[1:]
             for total, weights in zip(sums, (None, nats[: len(labels)], baseline[labels]), strict=True):
