@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 fail() { printf 'error: %s\n' "$1" >&2; shift; [ $# = 0 ] || printf '%s\n' "$@" >&2; exit 2; }
 
 if [ "$(uname -s)" != Linux ]; then
-  fail "megatron_soda runs on Linux alone, and this is $(uname -s). A container or a virtual machine with Linux will do."
+  fail "megatron_soda runs only on Linux, and this is $(uname -s). A container or a virtual machine with Linux will do."
 fi
 case ${TORCH:-} in '' | cpu) ;; *) fail "TORCH=$TORCH: it may be cpu, or be unset for the build that pip finds" ;; esac
 

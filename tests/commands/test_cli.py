@@ -77,7 +77,7 @@ def test_validate_exit_status(monkeypatch, capsys, tmp_path):
     with (tmp_path / "data" / "valid.bin").open("r+b") as file:
         file.truncate(10)
     assert soda(monkeypatch, "validate", str(recipe)) == 1
-    assert "valid.bin: 10 bytes, but the index tells of" in capsys.readouterr().out
+    assert "valid.bin: 10 bytes, but the index says" in capsys.readouterr().out
 
 
 def test_stores_on_the_command_line(monkeypatch, capsys, tmp_path):

@@ -304,7 +304,7 @@ def test_validate_names_document_and_token(tmp_path, capsys):
     assert "document 7" in capsys.readouterr().out
     write_store(tmp_path / "valid", documents(40, 2), SPACE)  # the test store's documents
     assert not validate(tmp_path)
-    assert "stands in two stores" in capsys.readouterr().out
+    assert "is in two stores" in capsys.readouterr().out
     meta = json.loads((tmp_path / "test.json").read_text())
     meta["space"]["text_size"] -= 1
     write_sealed(tmp_path / "test.json", meta)

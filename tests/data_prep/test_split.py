@@ -293,7 +293,7 @@ def test_a_corpus_that_hangs_together_says_why(tmp_path):
             prepare(recipe(tmp_path / "run", speech), dry_run=dry)
     prepare(recipe(tmp_path / "run", speech, "prepare.split_by=[recording,prompt,audio]"))
     assert validate(tmp_path / "run" / "data")
-    with pytest.raises(SodaError, match="documents are of whole recordings"):
+    with pytest.raises(SodaError, match="documents are whole recordings"):
         recipe(tmp_path / "run", speech, "prepare.split_by=[text]")
     with pytest.raises(SodaError, match="split_by"):
         recipe(tmp_path / "run", speech, "prepare.split_by=[recording,sentence]")

@@ -378,7 +378,8 @@ def test_any_jump_of_the_rate_is_refused(pool, data, decayed, tmp_path, changes,
         with pytest.raises(RuntimeError, match="the learning rate would jump"):
             pool.run(1, train, str(run), str(data), settings)
     else:
-        assert "note: training." in pool.run(1, train_heard, str(run), str(data), settings)[0]
+        key = changes[0].partition("=")[0]
+        assert f"note: {key} was " in pool.run(1, train_heard, str(run), str(data), settings)[0]
 
 
 def test_a_branch_is_known_by_what_it_is(pool, data, run, tmp_path, monkeypatch):

@@ -83,9 +83,9 @@ def test_the_other_recipes():
     assert decay.schedule.name == "decay"
     assert decay.training.branch_from.endswith("step_00190000")
     assert decay.training.steps - decay.data.mix[0].from_step == 50_000
-    base = load_recipe(PRETRAIN / "135m.yaml").training
-    assert 190_000 % base.save_every == 190_000 % base.keep_every == 0  # so the checkpoint is there
-    assert decay.optimizer.learning_rate == base.learning_rate
+    base = load_recipe(PRETRAIN / "135m.yaml")
+    assert 190_000 % base.checkpoint.save_every == 190_000 % base.checkpoint.keep_every == 0  # so the checkpoint is there
+    assert decay.optimizer.learning_rate == base.optimizer.learning_rate
 
 
 # ---- preflight
