@@ -27,14 +27,14 @@ def train(
     out: Annotated[Path, typer.Argument(metavar="OUT.model", help="The sentencepiece model to write.")],
     texts: Annotated[list[str], typer.Argument(metavar="TEXTFILE...", help=".txt, .jsonl or .parquet; globs; folders")],
     pieces: Annotated[int, typer.Option(min=1, help="how many ids")] = 8000,
-    sentences: Annotated[int, typer.Option(min=1, help="how many are learned from; of more, some are drawn")] = 500_000,
-    seed: Annotated[int, typer.Option(help="of that draw")] = 0,
+    sentences: Annotated[int, typer.Option(min=1, help="lines to learn from at most; of more, a sample is drawn")] = 500_000,
+    seed: Annotated[int, typer.Option(help="seed of that sample")] = 0,
 ) -> None:
     """Train a unigram sentencepiece model with byte fallback on the lines of texts."""
     if out.suffix != ".model":
         raise SodaError(f"{out}: a sentencepiece model is named *.model")
     if out.exists():
-        raise SodaError(f"{out}: there is something already; remove it, or choose another name")
+        raise SodaError(f"{out}: exists already; remove it, or choose another name")
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("reading")

@@ -54,7 +54,7 @@ def convert_stores(folder: Path, names: Sequence[str], format: str, out: Path | 
                 _copy(path, copy)
     else:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise SodaError(f"{out}: there is something already; remove it, or give another folder")
+            raise SodaError(f"{out}: exists already; remove it, or give another folder")
         made = out.with_name(f".{out.name}.{os.getpid()}.tmp")
         try:
             for name in SIDES:

@@ -73,7 +73,7 @@ def extend_tokenizer(source: Path, folder: Path, codebooks: int, entries: int) -
     if codebooks * entries > sys.maxunicode + 1 - FIRST_AUDIO_CHARACTER:
         raise SodaError(f"{codebooks} codebooks of {entries}: there are not that many characters for the codes")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise SodaError(f"{folder}: there is something already; choose another folder, or remove it")
+        raise SodaError(f"{folder}: exists already; choose another folder, or remove it")
     path = source / "tokenizer.json" if source.is_dir() else source
     if not path.is_file():
         raise SodaError(f"{path}: no such tokenizer (a sentencepiece .model, a tokenizer.json, or a folder with one)")

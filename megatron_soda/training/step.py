@@ -85,7 +85,7 @@ class Engine:
         if recipe.precision.dtype == "fp8" and self.backend != "transformer_engine":
             raise SodaError(
                 "precision.dtype=fp8 needs Transformer Engine and a CUDA device of compute capability 8.9 or more; "
-                "here are neither, or not both. precision.dtype=bf16 runs everywhere. See `soda doctor`."
+                "at least one of them is missing here. precision.dtype=bf16 runs everywhere. See `soda doctor`."
             )
         if recipe.precision.dtype == "fp8" and torch.cuda.get_device_capability(device) < (8, 9):
             raise SodaError(f"precision.dtype=fp8: {torch.cuda.get_device_name(device)} has no FP8; take bf16")

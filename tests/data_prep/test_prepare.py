@@ -533,7 +533,7 @@ def test_a_converted_copy_of_a_data_folder_is_one(speech, tmp_path):
     assert described["stores"] == {side: Store(copy / side).fingerprint for side in ("train", "valid", "test")}
     assert described["bytes"]["stores"] == sum(p.stat().st_size for s in SUFFIXES for p in copy.glob(f"*.{s}"))
     assert described | {"bytes": 0} == json.loads((data / "prepare.json").read_text()) | {"bytes": 0}
-    with pytest.raises(SodaError, match="there is something already"):
+    with pytest.raises(SodaError, match="exists already"):
         convert_stores(data, [], "compact", copy)
     shutil.rmtree(data)
     assert validate(copy)
