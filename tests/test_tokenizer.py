@@ -417,7 +417,7 @@ def test_extending_llama3_gives_the_released_ids(tmp_path):
     ]
     assert loaded("\ue001")["input_ids"] == [128000, 128261]
     assert text.encode("<|eot_id|>") == loaded("<|eot_id|>", add_special_tokens=False)["input_ids"] == [128009]
-    with pytest.raises(SodaError, match="something already"):
+    with pytest.raises(SodaError, match="exists already"):
         run("extend", folder, tmp_path / "soda")
     with pytest.raises(SodaError, match="markers already"):
         run("extend", tmp_path / "soda", tmp_path / "again")
@@ -462,7 +462,7 @@ def test_training(tmp_path):
     text = TextTokenizer(out)
     assert text.decode(text.encode("Vous avez")) == "Vous avez"
     assert text._model.token_to_id("，") is None  # learned from what `soda prepare` makes of the text
-    with pytest.raises(SodaError, match="something already"):
+    with pytest.raises(SodaError, match="exists already"):
         run("train", out, tmp_path / "a.txt")
     with pytest.raises(SodaError, match=r"named \*.model"):
         run("train", tmp_path / "t.json", tmp_path / "a.txt")

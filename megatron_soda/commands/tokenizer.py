@@ -27,8 +27,8 @@ def train(
     out: Annotated[Path, typer.Argument(metavar="OUT.model", help="The sentencepiece model to write.")],
     texts: Annotated[list[str], typer.Argument(metavar="TEXTFILE...", help=".txt, .jsonl or .parquet; globs; folders")],
     pieces: Annotated[int, typer.Option(min=1, help="how many ids")] = 8000,
-    sentences: Annotated[int, typer.Option(min=1, help="lines to learn from at most; of more, a sample is drawn")] = 500_000,
-    seed: Annotated[int, typer.Option(help="seed of that sample")] = 0,
+    sentences: Annotated[int, typer.Option(min=1, help="at most so many lines; of more, a sample")] = 500_000,
+    seed: Annotated[int, typer.Option(help="of that sample")] = 0,
 ) -> None:
     """Train a unigram sentencepiece model with byte fallback on the lines of texts."""
     if out.suffix != ".model":

@@ -84,7 +84,8 @@ def test_the_other_recipes():
     assert decay.training.branch_from.endswith("step_00190000")
     assert decay.training.steps - decay.data.mix[0].from_step == 50_000
     base = load_recipe(PRETRAIN / "135m.yaml")
-    assert 190_000 % base.checkpoint.save_every == 190_000 % base.checkpoint.keep_every == 0  # so the checkpoint is there
+    kept = base.checkpoint
+    assert 190_000 % kept.save_every == 190_000 % kept.keep_every == 0  # so the checkpoint is there
     assert decay.optimizer.learning_rate == base.optimizer.learning_rate
 
 
