@@ -22,7 +22,6 @@ from megatron_soda.errors import SodaError
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
-EXECUTORS = ("local", "ray")
 AHEAD = 4  # jobs of every worker that are in flight: a list of millions must not be copied to the workers
 
 device = "cpu"  # of this worker process

@@ -19,10 +19,8 @@ class _Handler(logging.Handler):
         is_warning = record.levelno >= logging.WARNING
         stream = sys.stderr if is_warning else sys.stdout
         text = f"{record.levelname.lower()}: {record.getMessage()}" if is_warning else record.getMessage()
-        if not stream.isatty():
-            text = f"{stamp()} {text}"
-        with contextlib.suppress(OSError, ValueError):
-            print(text, file=stream, flush=True)
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or None
+            print(text if stream.isatty() else f"{stamp()} {text}", file=stream, flush=True)
 
 
 def stamp() -> str:

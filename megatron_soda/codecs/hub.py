@@ -261,7 +261,7 @@ def _usable(device: str) -> torch.device:
 
 
 def _load(model: str, model_class: Any, title: str) -> Any:
-    """The model in float32 for inference, from safeonly tensors: other formats can run code."""
+    """The model in float32 for inference, from safetensors only: other formats can run code."""
     advice = f"Give a local folder with {title} (config.json and model.safetensors), or use `codec: embedded`."
     try:
         model_type = AutoConfig.from_pretrained(model).model_type

@@ -1,5 +1,6 @@
 """From YAML files and key=value overrides to a checked recipe."""
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, fields, is_dataclass
@@ -11,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from ..errors import SodaError
 from ..files import write_text
+from ..log import log
 from .fields import near
 from .recipe import Recipe
 from .renamed import RENAMED
@@ -200,16 +202,20 @@ class _Renaming:
             of_old = renamed.get(section)
             if not (isinstance(of_old, dict) and name in of_old):
                 continue
-            of_new = renamed.setdefault(new_section, {})
-            if not isinstance(of_new, dict) or new_name in of_new:
+            if renamed.get(new_section) in ("", None):
+                renamed[new_section] = {}
+            of_new = renamed[new_section]
+            if not isinstance(of_new, dict):
+                raise SodaError(f"{source}: {new_section} is a section, not a value: write {new_section}.KEY=VALUE")
+            if new_name in of_new:
                 raise SodaError(f"{source}: {old} is now {new}, and both are given. Leave {old} out.")
             of_new[new_name] = of_old.pop(name)
             self.told.setdefault(source, []).append(f"{old} is now {new}")
         return renamed
 
     def tell(self) -> None:
-        from ..log import log
-
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            return  # of the ranks of a host, one tells
         for source, changes in self.told.items():
             log.warning(f"{source}: keys have new names: {', '.join(changes)}")
 
@@ -303,7 +309,8 @@ def _nearest(location: tuple[Any, ...]) -> str:
     if get_origin(kind) is list:
         kind = get_args(kind)[0]
     known = [f.name for f in fields(kind)] if is_dataclass(kind) else []
+    if elsewhere := [key for key in all_keys() if path and key.endswith(f".{name}")]:
+        return f" Did you mean {elsewhere[0]}?"
     if hint := near(str(name), known if path else all_keys()):
         return hint.replace("mean ", f"mean {_dotted(tuple(path))}." if path else "mean ")
-    elsewhere = [key for key in all_keys() if key.endswith(f".{name}")]
-    return f" Did you mean {elsewhere[0]}?" if elsewhere else f" Known here: {', '.join(known)}."
+    return f" Known here: {', '.join(known)}."

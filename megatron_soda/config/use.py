@@ -16,9 +16,9 @@ class Evaluate:
     split: Literal["train", "valid", "test"] = "test"
     documents: CountOrZero = 0
     """0: all."""
-    generations: Count = 100
+    generations: CountOrZero = 100
     """Of the grammar suite."""
-    max_tokens: Count = 400
+    max_tokens: CountOrZero = 400
     """Of a generation."""
 
     @model_validator(mode="after")

@@ -49,9 +49,10 @@ class Batcher:
         device = self.classes.device
         ids = torch.from_numpy(np.stack([window.ids for window in windows])).to(device)
         counts = torch.tensor([window.count for window in windows], device=device)
+        label_weights = self._label_weights(windows)
         try:
             tables = self.classes, self.weights, self.eos, self.reset_positions
-            return Batch(*ops.build_batch(ids, counts, *tables, self._label_weights(windows)))
+            return Batch(*ops.build_batch(ids, counts, *tables, label_weights))
         except ValueError as error:
             raise SodaError(
                 f"a window of the store holds an id outside the vocabulary: {error}. "
@@ -64,4 +65,4 @@ class Batcher:
             return None
         ones = np.ones(len(windows[0].ids) - 1, np.float32)
         weights = [ones if window.weights is None else window.weights for window in windows]
-        return torch.from_numpy(np.stack(weights)).to(self.classes.device)
+        return torch.from_numpy(np.stack(weights).astype(np.float32, copy=False)).to(self.classes.device)

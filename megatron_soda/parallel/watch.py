@@ -240,7 +240,7 @@ def _describe(report: dict[str, Any]) -> str:
 
 
 def _where(thread: int | None) -> str:
-    """`waiting in all_reduce (loop.py:140, _any_rank)`: what this thread does, and our line that made it do so."""
+    """`waiting in all_reduce (trainer.py:190, any_rank)`: what this thread does, and our line that made it do so."""
     frame = sys._current_frames().get(thread or 0)
     if frame is None:
         return "at its end"

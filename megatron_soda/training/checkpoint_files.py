@@ -10,6 +10,7 @@ versions in what they do with everything else. Nor is its writer: it forks proce
 to the process group kills, breaking the checkpoint, and which outlive a trainer that is killed.
 """
 
+import copy
 import errno
 import hashlib
 import io
@@ -38,6 +39,7 @@ from megatron.core.dist_checkpointing.strategies.state_dict_saver import (
 from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from megatron.core.dist_checkpointing.validation import determine_global_metadata, validate_sharding_integrity
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, SerializationFormat, _StorageInfo, _write_item
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -72,7 +74,8 @@ class Save:
 
     def __init__(self, state: dict[str, Any], folder: Path, background: bool) -> None:
         parts: Any = save_preprocess(state)  # what has shards, and what has none
-        self._writer = Writer(folder, parts[1], copy=background)
+        # Adam's count of steps is in the common part, and the next step raises it in place.
+        self._writer = Writer(folder, copy.deepcopy(parts[1]), copy=background)
         flat, _, _ = megatron_torch._replace_state_dict_keys_with_sharded_keys(parts[0], keep_only_main_replica=True)
         planner = megatron_torch.MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
         plain = megatron_torch.mcore_to_pyt_state_dict(flat, is_loading=False)
@@ -203,8 +206,6 @@ class WriteError(OSError):
 @contextmanager
 def readable_errors(folder: Path) -> Iterator[None]:
     """What goes wrong while `folder` is written becomes WriteError, a full disk by name."""
-    from torch.distributed.checkpoint.api import CheckpointException
-
     try:
         yield
     except (torch.OutOfMemoryError, SodaError, WriteError):
@@ -351,34 +352,43 @@ def load(state: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     Raises SodaError if the index or the tensors are not what this state needs.
     """
-    from torch.distributed.checkpoint.api import CheckpointException
-
-    common = read_index(folder)[1]
     original = torch.load
 
     def tensors_only(*args: Any, **kwargs: Any) -> Any:  # whatever the caller or the environment says
         return original(*args, **{**kwargs, "weights_only": True})
 
-    failure: BaseException | None = None
     torch.load = tensors_only
     try:
-        sharded, local, factories = load_preprocess(state)
-        merge(common, local)
-        sharded, _ = extract_sharded_base(sharded)
-        validate_sharding_integrity(determine_global_metadata(sharded)[1])
-        merge(common, megatron_torch.TorchDistLoadShardedStrategy().load(sharded, folder))
-        common = apply_factory_merges(common, factories)  # type: ignore[arg-type]
-    except torch.OutOfMemoryError:
-        raise
-    except (CheckpointException, Exception) as error:  # whatever torch and megatron-core raise on bytes of a stranger
-        failure = error
+        with _together(folder):
+            common = read_index(folder)[1]
+            sharded, local, factories = load_preprocess(state)
+            merge(common, local)
+            sharded, _ = extract_sharded_base(sharded)
+        metadata = determine_global_metadata(sharded)[1]
+        with _together(folder):  # the first rank alone looks at it
+            validate_sharding_integrity(metadata)
+        with _together(folder):
+            merge(common, megatron_torch.TorchDistLoadShardedStrategy().load(sharded, folder))
+            common = apply_factory_merges(common, factories)  # type: ignore[arg-type]
     finally:
         torch.load = original
+    return common
+
+
+@contextmanager
+def _together(folder: Path) -> Iterator[None]:
+    """What goes wrong inside on some rank is a SodaError on all of them, which would wait for that rank otherwise."""
+    failure: BaseException | None = None
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (CheckpointException, Exception) as error:  # whatever torch and megatron-core raise on a stranger's bytes
+        failure = error
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, failure and _why_not_loaded(failure, folder))
-    if any(everyone):  # where one cannot, the others would wait for it
+    if any(everyone):
         raise SodaError(next(filter(None, everyone))) from failure
-    return common
 
 
 def _why_not_loaded(failure: BaseException, folder: Path) -> str:

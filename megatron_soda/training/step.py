@@ -122,7 +122,8 @@ class Engine:
             size = self.recipe.training.micro_batch_size
             rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
             start = first_sample + (index * ranks + rank) * size
-            return inputs_of(self.models[0], self.batcher([samples[start + i] for i in range(size)]))
+            batch = self.batcher([samples[start + i] for i in range(size)])
+        return inputs_of(self.models[0], batch)
 
     def _loss(self, model: Any, inputs: Inputs, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The head on the last stage's hidden states: loss, a count that nobody uses, the sums by class."""
