@@ -38,7 +38,7 @@ def hosts() -> Iterator[list[list[str]]]:
                 ip("netns", "add", name)
             ip("link", "add", "soda0", "netns", names[0], "type", "veth", "peer", "name", "soda0", "netns", names[1])
         except RuntimeError as error:
-            pytest.skip(f"network namespaces are not to be had here: {error}")
+            pytest.skip(f"network namespaces cannot be made here: {error}")
         for name, address in zip(names, ADDRESSES, strict=True):
             ip("-n", name, "address", "add", f"{address}/24", "dev", "soda0")
             for link in ("lo", "soda0"):
