@@ -39,8 +39,11 @@ def train(folder: Path, data: Path, *overrides: str, cpu: bool = False) -> list[
         f"run: {folder}\ndata: {{sequence_length: 128, path: {data}}}\n"
         "model: {num_layers: 4, hidden_size: 128, ffn_hidden_size: 256, num_attention_heads: 4,"
         " num_query_groups: 4, head_dim: 32}\n"
-        "training: {steps: 10, global_batch_size: 8, micro_batch_size: 2, log_every: 1, epsilon: 1.0e-8,"
-        " warmup_share: 0, decay_share: 0, save_every: 5}\n"
+        "training: {steps: 10, global_batch_size: 8, micro_batch_size: 2}\n"
+        "optimizer: {epsilon: 1.0e-8}\n"
+        "schedule: {warmup_share: 0, decay_share: 0}\n"
+        "checkpoint: {save_every: 5}\n"
+        "logging: {log_every: 1}\n"
     )
     command = [sys.executable, "-m", "megatron_soda.train", str(recipe), *overrides]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "" if cpu else "0"}
