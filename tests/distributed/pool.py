@@ -2,8 +2,9 @@
 
 pool.run(2, function, arg)  ->  [function(arg) on rank 0, function(arg) on rank 1]
 
-There is a pool for each number of ranks, started when it is first needed. Its ranks keep their process groups: gloo
-leaves two threads behind for every group that was, and hundreds of layouts would leave thousands.
+There is a pool for each number of ranks, started when it is first needed. Its ranks are forked from a server that has
+imported the engine, which takes eight seconds. They keep their process groups: gloo leaves two threads behind for every
+group that was, and hundreds of layouts would leave thousands.
 """
 
 import multiprocessing as mp
@@ -13,6 +14,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+ENGINE = "megatron_soda.training.trainer"
 
 
 def _serve(rank: int, world: int, connection: Connection) -> None:
@@ -25,7 +28,6 @@ def _serve(rank: int, world: int, connection: Connection) -> None:
     import torch.distributed as dist
     from megatron.core import parallel_state
 
-    import megatron_soda.training.trainer  # noqa: F401  the slow import, once
     from megatron_soda.parallel import ranks
 
     initialise = ranks.init
@@ -47,10 +49,7 @@ def _serve(rank: int, world: int, connection: Connection) -> None:
 
     dist.new_group = lambda ranks=None, *args, **kwargs: same_group(ranks, *args, **kwargs)
     while True:
-        message = connection.recv()
-        if message is None:
-            return
-        function, arguments, store = message
+        function, arguments, store = connection.recv()
         try:
             if store:  # at the start, and after a failure, which may have left ranks waiting at different places
                 if dist.is_initialized():
@@ -66,11 +65,21 @@ def _serve(rank: int, world: int, connection: Connection) -> None:
             parallel_state.destroy_model_parallel()
 
 
+def _context() -> Any:
+    import torch
+
+    if torch.cuda.is_available():  # a fork of a process that has looked for CUDA cannot use it
+        return mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload([ENGINE])
+    return context
+
+
 class _Ranks:
     """The ranks of one world size."""
 
     def __init__(self, world: int, folder: Path) -> None:
-        context = mp.get_context("spawn")
+        context = _context()
         self.folder, self.stores, self.in_step, self.lost = folder, 0, False, False
         self.connections, self.processes = [], []
         for rank in range(world):
@@ -103,12 +112,9 @@ class _Ranks:
         return results
 
     def close(self) -> None:
-        for connection, process in zip(self.connections, self.processes, strict=True):
-            if process.is_alive() and not self.lost:
-                connection.send(None)
-                process.join(5)
-            if process.is_alive():
-                process.kill()
+        for process in self.processes:  # to end by themselves takes them seconds: each takes down all its groups
+            process.kill()
+            process.join()
 
 
 class Pool:
