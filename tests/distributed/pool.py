@@ -7,7 +7,6 @@ imported the engine, which takes eight seconds. They keep their process groups: 
 group that was, and hundreds of layouts would leave thousands.
 """
 
-import multiprocessing as mp
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-ENGINE = "megatron_soda.training.trainer"
+from tests.forked import context
 
 
 def _serve(rank: int, world: int, connection: Connection) -> None:
@@ -65,26 +64,16 @@ def _serve(rank: int, world: int, connection: Connection) -> None:
             parallel_state.destroy_model_parallel()
 
 
-def _context() -> Any:
-    import torch
-
-    if torch.cuda.is_available():  # a fork of a process that has looked for CUDA cannot use it
-        return mp.get_context("spawn")
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload([ENGINE])
-    return context
-
-
 class _Ranks:
     """The ranks of one world size."""
 
     def __init__(self, world: int, folder: Path) -> None:
-        context = _context()
+        processes = context()
         self.folder, self.stores, self.in_step, self.lost = folder, 0, False, False
         self.connections, self.processes = [], []
         for rank in range(world):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world, theirs))  # no daemons: saving starts processes
+            ours, theirs = processes.Pipe()
+            process = processes.Process(target=_serve, args=(rank, world, theirs))
             process.start()
             theirs.close()
             self.connections.append(ours)
