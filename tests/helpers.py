@@ -75,7 +75,7 @@ def small_recipe(run: Path, data: Path, *overrides: str) -> Recipe:
             "model.head_class_std=0.02",
             "training.steps=6",
             "training.global_batch_size=8",
-            "training.micro_batch_size=2",
+            "training.micro_batch_size=4",
             "checkpoint.save_every=3",
             "training.valid_every=6",
             "training.valid_windows=4",

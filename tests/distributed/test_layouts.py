@@ -8,27 +8,28 @@ import pytest
 
 from tests.helpers import small_recipe
 
+SMALL = ["training.micro_batch_size=2"]  # several micro-batches a step: gradients add up, pipelines get going
 LAYOUTS = {
     "tp2": (2, ["parallel.tensor=2"]),
-    "pp2": (2, ["parallel.pipeline=2"]),
+    "pp2": (2, ["parallel.pipeline=2", *SMALL]),
     "tp2pp2": (4, ["parallel.tensor=2", "parallel.pipeline=2"]),
     "dp2": (2, []),
-    "dp2_distributed": (2, ["parallel.distributed_optimizer=true"]),
+    "dp2_distributed": (2, ["parallel.distributed_optimizer=true", *SMALL]),
     "tp2dp2_distributed": (4, ["parallel.tensor=2", "parallel.distributed_optimizer=true"]),
     "sp2": (2, ["parallel.tensor=2", "parallel.sequence=true"]),
     "cp2": (2, ["parallel.context=2"]),
-    "vpp2": (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]),
+    "vpp2": (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2", *SMALL]),
     "sp2pp2": (4, ["parallel.tensor=2", "parallel.sequence=true", "parallel.pipeline=2"]),
     "sp2cp2": (4, ["parallel.tensor=2", "parallel.sequence=true", "parallel.context=2"]),
     "cp2pp2": (4, ["parallel.context=2", "parallel.pipeline=2"]),
     "cp2dp2_distributed": (4, ["parallel.context=2", "parallel.distributed_optimizer=true"]),
     "vpp2dp2_distributed": (
         4,
-        ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "parallel.distributed_optimizer=true"],
+        ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "parallel.distributed_optimizer=true", *SMALL],
     ),
     "vpp2sp2": (
         4,
-        ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "parallel.tensor=2", "parallel.sequence=true"],
+        ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "parallel.tensor=2", "parallel.sequence=true", *SMALL],
     ),
 }
 
@@ -213,7 +214,7 @@ def test_means_by_rank_are_noticed_under_context_parallelism(pool, data, tmp_pat
         pool.run(world, train, str(tmp_path), str(data), [*overrides, "training.steps=2"], "rank_mean")
 
 
-WEIGHTS = ["training.loss_weights={text: 0.5, semantic: 2, acoustic_1: 0}", "training.micro_batch_size=4"]
+WEIGHTS = ["training.loss_weights={text: 0.5, semantic: 2, acoustic_1: 0}"]
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,8 @@ def run_steps(folder: str, overrides: list[str], wanted: dict[str, np.ndarray] |
 
     recipe = small_recipe(
         Path(folder), Path(folder), f"optimizer.weight_decay={DECAY}", f"optimizer.learning_rate={PEAK}",
-        f"optimizer.beta1={BETA1}", f"optimizer.beta2={BETA2}", f"optimizer.epsilon={EPSILON}", *overrides,
+        f"optimizer.beta1={BETA1}", f"optimizer.beta2={BETA2}", f"optimizer.epsilon={EPSILON}",
+        "training.micro_batch_size=2", *overrides,
     )  # fmt: skip
     device = ranks.init(recipe)
     size, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
