@@ -1,10 +1,10 @@
-"""Real speech in five languages, 2 hours: the voice prompts of Asterisk, from Debian's packages, without root.
+"""Two hours of real speech in five languages: Asterisk's voice prompts from Debian packages, without root.
 
 Every prompt id is spoken in up to five languages, so the same set serves speech models and speech translation.
-`fetch_text` gets English text (WordNet's definitions and examples) the same way.
+`fetch_text` downloads English text (WordNet's definitions and examples) the same way.
 
-Whatever version this machine's apt offers is taken, if the files we read from it are the known ones. They were the same
-in all of Debian 11, 12, 13 and unstable, and Ubuntu 22.04, 24.04, 25.04, 25.10 and 26.04.
+Any version that this machine's apt offers is accepted as long as the files we read from it have known hashes. They are
+identical in Debian 11, 12, 13 and unstable, and Ubuntu 22.04, 24.04, 25.04, 25.10 and 26.04.
 """
 
 import gzip
@@ -24,7 +24,7 @@ from megatron_soda.files import write_json, write_text
 from .utterance import Reject, Utterance, one_line
 
 LANGUAGES = ("en", "es", "fr", "it", "ru")
-CONTENT = {  # of each package: SHA-256 of the files that are read (see _content)
+CONTENT = {  # for each package, the SHA-256 of the files that are read (see _content)
     "asterisk-core-sounds-en": "f82927452020e7f13055565302da04afc1f531f3edc7c6e6c3ed2969fb7c5a71",
     "asterisk-core-sounds-en-g722": "75399323a6ff62fdfa052bdd00fc0d017113be6e4f1ec58e04d430ddd0b39f7e",
     "asterisk-core-sounds-es": "d6cddd1f4d369b2dff39dec0c624f16e135e56410e029d4226827dae036244f3",
@@ -46,9 +46,9 @@ NOT_IN_SOURCES = ("Unable to locate package", "no installation candidate", "Can'
 def fetch(folder: Path, languages: list[str]) -> None:
     """Downloads and unpacks the prompts of these languages into `folder`/LANGUAGE (about 25 MB each).
 
-    A language that is there and whole is skipped, and a package that was downloaded whole is not downloaded again,
-    so an interrupted fetch goes on where it was. Writes `folder`/ATTRIBUTION.md, which the licences ask to keep.
-    Raises SodaError when apt or dpkg-deb is missing, there is no network, or a package is not the expected one.
+    Complete languages are skipped and complete downloads reused, so an interrupted fetch resumes where it stopped.
+    Writes `folder`/ATTRIBUTION.md, which the licences require. Raises SodaError if apt or dpkg-deb is missing, there is
+    no network, or a package has unexpected content.
     """
     folder = Path(folder)
     for language in _known(languages):
@@ -65,18 +65,18 @@ def fetch(folder: Path, languages: list[str]) -> None:
 
 
 def read(folder: Path, languages: list[str]) -> tuple[list[Utterance], list[Reject]]:
-    """The utterances of these languages, in the order of language and prompt id. The audio is 16 kHz G.722.
+    """The utterances of these languages, ordered by language and prompt id. The audio is 16 kHz G.722.
 
-    `id` is LANGUAGE/ID with Asterisk's id, the same in every language, and `prompt` is that id. A sound without
-    words (a tone, silence: its transcript is empty or begins with [ < or a parenthesis) is a Reject, as is a transcript
-    that has no sound. Raises SodaError for a language that was not fetched.
+    `id` is LANGUAGE/ID, where ID is Asterisk's id, the same in every language; `prompt` is that id. A sound without
+    words (a tone or silence, whose transcript is empty or begins with [ < or a parenthesis) becomes a Reject, as does a
+    transcript without sound. Raises SodaError for a language that was not fetched.
     """
     found: list[Utterance] = []
     rejects: list[Reject] = []
     for language in _known(languages):
         root = Path(folder) / language
         if not _is_complete(root):
-            raise SodaError(f"{root}: the {language} prompts are not there or not whole; fetch them first")
+            raise SodaError(f"{root}: the {language} prompts are missing or incomplete; fetch them first")
         texts, bad_lines = _transcripts(root, language)
         rejects += bad_lines
         sounds = _sounds(root)
@@ -94,10 +94,10 @@ def read(folder: Path, languages: list[str]) -> tuple[list[Utterance], list[Reje
 
 
 def fetch_text(folder: Path) -> list[Path]:
-    """English text for a text tokenizer or text-only training: one UTF-8 file, one sentence a line, 2 MB at most.
+    """English text for a text tokenizer or text-only training: one UTF-8 file with one sentence per line, at most 2 MB.
 
-    All of WordNet's example sentences, and definitions up to the size; each line once, in an order that is fixed
-    and mixed (by hash), so that any part of the file is a fair sample. Writes wordnet-LICENSE.txt beside it.
+    Contains all of WordNet's example sentences, and definitions until the size is reached. Each line appears once, in a
+    fixed order shuffled by hash, so that any part of the file is a fair sample. Writes wordnet-LICENSE.txt beside it.
     Raises SodaError as `fetch` does.
     """
     folder = Path(folder)
@@ -155,7 +155,7 @@ def _sounds(root: Path) -> dict[str, Path]:
 
 
 def _listing(root: Path) -> str:
-    """A hash of the names and sizes of all files: one that is gone, cut short or added changes it."""
+    """A hash of the names and sizes of all files, which changes if one is missing, truncated or added."""
     files = sorted((str(p.relative_to(root)), p.stat().st_size) for p in root.rglob("*") if p.is_file())
     return hashlib.sha256(json.dumps([file for file in files if file[0] != STAMP]).encode()).hexdigest()
 
@@ -172,8 +172,8 @@ def _transcript_file(root: Path, language: str) -> Path:
 
 
 def _transcripts(root: Path, language: str) -> tuple[dict[str, str], list[Reject]]:
-    """Lines are `id: text`, `;` begins a comment. Of two lines with one id the first is the right one: the other is
-    a slip (Spanish has the text of digits/10 as a second digits/0)."""
+    """Lines are `id: text`, `;` begins a comment. If two lines have the same id, the first is right and the other a
+    mistake (Spanish has the text of digits/10 as a second digits/0)."""
     packed = _transcript_file(root, language)
     name = packed.stem
     try:
@@ -197,7 +197,7 @@ def _transcripts(root: Path, language: str) -> tuple[dict[str, str], list[Reject
 
 
 def _unpack_package(folder: Path, name: str, into: Path) -> str:
-    """Unpacks a package of Debian's, downloaded unless it is there and whole. Returns its file's name."""
+    """Unpacks a Debian package, downloading it unless a complete copy exists. Returns the file's name."""
     packages = folder / "packages"
     try:
         packages.mkdir(parents=True, exist_ok=True)
@@ -216,8 +216,8 @@ def _unpack_package(folder: Path, name: str, into: Path) -> str:
             raise SodaError(f"{name}: could not be unpacked into {into}.\n  {failed}")
         if (found := _content(name, into)) != CONTENT[name]:
             raise SodaError(
-                f"{path.name}: holds other files than any version of {name} that is known (sha256 {found}, expected "
-                f"{CONTENT[name]}), so it was thrown away."
+                f"{path.name}: holds different files than any known version of {name} (sha256 {found}, expected "
+                f"{CONTENT[name]}), so it was deleted."
             )
         os.replace(path, packages / path.name)
     except SodaError:
@@ -229,7 +229,7 @@ def _unpack_package(folder: Path, name: str, into: Path) -> str:
 
 
 def _read_files(name: str, root: Path) -> list[Path]:
-    """The files of an unpacked package that we read."""
+    """The files that we read from an unpacked package."""
     if name == "wordnet-base":
         return [root / f"usr/share/wordnet/data.{part}" for part in ("noun", "verb", "adj", "adv")]
     if name.endswith("-g722"):
@@ -238,21 +238,22 @@ def _read_files(name: str, root: Path) -> list[Path]:
 
 
 def _content(name: str, root: Path) -> str:
-    """SHA-256 of the files we read: paths, and what is in them (unzipped: a zip has its date)."""
+    """SHA-256 of the paths and contents of the files we read (unzipped, because a zip contains its date)."""
     digest = hashlib.sha256()
     for path in _read_files(name, root):
         try:
             content = path.read_bytes()
             content = gzip.decompress(content) if path.suffix == ".gz" else content
         except (OSError, EOFError, zlib.error):
-            return f"of nothing: {path.relative_to(root)} is not there or damaged"
+            return f"of nothing: {path.relative_to(root)} is missing or damaged"
         digest.update(f"{path.relative_to(root).as_posix()} {hashlib.sha256(content).hexdigest()}\n".encode())
     return digest.hexdigest()
 
 
 def _apt_download(package: str, into: Path, private: Path) -> None:
-    """apt-get download needs no root, but package lists: where the system's do not serve, lists of our own."""
-    shutil.rmtree(into, ignore_errors=True)  # a killed run's
+    """apt-get download needs no root, but it needs package lists. If the system's are not usable, we download our
+    own."""
+    shutil.rmtree(into, ignore_errors=True)  # left by a killed run
     into.mkdir()
     own_lists = [f"-oDir::State::lists={private.resolve()}/lists", f"-oDir::Cache={private.resolve()}/cache"]
     failed = _run(["apt-get", "download", "-q", package, *(own_lists if private.is_dir() else [])], into)
@@ -268,7 +269,7 @@ def _apt_download(package: str, into: Path, private: Path) -> None:
         shutil.rmtree(private, ignore_errors=True)
         advice = "Is there a network? Run the same command again."
         if any(words in failed_again for words in NOT_IN_SOURCES):
-            advice = "No source of this system's apt has it (Debian has it in `main`, Ubuntu in `universe`)."
+            advice = "None of this system's apt sources has it (it is in Debian's `main` and Ubuntu's `universe`)."
         raise SodaError(
             f"{package}: apt-get could not download it.\n  {failed}\nLists fetched without root did not help:\n"
             f"  {failed_again}\n{advice}"
@@ -276,15 +277,15 @@ def _apt_download(package: str, into: Path, private: Path) -> None:
 
 
 def _unpack(package: Path, into: Path) -> str:
-    """Why it failed, or an empty string."""
+    """Why it failed, or an empty string if it did not."""
     into.mkdir(parents=True, exist_ok=True)
     return _run(["dpkg-deb", "-x", str(package.resolve()), str(into.resolve())], into)
 
 
 def _run(command: list[str], folder: Path) -> str:
-    """Runs a command of Debian's in `folder`: "" when it did well, else the last lines of what it said."""
+    """Runs a Debian command in `folder`. Returns "" on success, otherwise the last lines of its output."""
     if shutil.which(command[0]) is None:
-        raise SodaError(f"{command[0]} is not on this machine, and this comes as a package of Debian's.")
+        raise SodaError(f"{command[0]} is not installed on this machine, and this comes as a Debian package.")
     options = ["-oAcquire::Retries=1", "-oAcquire::http::Timeout=20"] if command[0] == "apt-get" else []
     environment = {**os.environ, "LC_ALL": "C"}
     done = subprocess.run([*command, *options], cwd=folder, env=environment, capture_output=True, text=True)
@@ -293,7 +294,7 @@ def _run(command: list[str], folder: Path) -> str:
 
 
 def _attribution(folder: Path) -> str:
-    """The notice that CC-BY asks for, from the copyright files that came with the packages."""
+    """The notice that CC-BY requires, from the packages' copyright files."""
     text = (
         "# Whose voices these are\n\nThe sound files and transcripts are unchanged copies from Debian's packages.\n"
         "Who passes them on, or data made from them, keeps this notice, says what was changed, and for CC-BY-SA\n"

@@ -1,4 +1,4 @@
-"""Which codec and which text tokenizer: given, or fitted and trained on the training side. Kept in RUN/data."""
+"""Chooses the codec and the text tokenizer: as given, or fitted and trained on the training side. Kept in RUN/data."""
 
 import heapq
 import json
@@ -30,19 +30,20 @@ from .index import Index, digest, sample
 from .split import ID, Groups
 from .utterance import Utterance
 
-FIT_AT_LEAST = 600.0  # seconds of speech; with less, the quantiser that ships with the embedded codec is better
+FIT_AT_LEAST = 600.0  # seconds of speech; below that, the embedded codec's shipped quantiser is better
 FIT_AT_MOST = 5400.0
-FIT_UTTERANCES = 20_000  # at most, of which FIT_AT_MOST seconds are read
+FIT_UTTERANCES = 20_000  # sampled; at most FIT_AT_MOST seconds of them are read
 TOKENIZER_SENTENCES = 500_000  # at most
 
 
 def choose_codec(recipe: Recipe, index: Index, groups: Groups, folder: Path) -> CodecDescription:
-    """Chooses, fits if asked to, and writes FOLDER/codec.json, which says how to load it again. -> what that holds."""
+    """Chooses the codec, fits it if needed, and writes FOLDER/codec.json, which says how to load it. Returns its
+    content."""
     p = recipe.prepare
     path = p.codec_path or None
     wanted = {"codebooks": p.codebooks or 8, "entries": p.entries or 2048}
     if p.entries and p.codec != "embedded":
-        raise SodaError(f"prepare.entries={p.entries}: only the embedded codec lets one choose; leave it at 0")
+        raise SodaError(f"prepare.entries={p.entries}: can only be chosen for the embedded codec; leave it at 0")
     if p.codec == "embedded" and not path:
         some = sample(index.shards, FIT_UTTERANCES, lambda u: groups.side([f"{ID}\0{u.id}"]) == "train")
         fitted, stamp = folder / QUANTISER_FILE, folder / "codec.key"
@@ -57,14 +58,14 @@ def choose_codec(recipe: Recipe, index: Index, groups: Groups, folder: Path) -> 
                 _stamp(fitted, stamp, key)
                 path = str(fitted)
             else:
-                console.print(f"{seconds:.0f} s of speech: too little to fit the codec on, taking the one that ships")
+                console.print(f"{seconds:.0f} s of speech: too little to fit the codec, using the shipped one")
     arguments: dict[str, Any] = {"spec": p.codec, "path": path}
     if p.codec != "embedded":
         arguments["codebooks"] = p.codebooks or None
     chosen = CodecDescription.of(load_codec(**arguments), arguments)
     try:
         unchanged = read_description(folder) == chosen
-    except SodaError:  # not there, or damaged
+    except SodaError:  # missing or damaged
         unchanged = False
     if not unchanged:
         write_json(folder / DESCRIPTION, chosen.to_dict())
@@ -72,8 +73,8 @@ def choose_codec(recipe: Recipe, index: Index, groups: Groups, folder: Path) -> 
 
 
 def _fit_audio(train: list[Utterance]) -> list[np.ndarray]:
-    """Audio of the utterances, of long ones the first minute, FIT_AT_MOST seconds in all. What cannot be read is
-    reported by encoding."""
+    """Audio of the utterances, up to a minute of each and FIT_AT_MOST seconds in all. Unreadable files are reported
+    during encoding."""
     waves, seconds = [], 0.0
     for utterance in train:
         try:
@@ -107,9 +108,9 @@ def choose_tokenizer(
     folder: Path,
     sizes: tuple[int, int],
 ) -> TextTokenizer:
-    """Copies or trains the text tokenizer into FOLDER; without any text it is one of bytes. transcripts, lines: (id,
-    text) of the training side; `key` changes with them: what was trained with the same one is kept. sizes: codebooks
-    and entries, which say what letters a text cannot have."""
+    """Copies the text tokenizer to FOLDER, or trains one; without any text it is byte-level. transcripts, lines: (id,
+    text) of the training side. `key` identifies them: a tokenizer trained with the same key is kept. sizes: codebooks
+    and entries, which determine the characters that a text must not contain."""
     p, stamp = recipe.prepare, folder / "text_tokenizer.key"
     if p.tokenizer:
         source = TextTokenizer(p.tokenizer)
@@ -126,7 +127,7 @@ def choose_tokenizer(
         with console.status("training the text tokenizer"):
             train_sentencepiece(folder / NAMES[0], some, p.text_pieces)
     else:
-        console.print("no transcript and no text: the text tokenizer, which a model must have, is one of bytes")
+        console.print("no transcripts and no text: using a byte-level text tokenizer, since every model needs one")
         write_byte_tokenizer(folder / NAMES[1])
     made = data_tokenizer(folder)
     _stamp(made.path, stamp, key)
@@ -139,20 +140,20 @@ def sentences(
     sizes: tuple[int, int],
     count: int = TOKENIZER_SENTENCES,
 ) -> list[str]:
-    """What the tokenizer is trained on, arguments as of choose_tokenizer: at most `count` transcripts, and a quarter of
-    that of lines; without transcripts, lines."""
+    """What the tokenizer is trained on (arguments as in choose_tokenizer): at most `count` transcripts, plus a quarter
+    as many lines; without transcripts, only lines."""
     spoken = _some(transcripts, count)
     some = _some(lines, max(200, len(spoken) // 4) if spoken else count)
     return [clean_text(text, TokenSpace(0, 0, 0, *sizes)) for text in sorted(spoken) + some]
 
 
 def _stamp(made: Path, stamp: Path, key: str) -> None:
-    """Notes what a file was made from, and what it is."""
+    """Records what a file was made from, and its hash."""
     write_text(stamp, f"{key} {sha256(made)}")
 
 
 def _is_stamped(made: Path, stamp: Path, key: str) -> bool:
-    """Whether the file is the one that was made from this: not damaged since, nor put there by somebody."""
+    """Whether the file is the one made from this, neither damaged since nor replaced."""
     if not (made.is_file() and stamp.is_file()):
         return False
     with reading(stamp):
@@ -165,16 +166,16 @@ def _forget(folder: Path) -> None:
 
 
 def _some(texts: Iterable[tuple[str, str]], count: int) -> list[str]:
-    """At most `count` of the texts, the same ones whatever their order: those of the lowest hashes of the ids."""
+    """At most `count` of the texts, those whose ids have the lowest hashes, so that their order does not matter."""
     return [text for _, text in heapq.nsmallest(count, ((digest(id), text) for id, text in texts if text))]
 
 
 def take_codec_of(units: Path, chosen: CodecDescription, folder: Path) -> None:
-    """Writes FOLDER/codec.json for unit shards that came from elsewhere, with the fitted codec if it is still there."""
+    """Writes FOLDER/codec.json for unit shards from elsewhere, with the fitted codec if it still exists."""
     path, fitted = chosen.arguments.get("path") or "", folder / QUANTISER_FILE
     if chosen.name == "embedded" and path and Path(path).is_file() and Path(path) != fitted:
         with atomic_path(fitted) as temporary:
             temporary.write_bytes(Path(path).read_bytes())
     if chosen.name == "embedded" and path and not Path(path).is_file():
-        console.print(f"[yellow]{units}[/]: its codec {path} is gone; speech cannot be heard again without it")
+        console.print(f"[yellow]{units}[/]: its codec {path} is missing; the speech cannot be decoded without it")
     write_text(folder / DESCRIPTION, json.dumps(chosen.to_dict(), indent=1) + "\n")

@@ -1,5 +1,5 @@
-"""The third stage: units, texts and released corpora to documents of ids, a shard at a time, in the order in which a
-seed puts the documents of a shard. A part is a safetensors file: ids and lengths of the documents of every side.
+"""The third stage: turns units, texts and released corpora into documents of ids, shard by shard, in an order drawn
+from a seed. A part is a safetensors file with the ids and lengths of the documents of every side.
 """
 
 import functools
@@ -28,20 +28,20 @@ from .split import SIDES, by_share
 from .strings import to_ids
 from .utterance import Reject, Utterance
 
-ROWS_AT_ONCE = 64  # of a released corpus: its documents are of up to an hour
+ROWS_AT_ONCE = 64  # for a released corpus, whose documents can be an hour long
 S = TypeVar("S", Row, Utterance)
 Made = Iterator[tuple[str, np.ndarray] | Reject]  # side, ids
 
 
 @dataclass(frozen=True)
 class PartSettings:
-    """What the parts of a preparation have in common."""
+    """What all parts of a preparation share."""
 
     tokenizer: Path
     tokenizer_fingerprint: str
     space: TokenSpace
     orders: tuple[str, ...]
-    shares: tuple[float, float]  # valid, test: of the documents of released corpora
+    shares: tuple[float, float]  # shares of released documents that go to valid and test
     seed: int
     corpus_codebooks: int
 
@@ -49,7 +49,7 @@ class PartSettings:
 @dataclass(frozen=True)
 class UnitShard:
     path: Path
-    sides: str  # a digit for each row: see split.py
+    sides: str  # one digit per row: see split.py
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ class RowGroup:
 
 @dataclass(frozen=True)
 class PartJob:
-    """`number` seeds the order of the documents; `key` is a hash of all that a part depends on, which `out` carries."""
+    """`number` seeds the order of the documents; `key` is a hash of everything the part depends on and is stored in
+    `out`."""
 
     source: UnitShard | TextShard | RowGroup
     settings: PartSettings
@@ -79,7 +80,7 @@ class PartJob:
 
 @dataclass
 class Used:
-    """How much of a language is in the documents."""
+    """How much of a language the documents contain."""
 
     utterances: int = 0
     seconds: float = 0.0
@@ -87,7 +88,7 @@ class Used:
 
 @dataclass(frozen=True)
 class PartFacts:
-    """What is known of a part without reading it."""
+    """A part's statistics, available without reading it."""
 
     key: str
     tokens: dict[str, int]  # by side
@@ -108,7 +109,7 @@ class PartFacts:
 def unit_jobs(
     units: list[Path], keys: list[str], sides: list[str], folder: Path, settings: PartSettings
 ) -> list[PartJob]:
-    """`sides`: of the rows of every shard (see split.sides_of_units)."""
+    """`sides`: the side of each row of every shard (see split.sides_of_units)."""
     return [
         _job(UnitShard(path, some), folder / f"speech-{i:06d}", key, i, settings)
         for i, (path, key, some) in enumerate(zip(units, keys, sides, strict=True))
@@ -123,14 +124,14 @@ def text_jobs(shards: list[Shard], sides: list[str], folder: Path, settings: Par
 
 
 def string_jobs(paths: list[Path], folder: Path, settings: PartSettings) -> list[PartJob]:
-    """One job a row group. SodaError if a file is no Parquet, or has no column `text` of strings."""
+    """One job per row group. Raises SodaError if a file is not Parquet or has no string column `text`."""
     jobs: list[PartJob] = []
     for path in paths:
         with reading(path, "cannot be read as Parquet"):
             file = pq.ParquetFile(path)
         if "text" not in file.schema_arrow.names or not _is_string(file.schema_arrow.field("text").type):
             raise SodaError(
-                f"{path}: a released corpus has a column `text` of strings; this file's columns are "
+                f"{path}: a released corpus needs a string column `text`; this file has "
                 f"{', '.join(f'{f.name} ({f.type})' for f in file.schema_arrow)}"
             )
         stat = path.stat()
@@ -141,7 +142,7 @@ def string_jobs(paths: list[Path], folder: Path, settings: PartSettings) -> list
     return jobs
 
 
-_KINDS = {UnitShard: "units", TextShard: "texts", RowGroup: "strings"}  # as digests name them
+_KINDS = {UnitShard: "units", TextShard: "texts", RowGroup: "strings"}  # as in the digests
 
 
 def _job(source: UnitShard | TextShard | RowGroup, out: Path, key: str, number: int, settings: PartSettings) -> PartJob:
@@ -158,7 +159,7 @@ def is_done(job: PartJob) -> bool:
 
 
 def part_facts(path: Path) -> PartFacts | None:
-    """What is known of a part; None if it is not there or not whole."""
+    """A part's statistics; None if it is missing or incomplete."""
     try:
         with reading(path), safe_open(path, "np") as file:
             return PartFacts.from_json((file.metadata() or {})["facts"])
@@ -167,13 +168,13 @@ def part_facts(path: Path) -> PartFacts | None:
 
 
 def read_part(path: Path, of: str) -> tuple[np.ndarray, np.ndarray]:
-    """int32 ids and lengths of the documents of a side."""
+    """The ids and lengths (both int32) of the documents of a side."""
     with reading(path), safe_open(path, "np") as file:
         return file.get_tensor(f"{of}.ids"), file.get_tensor(f"{of}.lengths")
 
 
 def make_part(job: PartJob) -> PartFacts:
-    """Writes a part, and OUT.rejects.json before it."""
+    """Writes OUT.rejects.json, then the part."""
     facts = PartFacts(job.key, {}, {})
     documents: dict[str, list[np.ndarray]] = {name: [] for name in SIDES}
     rejects: list[Reject] = []
@@ -210,7 +211,7 @@ def _of_shard(source: UnitShard, settings: PartSettings, tokenizer: TextTokenize
     rows, codes = read_shard(source.path)
     if codec.codebooks < space.codebooks or codec.entries != space.entries:
         raise SodaError(
-            f"{source.path}: its codes are of {codec.codebooks} codebooks of {codec.entries}, the token space is of "
+            f"{source.path}: its codes have {codec.codebooks} codebooks of {codec.entries}, the token space has "
             f"{space.codebooks} of {space.entries}"
         )
     codes = codes[:, : space.codebooks]
@@ -226,8 +227,8 @@ def of_units(
     space: TokenSpace,
     languages: dict[str, Used],
 ) -> Made:
-    """The documents of utterances, their codes in `codes` (frames, codebooks), their sides in `sides`; what is used of
-    each language is added to `languages`."""
+    """The documents made from utterances, whose codes are in `codes` (frames, codebooks) and whose sides are in
+    `sides`. Adds the amount used of each language to `languages`."""
     good = np.ones(len(codes), bool)
     if codes.size and (codes.min() < 0 or codes.max() >= space.entries):
         good = np.all((codes >= 0) & (codes < space.entries), axis=1)
@@ -268,7 +269,7 @@ def of_units(
 
 @dataclass
 class Planned(Generic[S]):
-    """A document to be: its order, its parts, and the utterances that they count, which are all on one side."""
+    """A planned document: its order, its parts, and the utterances that they refer to, which are all on one side."""
 
     order: str
     plan: interleave.Plan
@@ -276,8 +277,8 @@ class Planned(Generic[S]):
 
 
 def plan_documents(group: list[S], orders: Sequence[str]) -> Iterator[Planned[S] | Reject]:
-    """The documents of the utterances of one recording, a Reject for each that these cannot make, and one for each
-    utterance that lacks a transcript which an order needs. The dry run counts what this gives."""
+    """The documents for the utterances of one recording, a Reject for each that cannot be made, and one for each
+    utterance without a transcript that an order needs. The dry run counts these."""
     with_text = [one for one in group if one.text]
     for order in orders:
         some = group if order in interleave.WITHOUT_TEXT else with_text
@@ -292,7 +293,7 @@ def plan_documents(group: list[S], orders: Sequence[str]) -> Iterator[Planned[S]
         for one in group:
             if not one.text:
                 without = ", ".join(order for order in orders if order in interleave.WITHOUT_TEXT)
-                yield Reject(one.id, "no transcript" + (f": used for {without} alone" if without else ""))
+                yield Reject(one.id, "no transcript" + (f": used only for {without}" if without else ""))
 
 
 def cleaned(one: S, space: TokenSpace) -> S:
@@ -312,7 +313,7 @@ def _of_texts(source: TextShard, tokenizer: TextTokenizer, space: TokenSpace) ->
         if ids:
             yield SIDES[int(digit)], interleave.text_only(ids, space)
         else:
-            yield Reject(item.id, "empty text: nothing is left of it after cleaning")
+            yield Reject(item.id, "empty text: nothing is left after cleaning")
 
 
 def _of_strings(source: RowGroup, settings: PartSettings, tokenizer: TextTokenizer) -> Made:
@@ -337,7 +338,7 @@ def _strings(path: Path, group: int) -> Iterator[list[str]]:
 
 
 def _content_key(ids: np.ndarray, space: TokenSpace) -> str:
-    """The same for a document in either order: its audio, or its text if it has none."""
+    """The same for a document in either order: its audio, or its text if it has no audio."""
     audio = ids[ids >= space.audio_base]
     return digest((audio if len(audio) else ids).tobytes().hex())
 

@@ -1,9 +1,9 @@
-"""`soda prepare --dry-run`: what would be made, by the index and a few hundred decoded utterances. The run is not
-touched.
+"""`soda prepare --dry-run`: estimates the result from the index and a few hundred decoded utterances. Does not touch
+the run.
 
-Inputs are read, rejected, planned and split by the functions that `prepare` itself uses, so what they find wrong is
-found here too. Only the lengths are an estimate: of sound by what is decoded, and by the size of all the rest; of text
-by a tokenizer that is trained on some of it.
+Inputs are read, rejected, planned and split by the same functions as in `prepare`, so the same problems are found. Only
+lengths are estimated: for sound from what is decoded and the sizes of the rest, for text with a tokenizer trained on a
+sample.
 """
 
 import heapq
@@ -33,11 +33,11 @@ from .show import Rejects, console
 from .split import ID, SIDES, sides_of_texts
 from .utterance import Reject, Utterance
 
-SAMPLE = 512  # utterances that are decoded, of each sort in proportion
-FEWEST = 16  # of each sort
-ENOUGH = 36_000  # seconds of a sort, after which no more than FEWEST are decoded; and of one recording
-TEXTS = 2000  # that are encoded
-SENTENCES = 20_000  # that the tokenizer is trained on
+SAMPLE = 512  # utterances to decode, from each sort in proportion
+FEWEST = 16  # from each sort
+ENOUGH = 36_000  # seconds of a sort after which no more than FEWEST are decoded; and of one recording
+TEXTS = 2000  # to encode
+SENTENCES = 20_000  # to train the tokenizer on
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Estimate:
 
 
 def estimate(recipe: Recipe) -> Estimate:
-    """Also prints what it returns. SodaError as `prepare`."""
+    """Also prints what it returns. Raises SodaError like `prepare`."""
     with tempfile.TemporaryDirectory(prefix="soda-") as scratch:
         rejects = Rejects(Path(scratch) / "rejects.jsonl")
         try:
@@ -66,7 +66,7 @@ def estimate(recipe: Recipe) -> Estimate:
 def _estimate(recipe: Recipe, scratch: Path, rejects: Rejects) -> Estimate:
     p = recipe.prepare
     if p.units or p.released:
-        raise SodaError("--dry-run is for speech and text: prepare.units and prepare.released are encoded already")
+        raise SodaError("--dry-run is only for speech and text: prepare.units and prepare.released are encoded already")
     inputs = read_inputs(recipe, scratch, rejects)
     index = inputs.speech
     codec = load_codec(
@@ -125,14 +125,15 @@ def _show(found: Estimate, title: str) -> None:
 
 @dataclass
 class _Sort:
-    """Recordings of whose length the same thing tells something: the bytes of all .mp3, the seconds of all segments."""
+    """Recordings whose length is indicated by the same measure: the bytes of all .mp3, say, or the seconds of all
+    segments."""
 
     sizes: list[float] = field(default_factory=lambda: [0.0, 0.0])  # number, sum
-    some: list[tuple[str, float, Utterance]] = field(default_factory=list)  # those of the lowest hashes, a heap
+    some: list[tuple[str, float, Utterance]] = field(default_factory=list)  # those with the lowest hashes, as a heap
 
 
 def _size(utterance: Utterance, stamp: str) -> tuple[str, float]:
-    """What sort a recording is of, and what tells of its length: seconds, bytes, or letters of the transcript."""
+    """A recording's sort, and the measure of its length: seconds, bytes, or letters of the transcript."""
     sound = utterance.audio
     if sound.end:
         return "segment", sound.end - sound.start
@@ -143,14 +144,14 @@ def _size(utterance: Utterance, stamp: str) -> tuple[str, float]:
 
 @dataclass(frozen=True)
 class _Heard:
-    decoded: int  # utterances that were; all else is of all of them
+    decoded: int  # utterances decoded; everything else refers to all of them
     bad: float  # cannot be decoded
-    frames: float  # of the others
+    frames: float  # for the others
     samples: float
 
 
 def _listen(recipe: Recipe, index: Index, codec: Codec, rejects: Rejects) -> _Heard:
-    """Decodes some utterances, all of few."""
+    """Decodes a sample of the utterances, or all if there are few."""
     sorts: defaultdict[str, _Sort] = defaultdict(_Sort)
     for shard in index.shards:
         for utterance, stamp in read_index(shard):
@@ -197,7 +198,7 @@ def _length(recipe: Recipe, utterance: Utterance, codec: Codec) -> int:
 
 
 def _mean(lengths: list[int], sizes: list[float], mean_size: float) -> float:
-    """The mean length of recordings of the mean size `mean_size`, by a line through those of some."""
+    """The mean length of recordings with mean size `mean_size`, from a line fitted to a sample."""
     if not lengths:
         return 0.0
     x, y = np.array(sizes), np.array(lengths, np.float64)
@@ -206,7 +207,7 @@ def _mean(lengths: list[int], sizes: list[float], mean_size: float) -> float:
 
 
 class _Thinned:
-    """Counts the letters of texts, and keeps some of them, evenly."""
+    """Counts the letters of texts and keeps an even sample of them."""
 
     def __init__(self) -> None:
         self.letters, self._number, self._step, self._kept = 0, 0, 1, []
@@ -220,13 +221,13 @@ class _Thinned:
             self._kept, self._step = self._kept[::2], 2 * self._step
 
     def tokens(self, tokenizer: TextTokenizer, space: TokenSpace) -> float:
-        """Of all the texts, by those that are kept."""
+        """For all texts, from the sample."""
         ids = tokenizer.encode_batch([clean_text(text, space) for text in self._kept])
         return self.letters * sum(map(len, ids)) / max(1, sum(map(len, self._kept)))
 
 
 def _tokenizer(recipe: Recipe, inputs: Inputs, scratch: Path) -> TextTokenizer:
-    """As `prepare` makes it, but of fewer sentences."""
+    """Like the one `prepare` trains, but on fewer sentences."""
     p = recipe.prepare
     if p.tokenizer:
         return TextTokenizer(p.tokenizer)
@@ -239,7 +240,7 @@ def _tokenizer(recipe: Recipe, inputs: Inputs, scratch: Path) -> TextTokenizer:
 
 @dataclass
 class _Plan:
-    """Over all documents: utterances whose frames are in one, `whole` or with codebook 0 alone; markers; texts."""
+    """Counts over all documents: utterances with audio, `whole` or codebook 0 only; markers; texts."""
 
     whole: int = 0
     semantic: int = 0
@@ -248,7 +249,7 @@ class _Plan:
 
 
 def _plan(recipe: Recipe, inputs: Inputs, space: TokenSpace, rejects: Rejects) -> _Plan:
-    """Plans all documents. SodaError if a store would be empty."""
+    """Plans all documents. Raises SodaError if a store would be empty."""
     p, plan, sides = recipe.prepare, _Plan(), Counter()
     for shard in inputs.speech.shards:
         utterances = [cleaned(utterance, space) for utterance, _ in read_index(shard)]

@@ -1,4 +1,4 @@
-"""The second stage: sound to codes, a shard at a time. A unit shard whose key is the same is never made again."""
+"""The second stage: encodes sound, shard by shard. A unit shard whose key has not changed is never redone."""
 
 import functools
 import json
@@ -19,12 +19,13 @@ from megatron_soda.files import write_json
 from . import executor
 from .index import Shard, digest, read_index
 
-SECONDS_AT_ONCE = 300.0  # of audio in memory, beyond one piece
+SECONDS_AT_ONCE = 300.0  # of audio in memory, on top of one piece
 
 
 @dataclass(frozen=True)
 class EncodeJob:
-    """A shard of sound and what its codes depend on. `key` is a hash of all that; the unit shard `out` carries it."""
+    """A shard of sound and everything its codes depend on. `key` is a hash of all that and is stored in the unit shard
+    `out`."""
 
     shard: Shard
     codec: CodecDescription
@@ -37,7 +38,7 @@ class EncodeJob:
 def encode_jobs(
     shards: list[Shard], folder: Path, codec: CodecDescription, *, decoder: str, trim: bool
 ) -> list[EncodeJob]:
-    """One job a shard: FOLDER/part-NUMBER.parquet."""
+    """One job per shard: FOLDER/part-NUMBER.parquet."""
 
     def job(shard: Shard) -> EncodeJob:
         key = digest(shard.key, codec.fingerprint, {"decoder": decoder, "trim": trim})
@@ -51,7 +52,7 @@ def is_done(job: EncodeJob) -> bool:
 
 
 def encode_shard(job: EncodeJob) -> int:
-    """Writes the unit shard, and part-NUMBER.rejects.json before it. -> how many of its utterances were rejected."""
+    """Writes part-NUMBER.rejects.json, then the unit shard. Returns how many of its utterances were rejected."""
     codec = _codec(json.dumps(job.codec.arguments, sort_keys=True), executor.device)
     utterances = [utterance for utterance, _ in read_index(job.shard)]
     encoder = _Encoder(codec)
@@ -88,7 +89,7 @@ def encode_shard(job: EncodeJob) -> int:
 
 
 def _decoded(sounds: list[Sound], codec: Codec, job: EncodeJob) -> Iterator[tuple[int, Iterable[np.ndarray]]]:
-    """The pieces of every recording, by its number. To go through those of a bad one raises BadAudio."""
+    """The pieces of each recording, by number. Iterating over those of a bad recording raises BadAudio."""
     shape = codec.sample_rate, codec.samples_per_frame
     if job.decoder == "soundfile":
         for number, sound in enumerate(sounds):
@@ -102,7 +103,7 @@ def _decoded(sounds: list[Sound], codec: Codec, job: EncodeJob) -> Iterator[tupl
 
 
 class _Encoder:
-    """Encodes pieces many at a time, and joins the codes of the pieces of an utterance."""
+    """Encodes many pieces at a time and joins the codes of an utterance's pieces."""
 
     def __init__(self, codec: Codec) -> None:
         self._codec = codec

@@ -1,8 +1,8 @@
-"""Runs the jobs of a stage: in processes of this machine, or on a Ray cluster.
+"""Runs the jobs of a stage in processes on this machine or on a Ray cluster.
 
-A job is a frozen dataclass, the argument of the stage's function, which writes files of its own and returns what is
-known of them. Both are pickled on the way to a worker and back. Which worker runs a job, in what order, and whether it
-ran before, must not show in what it writes.
+A job is a frozen dataclass, the argument of the stage's function, which writes its own files and returns statistics
+about them. Both are pickled on the way to a worker and back. What a job writes must not depend on which worker runs it,
+in what order, or whether it ran before.
 """
 
 import multiprocessing
@@ -22,9 +22,9 @@ from megatron_soda.errors import SodaError
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
-AHEAD = 4  # jobs of every worker that are in flight: a list of millions must not be copied to the workers
+AHEAD = 4  # jobs in flight per worker: a list of millions must not be copied to the workers
 
-device = "cpu"  # of this worker process
+device = "cpu"  # for this worker process
 
 
 def run_jobs(
@@ -35,9 +35,8 @@ def run_jobs(
     executor: str = "local",
     gpu: bool = False,
 ) -> Iterator[Result]:
-    """Yields the result of every job, as they come. `workers`: processes, 0 is one a core, or one a GPU if `gpu`.
-
-    Raises what a job raised, and SodaError if a worker died.
+    """Yields the results of the jobs as they finish. `workers`: number of processes; 0: one per core, or one per GPU if
+    `gpu`. Raises what a job raises, and SodaError if a worker dies.
     """
     if executor == "ray":
         yield from _on_ray(function, jobs, workers, gpu)
@@ -56,7 +55,7 @@ def run_jobs(
 def _in_processes(function: Callable[[Job], Result], jobs: Sequence[Job], workers: int, gpus: int) -> Iterator[Result]:
     context = multiprocessing.get_context("spawn")
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
-    numbers = context.Queue()  # starts multiprocessing's tracker, which by itself ignores SIGINT and SIGTERM alone
+    numbers = context.Queue()  # starts multiprocessing's tracker, which by itself only ignores SIGINT and SIGTERM
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
     for number in range(workers):
         numbers.put(number)
@@ -73,18 +72,18 @@ def _in_processes(function: Callable[[Job], Result], jobs: Sequence[Job], worker
                 yield future.result()
     except BrokenProcessPool:
         raise SodaError(
-            "a worker process died (out of memory?). What was done is kept: run the same command again, "
+            "a worker process died (out of memory?). Finished work is kept: run the same command again, "
             "with a lower prepare.workers if it happens twice."
         ) from None
     finally:
-        if running:  # it ends early: what a worker is at is not waited for, and is done anew the next time
+        if running:  # it ends early: unfinished jobs are not waited for, and are redone next time
             for worker in multiprocessing.active_children():
                 worker.kill()
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _start_worker(numbers: Any, gpus: int) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # they reach the whole group, and the parent decides
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # they reach the whole group; the parent decides
         signal.signal(number, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
@@ -96,7 +95,7 @@ def _start_worker(numbers: Any, gpus: int) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """A worker must not go on writing when its parent was killed: the next run is at work on the same files."""
+    """A worker must not keep writing after its parent was killed: the next run may be using the same files."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)
@@ -121,7 +120,7 @@ def _on_ray(function: Callable[[Job], Result], jobs: Sequence[Job], workers: int
         raise SodaError("prepare.executor=ray: Ray is not installed. pip install 'megatron-soda[ray]'") from None
     if not jobs:
         return
-    if not ray.is_initialized():  # RAY_ADDRESS names a cluster; without it Ray starts on this machine, for it alone
+    if not ray.is_initialized():  # RAY_ADDRESS names a cluster; without it Ray starts on this machine only
         here = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
         ray.init(log_to_driver=False, **here)
     ray.data.DataContext.get_current().enable_progress_bars = False
@@ -132,10 +131,10 @@ def _on_ray(function: Callable[[Job], Result], jobs: Sequence[Job], workers: int
         torch.set_num_threads(1)
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         if gpu:
-            _set_device("cuda:0")  # Ray shows a task no other
+            _set_device("cuda:0")  # Ray hides the others from a task
         try:
             return {"result": pickle.dumps(function(pickle.loads(row["job"])))}
-        except SodaError as error:  # Ray would wrap it in its own
+        except SodaError as error:  # Ray would wrap it in an exception of its own
             return {"result": pickle.dumps(_Failed(str(error)))}
 
     rows = ray.data.from_items([{"job": pickle.dumps(job)} for job in jobs], override_num_blocks=len(jobs))

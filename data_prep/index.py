@@ -1,8 +1,8 @@
-"""The first stage: what is there. Utterances and texts go, in the order of their source, into shards of a fixed size,
-which are the jobs of all that follows; memory does not grow with their number.
+"""The first stage: the index. Utterances and texts go, in source order, into shards of a fixed size, which are the jobs
+of all later stages. Memory does not grow with their number.
 
-    FOLDER/items-00000.parquet   a shard is a row group
-    FOLDER/index.sqlite          ids and recordings that were seen, while it is made
+    FOLDER/items-00000.parquet a shard is a row group FOLDER/index.sqlite ids and recordings seen so far, while the
+    index is built
 """
 
 import hashlib
@@ -24,14 +24,14 @@ from .utterance import Reject, Utterance
 
 ITEMS = pa.schema([("utterance", pa.string()), ("stamp", pa.string())])
 SHARDS_OF_A_FILE = 256
-LONGEST_SHARD = 8  # times the usual: a recording with more utterances than that is cut into several documents
-AT_ONCE = 10_000  # rows between two transactions
+LONGEST_SHARD = 8  # times the usual size: a recording with more utterances than that is split into several documents
+AT_ONCE = 10_000  # rows per transaction
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Row group `group` of `path`: the utterances (or texts) of one job. `key` is a hash of them and of their files'
-    sizes and times."""
+    """Row group `group` of `path`, with the utterances (or texts) of one job. `key` is a hash of them and of the sizes
+    and times of their files."""
 
     number: int
     path: str
@@ -42,11 +42,11 @@ class Shard:
 
 @dataclass(frozen=True)
 class Index:
-    """Shards of utterances, and how many there are."""
+    """The shards, and the number of utterances in them."""
 
     shards: list[Shard]
     utterances: int
-    cut_recordings: int  # that were too long for one shard, or came back after another one
+    cut_recordings: int  # recordings that were too long for one shard, or whose utterances were not consecutive
 
 
 def digest(*values: Any) -> str:
@@ -61,8 +61,8 @@ def make_index(
     reject: Callable[[Reject], None],
     take: Callable[[Utterance], None] = lambda utterance: None,
 ) -> Index:
-    """Writes the shards of the utterances of `source`; of two with one id the second is rejected. `take` is given each
-    that is in."""
+    """Writes the utterances of `source` as shards. A second utterance with the same id is rejected. `take` is called
+    with each accepted one."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     seen = Seen(folder / "index.sqlite", "ids", "recordings")
@@ -97,7 +97,7 @@ def make_index(
 
 
 def read_index(shard: Shard) -> Iterator[tuple[Utterance, str]]:
-    """The utterances of a shard, each with the stamp of its file."""
+    """The utterances of a shard, each with its file's stamp."""
     for row in pq.ParquetFile(shard.path).read_row_group(shard.group).to_pylist():
         values = json.loads(row["utterance"])
         yield Utterance(**{**values, "audio": Sound(**values["audio"])}), row["stamp"]
@@ -109,7 +109,7 @@ def hash_of(key: str) -> str:
 
 
 class _Shards:
-    """Writes shards as row groups, SHARDS_OF_A_FILE to a file."""
+    """Writes shards as row groups, SHARDS_OF_A_FILE per file."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._shards, self._writer = folder, [], None
@@ -135,7 +135,7 @@ class _Shards:
 
 
 class _Stamps(dict):
-    """Size and time of files, asked once for the many recordings of one tar."""
+    """Sizes and times of files, looked up once for all recordings in a tar."""
 
     def __missing__(self, path: str) -> str:
         if len(self) > 10_000:
@@ -144,12 +144,12 @@ class _Stamps(dict):
             stat = os.stat(path)
             self[path] = f"{stat.st_size} {stat.st_mtime_ns}"
         except (OSError, ValueError):
-            self[path] = "not there"  # decoding will say so
+            self[path] = "not there"  # decoding will report it
         return self[path]
 
 
 def sample(shards: list[Shard], count: int, keep: Callable[[Utterance], bool]) -> list[tuple[Utterance, str]]:
-    """At most `count` utterances, the same ones whatever the order of the input: those of the lowest hashes."""
+    """At most `count` utterances, those with the lowest hashes, so that the order of the input does not matter."""
     import heapq
 
     rows = ((hash_of(u.id), u, stamp) for shard in shards for u, stamp in read_index(shard) if keep(u))

@@ -1,4 +1,4 @@
-"""What a recipe names as its input: speech, text and released corpora, indexed."""
+"""Indexes the input that a recipe names: speech, text and released corpora."""
 
 import hashlib
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from .split import Groups, keys_of
 from .texts import read_texts
 from .utterance import Reject, Utterance
 
-TEXTS_A_SHARD = 4  # times the utterances of one: a text is a sentence or a page
+TEXTS_A_SHARD = 4  # times as many as utterances: a text is a sentence or a page
 
 
 @dataclass(frozen=True)
@@ -28,18 +28,18 @@ class Inputs:
     speech: Index
     speech_rejects: int
     texts: Index
-    repeated_texts: int  # left out: they were there already
+    repeated_texts: int  # left out as duplicates
     released: list[Path]
-    groups: Groups  # of the utterances, or of the texts if there are none
+    groups: Groups  # for the utterances, or the texts if there are none
 
 
 def read_inputs(recipe: Recipe, work: Path, rejects: Rejects) -> Inputs:
-    """Makes the indices in WORK. SodaError if there is nothing to prepare, if more is rejected than
-    prepare.max_rejects, or if what is there cannot be split. A dry run reads its inputs here too, so it finds the same.
+    """Builds the indices in WORK. Raises SodaError if there is nothing to prepare, more than prepare.max_rejects is
+    rejected, or the input cannot be split. A dry run reads its inputs here too, so it finds the same problems.
     """
     p = recipe.prepare
     if p.tokenizer:
-        TextTokenizer(p.tokenizer)  # it is needed at the end; that it is missing can be said now
+        TextTokenizer(p.tokenizer)  # it is needed at the end; report now if it is missing
     groups = Groups(work / "groups.sqlite")
     texts, no_text = _text_patterns(recipe)
     with progress("utterances", None if p.speech and not p.units else 0) as advance:
@@ -53,7 +53,7 @@ def read_inputs(recipe: Recipe, work: Path, rejects: Rejects) -> Inputs:
     speech_rejects, repeats = rejects.count, 0
     check_rejects(recipe, speech_rejects, index.utterances + speech_rejects, rejects)
     if p.speech and not p.units and not index.utterances:
-        raise SodaError(f"{p.speech}: there is no utterance in it")
+        raise SodaError(f"{p.speech}: contains no utterance")
     for reject in no_text:
         rejects.add(reject)
 
@@ -85,7 +85,7 @@ def read_inputs(recipe: Recipe, work: Path, rejects: Rejects) -> Inputs:
     if index.cut_recordings:
         console.print(
             f"[yellow]{index.cut_recordings} recordings[/] become more than one document: they are very long, or their "
-            "utterances do not follow one another in the source"
+            "utterances are not consecutive in the source"
         )
     found = Inputs(index, speech_rejects, text_index, repeats, corpora, groups)
     if not corpora and not p.units:
@@ -93,23 +93,24 @@ def read_inputs(recipe: Recipe, work: Path, rejects: Rejects) -> Inputs:
         largest, total = groups.largest()
         if largest > max(2, total / 2):
             console.print(
-                f"[yellow]{largest:,} of {total:,}[/] hang together by what they share (prepare.split_by): they are "
+                f"[yellow]{largest:,} of {total:,}[/] are linked by what they share (prepare.split_by): they are "
                 "all on one side of the split"
             )
-    if not p.tokenizer and not p.units:  # it is trained after encoding; that it cannot be can be said now
+    if not p.tokenizer and not p.units:  # it is trained after encoding; report now if it cannot be
         check_pieces(training_sentences(recipe, found), p.text_pieces)
     return found
 
 
 def training_sentences(recipe: Recipe, found: Inputs, count: int = choose.TOKENIZER_SENTENCES) -> list[str]:
-    """Much like what the tokenizer will be trained on: of all sides, because the split is made after encoding."""
+    """Similar to what the tokenizer will be trained on, but from all sides, because the split is made after
+    encoding."""
     p = recipe.prepare
     spoken, written = (((one.id, one.text) for one in items(index)) for index in (found.speech, found.texts))
     return choose.sentences(spoken, written, (p.codebooks or 8, p.entries or 2048), count)
 
 
 def check_rejects(recipe: Recipe, bad: int, total: int, rejects: Rejects, stopped_early: bool = False) -> None:
-    """SodaError if more of `total` utterances cannot be used than prepare.max_rejects allows, or none can."""
+    """Raises SodaError if more of the `total` utterances are unusable than prepare.max_rejects allows, or all are."""
     p = recipe.prepare
     if bad <= p.max_rejects * total and (bad < total or not total):
         return
@@ -117,11 +118,11 @@ def check_rejects(recipe: Recipe, bad: int, total: int, rejects: Rejects, stoppe
     advice = ""
     if rejects.reasons["no transcript"] and needs_text(p.orders):
         advice = (
-            f" The documents of prepare.orders=[{', '.join(p.orders)}] need a transcript of every recording: give a "
-            "manifest.jsonl, or X.txt beside X.wav; or train on the sound alone, with prepare.orders=[audio-only]."
+            f" The documents of prepare.orders=[{', '.join(p.orders)}] need a transcript of every recording: provide a "
+            "manifest.jsonl, or X.txt beside X.wav; or train on sound only, with prepare.orders=[audio-only]."
         )
     if rejects.reasons["duplicate id"]:
-        advice += " Where `id` names something else than the utterance, leave it out: prepare.columns={id: null}."
+        advice += " If `id` does not identify the utterance, ignore it: prepare.columns={id: null}."
     raise SodaError(
         f"stopped: {bad} of {total} utterances cannot be used{more} ({rejects.in_words()}); the limit is "
         f"prepare.max_rejects={p.max_rejects:g}.{rejects.keep()}{advice}"
@@ -129,16 +130,16 @@ def check_rejects(recipe: Recipe, bad: int, total: int, rejects: Rejects, stoppe
 
 
 def too_little(side: str, rejects: Rejects) -> str:
-    """What to say of a store that would be empty."""
+    """The error for a store that would be empty."""
     why = f" Left out: {rejects.in_words()}." if rejects.count else ""
     return (
-        f"no document is left for the {side} store: what is usable is too little to split. Give more, or change "
+        f"no document is left for the {side} store: there is too little usable input to split. Add more, or change "
         f"prepare.valid_share and prepare.test_share.{why}{rejects.keep()}"
     )
 
 
 def check_sides(groups: Groups, rejects: Rejects) -> None:
-    """SodaError if a side is empty, as where a few sentences hold everything together."""
+    """Raises SodaError if a side is empty, for example because a few sentences link everything."""
     largest, total = groups.largest()
     counts = groups.counts()
     empty = next((side for side in ("test", "valid", "train") if not counts[side]), "")
@@ -147,8 +148,8 @@ def check_sides(groups: Groups, rejects: Rejects) -> None:
     why = ""
     if largest > max(2, total / 2):
         why = (
-            f" {largest:,} of {total:,} hang together, by recordings, prompts, texts or sounds that they share: a "
-            "short sentence that many say is enough. Take `text` out of prepare.split_by if it may stand on both sides."
+            f" {largest:,} of {total:,} are linked by shared recordings, prompts, texts or sounds: one short "
+            "sentence that many speakers say is enough. To allow it on both sides, take `text` out of prepare.split_by."
         )
     raise SodaError(too_little(empty, rejects) + why)
 
@@ -159,16 +160,16 @@ def _source(recipe: Recipe, work: Path) -> Iterator[Utterance | Reject]:
         scratch = work / "scratch"
         return sources.read(p.speech, p.layout, scratch, needs_text(p.orders), p.columns, p.audio_root)
     if p.columns or p.audio_root:
-        raise SodaError("prepare.columns and prepare.audio_root are for corpora of your own, not for speech=asterisk")
+        raise SodaError("prepare.columns and prepare.audio_root are for your own corpora, not for speech=asterisk")
     folder = Path(p.downloads) / "asterisk"
-    with console.status("fetching the Asterisk prompts"):
+    with console.status("downloading the Asterisk prompts"):
         asterisk.fetch(folder, p.languages)
     utterances, rejects = asterisk.read(folder, p.languages)
     return iter([*sorted(utterances, key=lambda u: u.id), *rejects])
 
 
 def _text_patterns(recipe: Recipe) -> tuple[list[str], list[Reject]]:
-    """The globs of texts. WordNet's that cannot be fetched is a Reject: speech can do without."""
+    """The globs of texts. If WordNet cannot be fetched, that is a Reject, because speech can do without it."""
     patterns, rejects = [], []
     for name in recipe.prepare.text:
         if name != "wordnet":
@@ -181,7 +182,7 @@ def _text_patterns(recipe: Recipe) -> tuple[list[str], list[Reject]]:
             if not recipe.prepare.speech and not recipe.prepare.units:
                 raise
             console.print(f"[yellow]without WordNet's text[/]: {escape(str(error))}", highlight=False)
-            rejects.append(Reject("prepare.text: wordnet", "text not fetched, so the speech is without it"))
+            rejects.append(Reject("prepare.text: wordnet", "text not downloaded, so the speech is prepared without it"))
     return patterns, rejects
 
 
@@ -197,7 +198,7 @@ def items(index: Index) -> Iterator[Utterance]:
 
 
 def files(patterns: list[str], setting: str) -> list[Path]:
-    """The files that globs match."""
+    """The files that the globs match."""
     found: list[Path] = []
     for pattern in patterns:
         some = [path for path in sources.files.matches(Path(pattern).expanduser())[1] if path.is_file()]

@@ -1,18 +1,18 @@
-"""Documents out of utterances, exactly as SODA writes them (paper, section 2).
+"""Builds documents from utterances, exactly as SODA writes them (paper, section 2).
 
     text-first      BOS (TEXT_START text TEXT_END AUDIO_START audio AUDIO_END)+ EOS
     audio-first     BOS (AUDIO_START audio AUDIO_END TEXT_START text TEXT_END)+ EOS
     audio-only      BOS (AUDIO_START audio AUDIO_END)+ EOS
     semantic-only   the same with codebook 0 alone
     text-only       BOS text EOS
-    asr             audio-first and nothing else
-    tts             text-first, every text behind "[0]"
-    conversational  text-first, every text behind its speaker's number in the recording, "[0]", "[1]"
-    translation     of two utterances, what is said and its translation:
-                    BOS AUDIO_START source AUDIO_END TEXT_START <language>xx</language>text TEXT_END
-                    TEXT_START <language>yy</language>text TEXT_END AUDIO_START target AUDIO_END EOS
+    asr audio-first only
+    tts text-first, each text preceded by "[0]"
+    conversational text-first, each text preceded by its speaker's number in the recording, "[0]", "[1]"
+    translation from two utterances, the original and its translation: BOS AUDIO_START source AUDIO_END TEXT_START
+                    <language>xx</language>text TEXT_END TEXT_START <language>yy</language>text TEXT_END AUDIO_START
+                    target AUDIO_END EOS
 
-A document is planned as parts first (a text, or the audio of utterance i), so that every text is tokenised once.
+A document is first planned as parts (a text, or the audio of utterance i), so that each text is tokenised only once.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -28,7 +28,7 @@ Utterances = Iterable[tuple[list[int], np.ndarray]]  # text ids, codes (frames, 
 
 
 class Spoken(Protocol):
-    """What a plan needs to know of an utterance."""
+    """What a plan needs to know about an utterance."""
 
     @property
     def text(self) -> str: ...
@@ -39,7 +39,7 @@ class Spoken(Protocol):
 
 
 class CannotPlan(ValueError):  # noqa: N818  (becomes a Reject)
-    """Why these utterances make no such document."""
+    """Why no such document can be made from these utterances."""
 
 
 def _text(spoken: Spoken, before: str = "") -> str:
@@ -104,7 +104,7 @@ WITHOUT_TEXT = {"audio-only", "semantic-only"}
 
 
 def needs_text(orders: Iterable[str]) -> bool:
-    """Whether an utterance without a transcript is of no use, because all of these orders write text."""
+    """Whether an utterance without a transcript is useless because all these orders write text."""
     return WITHOUT_TEXT.isdisjoint(orders)
 
 
@@ -115,7 +115,8 @@ def texts_of(plan: Plan) -> list[str]:
 def document(
     plan: Plan, text_ids: dict[str, np.ndarray], audio_ids: Sequence[np.ndarray], space: TokenSpace
 ) -> np.ndarray:
-    """int32: the ids of a planned document. `text_ids` has those of every text, `audio_ids` of every utterance."""
+    """int32: the ids of a planned document. `text_ids` holds the ids of every text, `audio_ids` those of every
+    utterance."""
     ids: list[Any] = [[space.bos]]
     for part in plan:
         if isinstance(part, int):

@@ -1,8 +1,8 @@
-"""`soda prepare`: speech and text to the stores train, valid and test. What is done is skipped, shard by shard.
+"""`soda prepare`: turns speech and text into the stores train, valid and test. Finished shards are skipped.
 
     source -> index -> units (Parquet) -> split -> parts (ids) -> stores
 
-RUN/data/work holds the index and the parts; RUN/data/units the codes, which are expensive, and kept.
+RUN/data/work holds the index and the parts. RUN/data/units holds the codes, which are expensive and kept.
 """
 
 import json
@@ -40,8 +40,8 @@ TRAIN = str(SIDES.index("train"))
 
 
 def prepare(recipe: Recipe, dry_run: bool = False) -> dict[str, Any]:
-    """Prepares RUN/data and returns what prepare.json holds; of a dry run, what is expected. Raises SodaError for input
-    that cannot be used, and if another process is at work on the folder."""
+    """Prepares RUN/data and returns the content of prepare.json, or the estimates of a dry run. Raises SodaError for
+    input that cannot be used, and if another process is using the folder."""
     if dry_run:
         from .dry_run import estimate
 
@@ -49,7 +49,7 @@ def prepare(recipe: Recipe, dry_run: bool = False) -> dict[str, Any]:
     recipe.data_folder.mkdir(parents=True, exist_ok=True)
     with locked(recipe.data_folder):
         for left in [*recipe.data_folder.glob(".*.tmp"), *(recipe.data_folder / "units").glob(".*.tmp")]:
-            left.unlink()  # of a killed run
+            left.unlink()  # left by a killed run
         return _prepare(recipe)
 
 
@@ -74,7 +74,7 @@ def _prepare(recipe: Recipe) -> dict[str, Any]:
         rejects.close()
         console.print(f"{folder}: prepared already, nothing to do")
         return summary
-    done.unlink(missing_ok=True)  # it must not speak for stores that are half of this run
+    done.unlink(missing_ok=True)  # it must not describe stores that are half of this run
 
     for _ in _run("documents", documents.make_part, jobs.all, documents.is_done, recipe):
         pass
@@ -117,7 +117,7 @@ class _Laps:
 
 @dataclass(frozen=True)
 class _Sides:
-    """Of the rows of every unit shard and of every shard of texts: a digit each (see split.py)."""
+    """The sides of the rows of every unit shard and text shard, one digit per row (see split.py)."""
 
     units: list[str]
     texts: list[str]
@@ -134,7 +134,7 @@ class _PartJobs:
 
 
 def _units(recipe: Recipe, found: Inputs, rejects: Rejects, laps: _Laps) -> Spoken:
-    """The unit shards: given, or encoded."""
+    """The unit shards, given or encoded."""
     folder = recipe.data_folder
     if recipe.prepare.units:
         return _given_units(recipe, folder)
@@ -143,12 +143,12 @@ def _units(recipe: Recipe, found: Inputs, rejects: Rejects, laps: _Laps) -> Spok
         laps.end("codec")
         return _encode(recipe, found, codec, rejects)
     for name in ("codec.json", "valid.parquet", "test.parquet"):
-        (folder / name).unlink(missing_ok=True)  # of other data in this folder
+        (folder / name).unlink(missing_ok=True)  # from other data in this folder
     return Spoken([], [], None)
 
 
 def _given_units(recipe: Recipe, folder: Path) -> Spoken:
-    """Unit shards that were made before, all by one codec."""
+    """Existing unit shards, all from one codec."""
     units = files(recipe.prepare.units, "prepare.units")
     codec = unit_codec(units[0])
     for path in units:
@@ -190,7 +190,7 @@ def _encode(recipe: Recipe, found: Inputs, codec: CodecDescription, rejects: Rej
 
 def _split(recipe: Recipe, found: Inputs, spoken: Spoken, rejects: Rejects) -> _Sides:
     p, work, groups = recipe.prepare, recipe.data_folder / "work", found.groups
-    if spoken.paths:  # anew: by what could be encoded, and by its sound
+    if spoken.paths:  # again: now with what could be encoded, and by its sound
         groups.close()
         groups = Groups(work / "groups.sqlite")
         group_units(spoken.paths, groups, p.split_by, work / "ids.sqlite")
@@ -247,7 +247,7 @@ def _summary(
     rejects: Rejects,
     key: str,
 ) -> dict[str, Any]:
-    """What prepare.json holds beside what it says of the stores."""
+    """The content of prepare.json apart from the stores."""
     return {
         "key": key,
         "repeated_texts": found.repeated_texts,
@@ -298,7 +298,7 @@ def _transcripts(units: list[Path], sides: list[str]) -> Iterator[tuple[str, str
 
 
 def _whole(folder: Path, key: str, spoken: bool) -> dict[str, Any] | None:
-    """What prepare.json says, if it is of this key and the stores are whole and of it too."""
+    """The content of prepare.json, if it and the stores have this key and the stores are intact."""
     path = folder / "prepare.json"
     if not path.is_file():
         return None
@@ -306,13 +306,13 @@ def _whole(folder: Path, key: str, spoken: bool) -> dict[str, Any] | None:
         summary = read_json(path, dict)
         if summary.get("key") != key:
             return None
-        with reading(path, "not what this version writes"):
+        with reading(path, "not in the form that this version writes"):
             made = {name: str(summary["stores"][name]) for name in SIDES}
         for name in SIDES:
             if Store(folder / name).fingerprint != made[name]:
-                raise SodaError(f"{folder / name}: a store of another preparation")
+                raise SodaError(f"{folder / name}: a store from another preparation")
             if spoken and name != "train" and unit_key(folder / f"{name}.parquet") != digest(key, name):
-                raise SodaError(f"{folder / name}.parquet: gone, or of another preparation")
+                raise SodaError(f"{folder / name}.parquet: missing, or from another preparation")
         return summary
     except SodaError as error:
         console.print(f"[yellow]made again[/]: {escape(str(error))}")

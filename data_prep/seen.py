@@ -1,11 +1,11 @@
-"""What must be known of all that was seen, on disk: memory does not grow with it."""
+"""Sets of what has been seen, kept on disk so that memory does not grow."""
 
 import sqlite3
 from pathlib import Path
 
 
 def scratch_base(path: Path) -> sqlite3.Connection:
-    """An empty database in the file `path`, fast, and lost if the process dies."""
+    """An empty database in the file `path`: fast, and lost if the process dies."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
     base = sqlite3.connect(path, isolation_level=None)
@@ -15,7 +15,7 @@ def scratch_base(path: Path) -> sqlite3.Connection:
 
 
 class Seen:
-    """Sets of strings, by name, in the file `path`, which is there until `close`."""
+    """Named sets of strings in the file `path`, which `close` removes."""
 
     def __init__(self, path: Path, *names: str) -> None:
         self._path, self._base = path, scratch_base(path)
@@ -24,7 +24,7 @@ class Seen:
         self._base.execute("BEGIN")
 
     def new(self, name: str, key: str | bytes) -> bool:
-        """Adds to a set; whether it was not in there."""
+        """Adds to a set. Returns whether it was new."""
         return self._base.execute(f"INSERT OR IGNORE INTO {name} VALUES (?)", (key,)).rowcount == 1
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""What the user sees while data are prepared: progress, and what was left out."""
+"""What the user sees while data are prepared: progress and rejects."""
 
 import contextlib
 import json
@@ -27,8 +27,8 @@ from .utterance import Reject
 
 @dataclass
 class Rejects:
-    """What was left out, in a file and in numbers. The file is `path` while the work goes on, and `kept` at its end,
-    also where it ends with an error; without `kept` (a dry run) it is not meant to stay."""
+    """Rejected inputs, listed in a file and counted. The file is `path` during the work and `kept` afterwards, even
+    after an error; without `kept` (a dry run) it is not kept."""
 
     path: Path
     kept: Path | None = None
@@ -51,7 +51,8 @@ class Rejects:
         self._file.close()
 
     def keep(self) -> str:
-        """Closes the file and puts it where it stays. -> words on where that is, for the end of an error."""
+        """Closes the file and moves it to its final place. Returns a sentence about where that is, to end an error
+        with."""
         self.close()
         if self.kept is None:
             return ""

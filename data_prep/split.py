@@ -1,8 +1,8 @@
-"""The split: utterances that share a recording, a prompt, a text or their very sound stand on one side of it.
+"""The split: utterances that share a recording, a prompt, a text or the sound itself go to the same side.
 
-What is shared joins utterances to groups, by union: of one, two and three, two and three may share nothing with each
-other. Which side a group is on depends on a hash of what it shares and on how many groups there are, not on the order
-of the input. Everything is in SQLite files, so memory does not grow with the number of utterances.
+Sharing is transitive: two utterances may be in one group only because each shares something with a third. A group's
+side depends on a hash of what it shares and on the number of groups, not on the order of the input. Everything is in
+SQLite files, so memory does not grow with the number of utterances.
 """
 
 import hashlib
@@ -23,17 +23,18 @@ ID = "id"
 def keys_of(
     by: Iterable[str], *, id: str, recording: str = "", prompt: str = "", text: str = "", audio: str = ""
 ) -> list[str]:
-    """What an utterance may share with others, and its id. Texts are compared without case and punctuation."""
+    """What an utterance may share with others, and its id. Texts are compared ignoring case and punctuation."""
     values = {"recording": recording, "prompt": prompt, "text": prompt_key(text, otherwise=""), "audio": audio}
     return [*(f"{kind}\0{values[kind]}" for kind in by if values[kind]), f"{ID}\0{id}"]
 
 
 class Groups:
-    """Groups of utterances, in the file `path`. First `add` all, then `divide`, then ask for the `side` of each."""
+    """Groups of utterances, in the file `path`. First `add` all of them, then `divide`, then ask for each one's
+    `side`."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._base = path, scratch_base(path)
-        # `above` leads to the key that stands for the group, the smallest of it, whose `count` is the group's.
+        # `above` leads to the key that represents the group, its smallest, whose `count` is the group's.
         self._base.execute("CREATE TABLE keys (key TEXT PRIMARY KEY, above TEXT, count INTEGER) WITHOUT ROWID")
         self._base.execute("BEGIN")
 
@@ -42,7 +43,7 @@ class Groups:
         self._path.unlink(missing_ok=True)
 
     def add(self, keys: Iterable[str]) -> None:
-        """An utterance, by what it may share (one key at least)."""
+        """Adds an utterance, given what it may share (at least one key)."""
         roots = {self._root(hash_of(key), insert=True) for key in keys}
         first = min(roots)
         for other in roots - {first}:
@@ -52,7 +53,7 @@ class Groups:
         self._base.execute("UPDATE keys SET count = count + 1 WHERE key = ?", (first,))
 
     def _root(self, key: str, insert: bool = False) -> str:
-        """The key that stands for the group of `key`; empty where that is not known."""
+        """The key that represents the group of `key`; empty if `key` is unknown."""
         path: list[str] = []
         while True:
             row = self._base.execute("SELECT above FROM keys WHERE key = ?", (key,)).fetchone()
@@ -65,13 +66,13 @@ class Groups:
                 break
             path.append(key)
             key = row[0]
-        for passed in path[:-1]:  # the next time it is one step
+        for passed in path[:-1]:  # so that next time it is one step
             self._base.execute("UPDATE keys SET above = ? WHERE key = ?", (key, passed))
         return key
 
     def divide(self, valid_share: float, test_share: float) -> None:
-        """Puts groups on the sides: the share of their number, and one at least if there are three. A group of more
-        utterances than a side's share is for the training side, as long as there are others."""
+        """Assigns groups to sides: each side's share of their number, and at least one if there are three. A group with
+        more utterances than a side's share goes to training, as long as there are others."""
         base = self._base
         base.create_function("rank", 1, hash_of, deterministic=True)  # the smallest of many keys tends to be small
         base.execute("CREATE TABLE groups (key TEXT PRIMARY KEY, rank TEXT, count INTEGER, side TEXT) WITHOUT ROWID")
@@ -86,32 +87,32 @@ class Groups:
             )
 
     def side(self, keys: Iterable[str]) -> str:
-        """The side of the first key that is in a group; empty where none is. Those of one utterance all agree."""
+        """The side of the first key that is in a group; empty if none is. All keys of an utterance agree."""
         for key in keys:
             if root := self._root(hash_of(key)):
                 return self._base.execute("SELECT side FROM groups WHERE key = ?", (root,)).fetchone()[0]
         return ""
 
     def counts(self) -> dict[str, int]:
-        """Groups of each side."""
+        """The number of groups on each side."""
         found = dict(self._base.execute("SELECT side, COUNT(*) FROM groups GROUP BY side").fetchall())
         return {side: found.get(side, 0) for side in SIDES}
 
     def largest(self) -> tuple[int, int]:
-        """Utterances of the largest group, and of all."""
+        """Utterances in the largest group, and in all."""
         largest, total = self._base.execute("SELECT MAX(count), SUM(count) FROM groups").fetchone()
         return largest or 0, total or 0
 
 
 def by_share(key: str, valid_share: float, test_share: float) -> str:
-    """The side of what stands for itself, such as a document of a released corpus: by its hash alone."""
+    """The side of something outside the groups, such as a document of a released corpus: by its hash alone."""
     at = int(hash_of(key)[:12], 16) / 16**12
     return "test" if at < test_share else "valid" if at < test_share + valid_share else "train"
 
 
 def group_units(units: list[Path], groups: Groups, by: Sequence[str], scratch: Path) -> None:
-    """Adds all utterances of unit shards. The sound of an utterance is its codes. SodaError for an id that is there
-    twice."""
+    """Adds all utterances of unit shards. An utterance's sound is represented by its codes. Raises SodaError for a
+    duplicate id."""
     seen = Seen(scratch, "ids")
     try:
         for path in units:
@@ -119,8 +120,8 @@ def group_units(units: list[Path], groups: Groups, by: Sequence[str], scratch: P
             for row in rows:
                 if not seen.new("ids", row.id):
                     raise SodaError(
-                        f"{path}: utterance {row.id!r} stands in another shard too, or twice in this one. If "
-                        "prepare.units names one shard twice (a copy, or a link), leave one out."
+                        f"{path}: utterance {row.id!r} is in another shard too, or twice in this one. If "
+                        "prepare.units names one shard twice (a copy or a link), remove one."
                     )
                 sound = codes[row.start : row.end].tobytes()
                 audio = hashlib.sha256(sound).hexdigest() if sound else ""
@@ -130,7 +131,7 @@ def group_units(units: list[Path], groups: Groups, by: Sequence[str], scratch: P
         seen.close()
 
 
-# A digit for each row of a shard, the number of its side in SIDES: what workers are told. They cannot ask the groups.
+# One digit per row of a shard, the index of its side in SIDES. Workers get these because they cannot query the groups.
 
 
 def sides_of_units(units: list[Path], groups: Groups) -> list[str]:
@@ -140,7 +141,7 @@ def sides_of_units(units: list[Path], groups: Groups) -> list[str]:
 
 
 def sides_of_texts(shards: list[Shard], groups: Groups, valid_share: float, test_share: float) -> list[str]:
-    """A text that is in the groups, because it is spoken too, is on the side of that; another one by its hash."""
+    """A text that is also spoken, and so is in the groups, goes to that side; any other text goes by its hash."""
 
     def side(text: str, id: str) -> str:
         keys = keys_of(["text"], id=id, text=text)

@@ -1,4 +1,5 @@
-"""The last stage: parts to the stores train, valid and test, text among the speech; and the held-out utterances."""
+"""The last stage: writes the stores train, valid and test from the parts, with text spread among the speech, and the
+held-out utterances."""
 
 import hashlib
 from collections import Counter
@@ -26,15 +27,15 @@ from .seen import Seen
 from .show import Rejects, console, progress
 from .split import SIDES
 
-HELD_OUT_ROWS = 20_000  # utterances kept beside the valid and the test store, to speak and transcribe
+HELD_OUT_ROWS = 20_000  # utterances kept beside the valid and test stores, for speaking and transcribing
 
 
 @dataclass(frozen=True)
 class Spoken:
-    """The unit shards of a preparation; none if it has no speech."""
+    """A preparation's unit shards; none if it has no speech."""
 
     paths: list[Path]
-    keys: list[str]  # of what the parts depend on
+    keys: list[str]  # of everything the parts depend on
     codec: CodecDescription | None
 
 
@@ -46,20 +47,20 @@ class Part:
 
 @dataclass(frozen=True)
 class Parts:
-    """In the order in which they come in the stores."""
+    """In the order in which they appear in the stores."""
 
     speech: list[Part]
     text: list[Part]
 
     def tokens(self, side: str, text_share: float) -> tuple[int, int]:
-        """Tokens of speech and of text that the store of a side gets: text alone is used whole."""
+        """Tokens of speech and of text for the store of a side. Without speech, all of the text is used."""
         spoken, written = (sum(part.facts.tokens[side] for part in some) for some in (self.speech, self.text))
         return spoken, min(written, round(spoken * text_share / (1 - text_share))) if spoken else written
 
 
 @dataclass(frozen=True)
 class Written:
-    """What prepare.json says of the stores."""
+    """What prepare.json says about the stores."""
 
     utterances: int
     hours: float
@@ -68,7 +69,7 @@ class Written:
     tokens: dict[str, int]
     stores: dict[str, str]  # fingerprints
     bytes: dict[str, int]
-    classes: dict[str, int]  # tokens of the training side by class
+    classes: dict[str, int]  # tokens on the training side by class
     languages: dict[str, Used]
 
 
@@ -82,8 +83,8 @@ def write_stores(
     rejects: Rejects,
     key: str,
 ) -> Written:
-    """Writes the three stores and the held-out units. `sides`: of the rows of the units; `key`: of this preparation,
-    which the held-out units carry. SodaError if a store would be empty."""
+    """Writes the three stores and the held-out units. `sides`: the sides of the units' rows; `key`: this preparation's
+    key, stored in the held-out units. Raises SodaError if a store would be empty."""
     folder, p = recipe.data_folder, recipe.prepare
     provenance = {
         "codec": spoken.codec.fingerprint if spoken.codec else None,
@@ -132,7 +133,7 @@ def _warn(recipe: Recipe, parts: Parts, left_out: int) -> None:
             f"prepare.text_share={share:.1%}; {wanted - text:,.0f} tokens of text are missing"
         )
     if left_out:
-        console.print(f"[yellow]{left_out:,} documents[/] left out, which are there already, token by token")
+        console.print(f"[yellow]{left_out:,} documents[/] left out as exact duplicates")
 
 
 def _languages(speech: list[Part]) -> dict[str, Used]:
@@ -146,30 +147,30 @@ def _languages(speech: list[Part]) -> dict[str, Used]:
 
 
 def read_facts(jobs: list[PartJob]) -> list[Part]:
-    """The parts that the jobs made. SodaError if one is not there any more."""
+    """The parts that the jobs made. Raises SodaError if one is missing."""
     parts = []
     for job in jobs:
         if (facts := part_facts(job.out)) is None:
-            raise SodaError(f"{job.out}: gone or damaged since it was written. Run the same command again.")
+            raise SodaError(f"{job.out}: missing, or damaged since it was written. Run the same command again.")
         parts.append(Part(job.out, facts))
     return parts
 
 
 def _slots(recipe: Recipe, space: TokenSpace, spoken: bool) -> int:
-    """Codes of a frame, of which a store has one number."""
+    """Codes per frame, which must be the same throughout a store."""
     p = recipe.prepare
     of_units = 1 if p.orders == ["semantic-only"] else space.codebooks
     of_strings = min(p.corpus_codebooks, space.codebooks)
     if spoken and p.released and of_units != of_strings:
         raise SodaError(
             f"frames of {of_units} codes from speech and of {of_strings} from prepare.released cannot be in one store: "
-            "prepare them apart, and mix them in data.mix"
+            "prepare them separately, and mix them in data.mix"
         )
     return of_strings if p.released and not spoken else of_units
 
 
 def _blend(parts: Parts, name: str, share: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Documents of a side: those of speech, and text evenly among them, taken evenly out of all texts."""
+    """A side's documents: speech, with text sampled evenly from all texts and spread evenly among it."""
     spoken, wanted = parts.tokens(name, share)
     text = _thinned(parts.text, name, wanted)
     given = gone = 0
@@ -184,7 +185,7 @@ def _blend(parts: Parts, name: str, share: float) -> Iterator[tuple[np.ndarray, 
 
 
 def _thinned(parts: list[Part], name: str, wanted: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """About `wanted` tokens of the parts, document by document, the same share of every part."""
+    """About `wanted` tokens from the parts, document by document, with the same share of every part."""
     total = sum(part.facts.tokens[name] for part in parts)
     seen = given = 0
     for part in parts if wanted else []:
@@ -198,7 +199,7 @@ def _thinned(parts: list[Part], name: str, wanted: int) -> Iterator[tuple[np.nda
 
 
 class _Once:
-    """Leaves out documents that were there before, in whatever store: `soda validate` would refuse them."""
+    """Drops documents that have already appeared in any store, because `soda validate` would refuse them."""
 
     def __init__(self, path: Path, advance: Callable[[int], None]) -> None:
         self._seen, self._advance, self.left_out = Seen(path, "documents"), advance, 0
@@ -225,7 +226,7 @@ class _Once:
 
 
 class _Counted:
-    """Passes parts on, and counts their documents and the classes of their tokens."""
+    """Passes parts through, counting their documents and the classes of their tokens."""
 
     def __init__(self, parts: Iterable, advance: Callable[[int], None], space: TokenSpace | None) -> None:
         self._parts, self._advance, self._space = parts, advance, space

@@ -1,10 +1,10 @@
-"""Documents as strings, as SODA's corpora are released: markers, text, and a character for every audio code.
+"""Documents as strings, the form in which SODA's corpora are released: markers, text, and a character per audio code.
 
     <|begin_of_text|><|text_start|>..<|text_end|><|audio_start|>..<|audio_end|>..<|end_of_text|>
 
-Read many at once: numpy finds markers and audio in the code points of a whole group of documents, and every text is
-tokenised once however often it occurs. What is not a whole legal document is found there too, but explained one by one,
-by the grammar itself.
+Many are read at once: numpy finds markers and audio in the code points of a whole group of documents, and each text is
+tokenised once however often it occurs. Illegal documents are detected there too, but explained one by one, by the
+grammar itself.
 """
 
 import re
@@ -34,26 +34,26 @@ from megatron_soda.vocab import (
 
 __all__ = ["to_ids", "to_string"]
 
-CHARACTERS_AT_ONCE = 2**17  # the arrays of a group then stay in a core's cache
+CHARACTERS_AT_ONCE = 2**17  # so that a group's arrays stay in a core's cache
 SPELLINGS = (BOS, EOS, *MARKERS)
 KINDS = np.array([BOS_KIND, EOS_KIND, TEXT_START, TEXT_END, AUDIO_START, AUDIO_END])
 LENGTHS = np.array([len(spelling) for spelling in SPELLINGS])
 LONGEST = int(LENGTHS.max())
 _ITEM = re.compile("|".join(map(re.escape, SPELLINGS)) + "|.", re.DOTALL)
 _HALF_PAIR = re.compile("[\ud800-\udfff]")
-Document = np.ndarray | str  # int32 ids, or why there are none
+Document = np.ndarray | str  # int32 ids, or the reason there are none
 
 
 def to_ids(
     strings: Sequence[str], space: TokenSpace, tokenizer: TextTokenizer, corpus_codebooks: int = 0
 ) -> list[Document]:
-    """Of every document its ids, int32 (tokens,), or a string that says what is wrong with it and at which character.
+    """For each document its ids, int32 (tokens,), or a string that says what is wrong with it and at which character.
 
-    `corpus_codebooks` is how many codebooks the frames of the strings have; 0: as many as `space`. Of more, the first
-    ones are taken; with fewer (1: a semantic-only corpus) the documents have shorter frames. There are ids exactly if
-    the document is legal: `space.check(ids, slots)` is None, `slots` the smaller of the two. Text is kept as it is, but
-    it holds no character that stands for a code (see `clean_text`). The ids of a group of documents share memory.
-    Raises nothing for any string.
+    `corpus_codebooks` is the number of codebooks in the strings' frames; 0: as many as in `space`. If there are more,
+    the first ones are used; if fewer (1: a semantic-only corpus), the documents have shorter frames. A document gets
+    ids exactly if it is legal: `space.check(ids, slots)` is None, where `slots` is the smaller of the two numbers. Text
+    is kept as it is, but must not contain characters that stand for codes (see `clean_text`). The ids of a group of
+    documents share memory. Never raises, whatever the strings.
     """
     reader = _Reader(space, tokenizer, corpus_codebooks or space.codebooks)
     return [document for group in _groups(strings) for document in reader.read(group)]
@@ -72,7 +72,7 @@ def _groups(strings: Sequence[str]) -> Iterator[list[str]]:
 
 
 def _following() -> np.ndarray:
-    """bool (kind, next kind, is there anything between them): which markers may follow one another."""
+    """bool (kind, next kind, whether anything is between them): which markers may follow one another."""
     legal = np.zeros((FIRST_CODE, FIRST_CODE, 2), bool)
     for start, end in ((BOS_KIND, EOS_KIND), (TEXT_START, TEXT_END), (AUDIO_START, AUDIO_END)):
         legal[start, end, 1] = True
@@ -92,11 +92,11 @@ class _Reader:
         self.written = TokenSpace(space.text_size, space.bos, space.eos, max(codebooks, space.codebooks), space.entries)
         ids = [0, space.bos, space.eos, space.text_start, space.text_end, space.audio_start, space.audio_end]
         self.marker_ids = np.array(ids, np.int32)  # by kind
-        self.places = np.zeros(0, np.uint32)  # of codes in frames: entries * codebook, again and again
+        self.places = np.zeros(0, np.uint32)  # for codes in frames: entries * codebook, repeated
         self.texts: dict[str, np.ndarray] = {}
 
     def read(self, group: list[str]) -> list[Document]:
-        # A character that no marker has keeps a marker from beginning in one document and ending in the next.
+        # A character that occurs in no marker keeps markers from spanning two documents.
         joined = "\0".join(group) + "\0" * LONGEST
         try:
             points = np.frombuffer(joined.encode("utf-32-le"), np.uint32)
@@ -106,7 +106,7 @@ class _Reader:
         starts = np.cumsum(lengths + 1) - lengths - 1
         begins, ends, kinds = _find_markers(points)
         document = np.searchsorted(starts, begins, "right") - 1
-        offsets = points - np.uint32(FIRST_AUDIO_CHARACTER)  # before the first it wraps to far above
+        offsets = points - np.uint32(FIRST_AUDIO_CHARACTER)  # before the first it wraps to a huge value
         runs, run_ends = _runs(offsets < self.written.codebooks * self.space.entries)
 
         good = _well_marked(begins, ends, kinds, document, starts, lengths)
@@ -134,7 +134,7 @@ class _Reader:
             offsets = offsets.reshape(-1, self.codebooks)[:, : self.slots].reshape(-1)
             sizes = sizes // self.codebooks * self.slots
         codes = (offsets + np.uint32(self.space.audio_base)).view(np.int32)
-        tokens = np.ones(len(kinds), np.int64)  # of each marker with what it opens
+        tokens = np.ones(len(kinds), np.int64)  # by marker, what it opens
         tokens[audio] += sizes
         tokens[text] += np.fromiter(map(len, texts), np.int64, len(texts))
         places = np.cumsum(tokens) - tokens
@@ -149,7 +149,7 @@ class _Reader:
         return [ids[i:j] for i, j in pairwise(cuts)]
 
     def _without(self, group: list[str], good: np.ndarray) -> list[Document]:
-        """What is malformed is rare: it is explained, and the rest read again by itself."""
+        """Malformed documents are rare: they are explained, and the rest is read again without them."""
         rest = [string for string, is_good in zip(group, good, strict=True) if is_good]
         read = iter(self.read(rest) if rest else ())
         return [next(read) if is_good else self._why(string) for string, is_good in zip(group, good, strict=True)]
@@ -163,7 +163,8 @@ class _Reader:
         run_ends: np.ndarray,
         starts: np.ndarray,
     ) -> np.ndarray:
-        """bool (documents,): an audio span is a run of audio characters, of whole frames, and no run is elsewhere."""
+        """bool (documents,): each audio span is one run of audio characters in whole frames, and there are no other
+        runs."""
         in_spans = np.bincount(document, minlength=len(starts))
         in_all = np.bincount(np.searchsorted(starts, runs, "right") - 1, minlength=len(starts))
         good = in_spans == in_all
@@ -174,7 +175,7 @@ class _Reader:
         return good
 
     def _out_of_order(self, offsets: np.ndarray) -> np.ndarray:
-        """Indices of the characters, of whole frames, that are no code of the codebook whose place it is."""
+        """Indices of the characters in whole frames that are not codes of the codebook expected at their position."""
         if len(offsets) > len(self.places):
             one = np.arange(self.codebooks, dtype=np.uint32) * np.uint32(self.space.entries)
             self.places = np.tile(one, len(offsets) // self.codebooks)
@@ -218,7 +219,7 @@ class _Reader:
 
 
 def _find_markers(points: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where markers begin and end, and their kinds. The last LONGEST points must not be of a marker."""
+    """Where markers begin and end, and their kinds. The last LONGEST points must not belong to a marker."""
     at = np.flatnonzero(points == ord("<"))
     at = at[points[at + 1] == ord("|")]
     windows = points[at[:, None] + np.arange(LONGEST)]
@@ -246,7 +247,7 @@ def _well_marked(
     starts: np.ndarray,
     lengths: np.ndarray,
 ) -> np.ndarray:
-    """bool (documents,): the markers are those of a legal document, with something or nothing between as it needs."""
+    """bool (documents,): whether the markers form a legal document, with content between them where required."""
     numbers = np.arange(len(starts))
     first, last = np.searchsorted(document, numbers), np.searchsorted(document, numbers, "right") - 1
     good = last > first

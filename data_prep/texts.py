@@ -1,4 +1,4 @@
-"""Text documents from JSONL, Parquet and plain text files, as a stream."""
+"""Streams text documents from JSONL, Parquet and plain text files."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,11 +18,11 @@ KINDS = (".jsonl", ".parquet", ".txt")
 
 
 def read_texts(patterns: list[str]) -> Iterator[str | Reject]:
-    """The documents of all files that the patterns (files, globs, folders) name, by pattern, file and line.
+    """The documents in all files that the patterns (files, globs, folders) name, ordered by pattern, file and line.
 
-    .jsonl has a document in the field `text` of each line, .parquet in the column `text` of each row, .txt in each line
-    that is not blank; .jsonl and .txt also as .gz and .zst. A text loses its outer white space and is else kept as it
-    is. A line or file that is not usable is a Reject. Raises SodaError for a pattern that names nothing, and for a
+    A document is the field `text` of each line of a .jsonl, the column `text` of each row of a .parquet, or each
+    non-blank line of a .txt; .jsonl and .txt also as .gz and .zst. Surrounding white space is stripped, nothing else is
+    changed. An unusable line or file becomes a Reject. Raises SodaError for a pattern that names nothing, and for a
     Parquet file without the column.
     """
     for pattern in patterns:

@@ -1,4 +1,4 @@
-"""What every speech source gives: utterances, and a counted reason for each input that is not one."""
+"""What every speech source yields: utterances, and a reason for each input that is not one."""
 
 import unicodedata
 from dataclasses import dataclass
@@ -8,17 +8,17 @@ from megatron_soda.audio.sound import Sound
 
 @dataclass(frozen=True)
 class Utterance:
-    """One recording of one sentence, or the stretch of a recording that has it.
+    """A recording of one sentence, or the stretch of a recording that contains it.
 
-    `id` is unique within its source. It may hold '/' and any other character, so it is no file name.
-    `prompt` is a key of what is said, whoever says it in whatever language: of one prompt, all are on one side of a
-    split (see split.py for what else keeps utterances together).
-    `recording`: utterances of one recording that follow each other make one document; empty: each is its own.
+    `id` is unique within its source. It may contain '/' and any other character, so it is not a file name. `prompt`
+    identifies what is said, regardless of speaker and language: all utterances of a prompt are on one side of the split
+    (see split.py for what else keeps utterances together). `recording`: consecutive utterances of one recording make
+    one document; empty: each makes its own.
     """
 
     id: str
     audio: Sound
-    text: str  # empty: there is none, and only documents of audio alone can be made of it
+    text: str  # empty: there is none, so only audio-only documents can be made from it
     speaker: str = ""
     language: str = ""
     prompt: str = ""
@@ -27,7 +27,7 @@ class Utterance:
 
 @dataclass(frozen=True)
 class Reject:
-    """An input that was left out: `where` is a file, file:line or id; `reason` is a short sentence, up to its ':' one
+    """A rejected input. `where` is a file, file:line or id; `reason` is a short sentence whose part before ':' is one
     of a few fixed phrases, to count by."""
 
     where: str
@@ -35,12 +35,12 @@ class Reject:
 
 
 def one_line(text: str) -> str:
-    """The text with every run of white space, line breaks too, as one space."""
+    """The text with every run of white space, including line breaks, as one space."""
     return " ".join(text.split())
 
 
 def prompt_key(text: str, otherwise: str) -> str:
-    """A transcript to compare by: no case, no punctuation, single spaces; `otherwise` where nothing is left."""
+    """A transcript for comparisons: no case, no punctuation, single spaces; `otherwise` if nothing is left."""
     folded = unicodedata.normalize("NFKC", text).casefold()
     kept = (" " if unicodedata.category(letter)[0] in "PS" else letter for letter in folded)
     return one_line("".join(kept)) or otherwise

@@ -1,7 +1,7 @@
-"""Where speech comes from: manifests, folders, tars and datasets as people have them, read as a stream.
+"""Sources of speech: manifests, folders, tars and datasets as they are distributed, read as a stream.
 
-files.py: what a pattern names, and lines. rows.py: the checks that all share. The layouts: manifest.py, folders.py,
-tars.py, saved.py.
+files.py: the files that a pattern names, and their lines. rows.py: the checks that all share. The layouts: manifest.py,
+folders.py, tars.py, saved.py.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -36,19 +36,18 @@ def read(
     columns: Mapping[str, str | None] | None = None,
     audio_root: str = "",
 ) -> Iterator[Utterance | Reject]:
-    """The utterances of what `pattern` names: a folder, a file or a glob (`**`: any number of folders).
+    """The utterances in what `pattern` names: a folder, a file or a glob (`**`: any number of folders).
 
-    The order is fixed: by file, and in a file by line. A line or file that is not usable is a Reject; if `needs_text`,
-    that includes one without a transcript. Memory does not grow with the number of utterances. Ids are not checked to
-    be unique here. What must be unpacked goes to `scratch`. For `columns` and `audio_root` see rows.Wanted.
+    The order is fixed: by file, and within a file by line. An unusable line or file becomes a Reject; if `needs_text`,
+    that includes one without a transcript. Memory does not grow with the number of utterances. Ids are not checked for
+    uniqueness here. Files that must be unpacked go to `scratch`. For `columns` and `audio_root` see rows.Wanted.
 
-    Layout "auto" goes by names, from the top folder down. What save_to_disk writes is "hf", manifest.* a manifest (a
-    .json if its first line is an object with a sound),
-    metadata.csv beside wavs/ "ljspeech", validated.tsv or train.tsv beside clips/ "commonvoice", a .trans.txt
-    "librispeech". Tars are "emilia" where the first sound is called like RECORDING_W000000 and else "webdataset". A
-    .parquet or .arrow in a folder is "hf", a sound with X.json beside it "emilia", with X.txt "pairs". The first folder
-    with any of it decides for the folder named; where there is none of it, but sounds, it is "audio". A file that was
-    named is told by its suffix and what is beside it.
+    Layout "auto" goes by names, from the top folder down. The output of save_to_disk is "hf", manifest.* a manifest (a
+    .json only if its first line is an object with a sound), metadata.csv beside wavs/ "ljspeech", validated.tsv or
+    train.tsv beside clips/ "commonvoice", a .trans.txt "librispeech". Tars are "emilia" where the first sound is called
+    like RECORDING_W000000 and else "webdataset". A .parquet or .arrow in a folder is "hf", a sound with X.json beside
+    it "emilia", with X.txt "pairs". The first folder with any of it decides for the folder named; where there is none
+    of it, but sounds, it is "audio". A file that was named is told by its suffix and what is beside it.
 
     Raises SodaError, some of it before the first utterance: the pattern names nothing, nothing there is of a known
     layout, a table has the wrong columns, `columns` names a column that is not there.
@@ -60,7 +59,7 @@ def read(
     known: dict[tuple[Path, str], str] = {}
     layouts: dict[str, list[Path]] = {}
     for place in places:
-        # What is a .json is told one by one.
+        # Each .json is examined individually.
         key = (place, "") if place.is_dir() or _suffix(place) == ".json" else (place.parent, _suffix(place))
         if key not in known:
             known[key] = layout if layout != "auto" else _detect(place, wanted)
@@ -121,7 +120,7 @@ def _detect(place: Path, wanted: Wanted) -> str:
         return "hf"
     if place.name.endswith(".trans.txt"):
         return "librispeech"
-    if suffix in folders.BESIDE:  # the text of a sound that is named too
+    if suffix in folders.BESIDE:  # the text of a sound that is also named
         sounds = (
             (place.parent / name).is_file() for sound in SOUND_SUFFIXES for name in both_forms(f"{place.stem}{sound}")
         )

@@ -1,4 +1,4 @@
-"""The files that a pattern names, and what is in them, compressed or not: always as a stream."""
+"""The files that a pattern names and their contents, compressed or not, always as a stream."""
 
 import glob
 import hashlib
@@ -19,19 +19,21 @@ from ..utterance import Reject
 PACKED = (".gz", ".zst")
 TARS = (".tar", ".tar.gz", ".tgz")
 LONGEST_LINE = 16 * 2**20  # bytes
-# Bytes read at once. One byte of gzip unpacks to 1 kB at most, one of zstd to 32 kB, and all of a block is unpacked.
+# Bytes read at once. A byte of gzip unpacks to at most 1 kB, a byte of zstd to 32 kB, and a whole block is unpacked.
 BLOCK = {".gz": 2**14, ".tgz": 2**14, ".zst": 2**12}
 
 
 class BadLine(ValueError):  # noqa: N818  (becomes a Reject)
-    """Why one line, member or file is no utterance: up to its ':' one of a few fixed phrases, to count by."""
+    """Why a line, member or file is not an utterance. The part before ':' is one of a few fixed phrases, to count
+    by."""
 
 
 def expand(pattern: str) -> tuple[Path, list[Path]]:
-    """-> the folder that names are relative to, and the files and folders that `pattern` names, sorted.
+    """Returns the folder that names are relative to, and the files and folders that `pattern` names, sorted.
 
-    A file or folder of that very name comes before a glob. What is in a folder that matches too is not named again.
-    A glob's matches are held in memory; a folder's files are not. Raises SodaError where there is nothing.
+    A file or folder with exactly that name takes precedence over a glob. The contents of a folder that also matches are
+    not listed again. A glob's matches are held in memory; a folder's files are not. Raises SodaError if nothing is
+    found.
     """
     given = Path(pattern).expanduser()
     if given.exists():
@@ -49,8 +51,8 @@ def expand(pattern: str) -> tuple[Path, list[Path]]:
 
 
 def matches(pattern: Path) -> tuple[Path, list[Path]]:
-    """-> the folder before the first part that is a glob, and what matches, sorted. What exists of the folders as it is
-    written comes before what it could match: /data/[a]/*.wav."""
+    """Returns the folder before the first glob part, and the sorted matches. Folders that exist exactly as written take
+    precedence over what they could match: /data/[a]/*.wav."""
     parts = pattern.parts
     there = next(count for count in range(len(parts), -1, -1) if os.path.exists(Path(*parts[:count])))
     escaped = Path(glob.escape(str(Path(*parts[:there]))), *parts[there:])
@@ -59,10 +61,10 @@ def matches(pattern: Path) -> tuple[Path, list[Path]]:
 
 
 def walk(top: Path, failed: list[Reject]) -> Iterator[tuple[Path, list[str], list[str]]]:
-    """Each folder with the sorted names of its folders and files, hidden ones left out, from the top down.
+    """Each folder with the sorted names of its folders and files, from the top down, without hidden ones.
 
-    Who takes a folder out of the list keeps the walk from it. Links are followed, but not back up. A folder that
-    cannot be read is added to `failed`.
+    Removing a folder from the list keeps the walk out of it. Links are followed, but not back up. A folder that cannot
+    be read is added to `failed`.
     """
 
     def unreadable(error: OSError) -> None:
@@ -89,13 +91,13 @@ def stem(name: str) -> str:
 
 
 def kind(path: Path | str) -> str:
-    """The suffix that tells what is in a file, without that of the compression: .jsonl of a.JSONL.gz."""
+    """The suffix that gives a file's type, without that of the compression: .jsonl for a.JSONL.gz."""
     name = Path(path)
     return (Path(name.stem) if name.suffix.lower() in PACKED else name).suffix.lower()
 
 
 def blocks(path: Path) -> Iterator[bytes]:
-    """The content of a file in small pieces, unpacked if .gz, .tgz or .zst. Raises BadLine after the last good one."""
+    """A file's content in small pieces, unpacked if .gz, .tgz or .zst. Raises BadLine after the last good one."""
     packing = path.suffix.lower()
     decoder: Any = None
     empty = True
@@ -124,14 +126,13 @@ def blocks(path: Path) -> Iterator[bytes]:
 
 def _decoder(packing: str) -> Any:
     if packing == ".zst":
-        return zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()  # as zstd --long=31 makes them
+        return zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()  # as made by zstd --long=31
     return zlib.decompressobj(wbits=31)
 
 
 def lines(path: Path) -> Iterator[tuple[int, str | BadLine]]:
-    """The lines of a UTF-8 file with their numbers, without their ends, and what is wrong instead of a bad one.
-
-    Of a file that is cut short, the lines before the cut are good, and one BadLine ends it.
+    """The lines of a UTF-8 file with their numbers and without line ends; in place of a bad line, what is wrong with
+    it. If a file is truncated, the lines before the cut are good and a BadLine ends it.
     """
     number = 1
     rest = bytearray()
@@ -143,7 +144,7 @@ def lines(path: Path) -> Iterator[tuple[int, str | BadLine]]:
                 rest.clear()
                 number += 1
             rest += last
-            del rest[LONGEST_LINE + 1 :]  # it is rejected: no need to keep more of it
+            del rest[LONGEST_LINE + 1 :]  # it will be rejected: no need to keep more of it
     except BadLine as error:
         yield number, error
         return
@@ -161,7 +162,7 @@ def _decoded(raw: bytearray, number: int) -> str | BadLine:
 
 
 def unpacked(path: Path, scratch: Path) -> Path:
-    """`path` unpacked into `scratch`, once. Of a file that is cut short, what is there (its reader will tell)."""
+    """Unpacks `path` into `scratch`, once. For a truncated file, unpacks what there is (its reader will report it)."""
     state = path.stat()
     key = hashlib.sha256(f"{path.resolve()}\0{state.st_size}\0{state.st_mtime_ns}".encode(errors="surrogateescape"))
     output = scratch / f"{path.stem.removesuffix('.tar')}-{key.hexdigest()[:16]}{kind(path.stem + '.gz') or '.tar'}"

@@ -1,8 +1,8 @@
-"""Corpora that are folders of sound files: alone, with X.txt or X.json beside X.wav, LibriSpeech, LJSpeech, Common
-Voice, Emilia.
+"""Corpora that are folders of sound files: sound alone, with X.txt or X.json beside X.wav, LibriSpeech, LJSpeech,
+Common Voice, Emilia.
 
-Every id is the sound's path without suffix, from the folder that was named, so it is unique. A start, end or duration
-in an X.json says where the sound was cut from: it is not looked at.
+Each id is the sound's path without suffix, relative to the folder that was named, so it is unique. A start, end or
+duration in an X.json says where the sound was cut from and is ignored.
 """
 
 import itertools
@@ -20,7 +20,7 @@ from .rows import SOUND_SUFFIXES, Found, Row, Wanted
 
 COMMON_VOICE = ("validated.tsv", "train.tsv")  # the first that is there
 BESIDE = {".json": "emilia", ".txt": "pairs"}  # the layout where a sound has such a file beside it
-# Files that are no utterances: what tells of a corpus, and other views of its sounds (spectrograms, alignments).
+# Files that are not utterances: descriptions of the corpus and other views of its sounds (spectrograms, alignments).
 ABOUT = re.compile(
     r"(readme|licen[cs]e|copying|copyright|changelog|changes|notice|authors|citation|version|makefile|"
     r"(check|md5|sha\d+)sums?)(?![a-z0-9])",
@@ -31,8 +31,8 @@ ABOUT_SUFFIXES = frozenset(
     ".png .jpg .jpeg .gif .svg .py .sh .ipynb .npy .npz .pt .h5 .textgrid .lab .ctm .eaf .srt .vtt .md5 .sha1 .sha256 "
     ".sha512 .sig .asc .bib .cff .sfv".split()
 )
-# What a layout finds in a folder: (where, row or what is wrong). The names are the folder's, or those that were named:
-# `whole` tells which.
+# What a layout finds in a folder: (where, row or what is wrong). The names are all of the folder's (`whole`), or those
+# that were named.
 Rows = Iterator[tuple[str, Row | BadLine]]
 Transcripts = Callable[[Path, list[str], Wanted, bool], Rows]
 
@@ -40,9 +40,9 @@ Transcripts = Callable[[Path, list[str], Wanted, bool], Rows]
 def read(layout: str, root: Path, places: list[Path], wanted: Wanted) -> Found:
     """The utterances of folders (and all folders in them) or of single files, in one of LAYOUTS.
 
-    In the layouts where each sound file is an utterance every other file there is a Reject, so that none is passed over
-    in silence: but for hidden ones, those with the name of a sound (X.lab beside X.wav), and those that tell of a
-    corpus, by ABOUT and ABOUT_SUFFIXES."""
+    In the layouts where each sound file is an utterance, every other file is a Reject, so that none is silently
+    skipped. Exceptions are hidden files, files named like a sound (X.lab beside X.wav), and files that describe the
+    corpus (ABOUT and ABOUT_SUFFIXES)."""
     transcripts, ends, closed = LAYOUTS[layout]
     failed: list[Reject] = []
     for folder, names, whole in _listed(places, closed, failed):
@@ -78,13 +78,13 @@ def _listed(places: list[Path], closed: str, failed: list[Reject]) -> Iterator[t
             continue
         for here, folders, names in files.walk(folder, failed):
             yield here, names, True
-            if closed in folders:  # it may hold millions of files, and another file tells which
+            if closed in folders:  # it may hold millions of files, and another file lists them
                 folders.remove(closed)
 
 
 def _left_over(names: list[str], text: str) -> Iterator[tuple[str, str]]:
-    """The files of a folder that should have been utterances, by their look, and why they are not. Texts end in `text`;
-    where that is empty a .txt tells of the corpus."""
+    """The files of a folder that look like utterances but are not, and why. Texts end in `text`; if that is empty, a
+    .txt describes the corpus."""
     heard = {rows.one_form(files.stem(name)) for name in names if is_sound(name)}
     others: list[str] = []
     for name in names:
@@ -105,19 +105,19 @@ def _left_over(names: list[str], text: str) -> Iterator[tuple[str, str]]:
 
 
 def _audio(folder: Path, names: list[str], wanted: Wanted, whole: bool) -> Rows:
-    """Sounds, whatever else is there."""
+    """Sounds; other files are ignored."""
     yield from ((name, {"audio": name}) for name in filter(is_sound, names))
 
 
 def _pairs(folder: Path, names: list[str], wanted: Wanted, whole: bool) -> Rows:
-    """X.txt with the text beside each X.wav."""
+    """X.txt, the text, beside each X.wav."""
     for name in filter(is_sound, names):
         yield name, _beside(folder, name, ".txt")
 
 
 def _emilia(folder: Path, names: list[str], wanted: Wanted, whole: bool) -> Rows:
-    """X.json with text, speaker and language beside each X.mp3. X is RECORDING_WNUMBER: the utterances of a recording
-    follow each other in the order of their numbers."""
+    """X.json with text, speaker and language beside each X.mp3. X is RECORDING_WNUMBER; a recording's utterances are in
+    the order of their numbers."""
     for name in sorted(filter(is_sound, names), key=emilia_order):
         yield name, _beside(folder, name, ".json")
 
@@ -144,7 +144,7 @@ def _beside(folder: Path, name: str, suffix: str) -> Row | BadLine:
 
 
 def _librispeech(folder: Path, names: list[str], wanted: Wanted, whole: bool) -> Rows:
-    """SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt, its lines `ID TEXT`, beside ID.flac, or another sound file of this
+    """SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt with lines `ID TEXT`, beside ID.flac or another sound file of that
     name. The language is English."""
     seen: set[str] = set()
     sounds = {rows.one_form(files.stem(name)): name for name in _sounds_in(folder, names, whole)}
@@ -165,15 +165,14 @@ def _librispeech(folder: Path, names: list[str], wanted: Wanted, whole: bool) ->
 
 
 def _sounds_in(folder: Path, names: list[str], whole: bool) -> list[str]:
-    """The sound files of a folder of which `names` are known; of two of one name, the .flac is last."""
+    """The sound files among a folder's `names`; of two with the same name, the .flac comes last."""
     everything = names if whole else sorted(os.listdir(folder))
     return sorted(filter(is_sound, everything), key=lambda name: name.lower().endswith(".flac"))
 
 
 def _ljspeech(folder: Path, names: list[str], wanted: Wanted, whole: bool) -> Rows:
-    """metadata.csv, its lines `ID|TEXT|TEXT WITH NUMBERS SPELLED OUT` (one text is enough), beside wavs/ID.wav, or
-    another sound file of this name.
-    The text as written is taken, the other where there is none."""
+    """metadata.csv with lines `ID|TEXT|TEXT WITH NUMBERS SPELLED OUT` (one text is enough), beside wavs/ID.wav or
+    another sound file of that name. Uses the text as written, or the other one if there is none."""
     for name in (name for name in names if name == "metadata.csv"):
         for number, line in files.lines(folder / name):
             if isinstance(line, str) and not line.strip():
@@ -187,7 +186,7 @@ def _ljspeech(folder: Path, names: list[str], wanted: Wanted, whole: bool) -> Ro
 
 
 def _with_suffix(folder: Path, name: str) -> str:
-    """The name of a sound file, of which the suffix may lack."""
+    """The name of a sound file whose suffix may be missing."""
     if is_sound(name):
         return name
     return next(
@@ -196,8 +195,8 @@ def _with_suffix(folder: Path, name: str) -> str:
 
 
 def _commonvoice(folder: Path, names: list[str], wanted: Wanted, whole: bool) -> Rows:
-    """A .tsv with client_id, path (in clips/), sentence and locale beside clips/: the one named, or of a folder
-    validated.tsv, or train.tsv where there is no validated one. There may be quotes in a text."""
+    """A .tsv with client_id, path (in clips/), sentence and locale, beside clips/: the one that was named, or in a
+    folder validated.tsv, or else train.tsv. Texts may contain quotes."""
     tables = [name for name in names if name.lower().endswith(".tsv")]
     if whole:
         tables = [name for name in COMMON_VOICE if name in tables][:1]
@@ -207,7 +206,7 @@ def _commonvoice(folder: Path, names: list[str], wanted: Wanted, whole: bool) ->
         yield from manifest.records(folder / table, table, wanted)
 
 
-# The layout's function, the ends of its files' names, and a folder of sound files that is not looked through.
+# A layout's function, how its files' names end, and a folder of sound files that is not searched.
 LAYOUTS: dict[str, tuple[Transcripts, tuple[str, ...], str]] = {
     "audio": (_audio, SOUND_SUFFIXES, ""),
     "pairs": (_pairs, (*SOUND_SUFFIXES, ".txt"), ""),
@@ -223,12 +222,12 @@ def is_sound(name: str) -> bool:
 
 
 def emilia_recording(id: str) -> str:
-    """What is before the last _W field; empty where there is none."""
+    """What precedes the last _W field; empty if there is none."""
     found = re.fullmatch(r"(.+)_W[^_/]*", id, re.DOTALL)
     return found[1] if found else ""
 
 
 def emilia_order(name: str) -> tuple[str, int, str]:
-    """Sorts by recording, and in it by number: W9 before W10."""
+    """Sorts by recording, and within it by number: W9 before W10."""
     id = os.path.splitext(name)[0]
     return emilia_recording(id) or id, len(id), name

@@ -1,9 +1,9 @@
-"""Manifests: a line, or a Parquet row, for each utterance, with the path of its sound file or the sound itself.
+"""Manifests: one line or Parquet row per utterance, with the path of its sound file or the sound itself.
 
 Columns: audio (path relative to the manifest); optional text, speaker, language, id, recording, prompt, and start (or
-offset) and end or duration in seconds. rows.NAMES has the other names they go by. jsonl has one object a line, and so
-has NeMo's json; csv and tsv begin with a line of column names. A tsv is quoted if all of it is as Python's csv module
-would write it: Common Voice's, which has no quoting, has quotes in its texts.
+offset) and end or duration in seconds. rows.NAMES lists their alternative names. jsonl and NeMo's json have one object
+per line; csv and tsv begin with a line of column names. A tsv counts as quoted only if all of it is what Python's csv
+module would write, because Common Voice's unquoted tsv has quotes in its texts.
 """
 
 import contextlib
@@ -34,10 +34,10 @@ EXAMPLE = """Example of a manifest.jsonl (UTF-8), beside the sound files:
 def read(root: Path, places: list[Path], scratch: Path, wanted: Wanted) -> Found:
     """Manifest files, and the manifest.* of folders and of the folders in them.
 
-    The sound files are only checked to exist inside the manifest's folder, or wanted.audio_root; a symbolic link in it
-    may point anywhere.
-    An id that is not given is the sound's path without suffix, after the manifest's name where there are several.
-    Raises SodaError for columns that do not fit, two manifests in a folder, a single file that is none.
+    Sound files are only checked to exist inside the manifest's folder or wanted.audio_root; a symbolic link there may
+    point anywhere. A missing id becomes the sound's path without suffix, prefixed with the manifest's name if there are
+    several. Raises SodaError for unsuitable columns, two manifests in a folder, or a single file that is not a
+    manifest.
     """
     failed: list[Reject] = []
     manifests = [
@@ -59,7 +59,7 @@ def read(root: Path, places: list[Path], scratch: Path, wanted: Wanted) -> Found
 
 
 def is_manifest(path: Path, wanted: Wanted) -> bool:
-    """By its name; a .json, which may be anything, by its first line."""
+    """Decides by name; for a .json, which may be anything, by the first line."""
     if files.kind(path) != ".json":
         return files.kind(path) in KINDS
     for _, line in files.lines(path):
@@ -84,10 +84,10 @@ def _of_folder(folder: Path, failed: list[Reject], wanted: Wanted) -> Iterator[P
         if len(present) > 1:
             raise SodaError(f"{here}: has {' and '.join(present)}; keep one, or give the path of the one to use")
         if present:
-            folders.clear()  # there is nothing but its sound files
+            folders.clear()  # it contains only its sound files
             yield here / present[0]
         elif not wanted.audio_root and (sounds := sum(name.lower().endswith(rows.SOUND_SUFFIXES) for name in names)):
-            failed.append(Reject(str(here), f"no manifest: {sounds} sound files in a folder of none"))
+            failed.append(Reject(str(here), f"no manifest: {sounds} sound files in a folder without one"))
 
 
 def _text(file: Path, name: str, several: bool, wanted: Wanted) -> Found:
@@ -111,20 +111,19 @@ def of_path(row: Row, folder: Path, prefix: str, wanted: Wanted) -> Utterance:
 
 
 def _sound_file(audio: str, folder: Path, root: Path | None) -> tuple[Path, str]:
-    """The path of a sound, and relative to `root`, or where that is not given to the manifest's `folder`."""
+    """A sound's path, also relative to `root`, or to the manifest's `folder` if no root is given."""
     try:
         return rows.inside(root or folder, audio)
     except BadLine:
         if root:
-            with contextlib.suppress(BadLine):  # relative to the manifest, but in `root`
+            with contextlib.suppress(BadLine):  # relative to the manifest, but inside `root`
                 return rows.inside(root, os.path.join(os.path.abspath(folder), audio))
         raise
 
 
 def records(file: Path, name: str, wanted: Wanted) -> Iterator[tuple[str, Row | BadLine]]:
-    """The lines of a jsonl, json, csv or tsv as rows, or what is wrong with them, with where they begin.
-
-    Raises SodaError for a first line of a csv or tsv without a column for the sound."""
+    """The lines of a jsonl, json, csv or tsv as rows, or what is wrong with them, and where they begin. Raises
+    SodaError if the first line of a csv or tsv has no column for the sound."""
     if files.kind(file) in (".csv", ".tsv"):
         yield from ((f"{name}:{number}", row) for number, row in tables.read(file, wanted))
         return
@@ -142,11 +141,10 @@ def records(file: Path, name: str, wanted: Wanted) -> Iterator[tuple[str, Row | 
 
 
 def parquet(file: Path, name: str, scratch: Path, several: bool, wanted: Wanted) -> Found:
-    """Rows with the path of a sound file, or with the sound itself in a struct column {bytes, path}, not read here.
+    """Rows with the path of a sound file, or with the sound itself in a struct column {bytes, path}, which is not read
+    here. A start and end beside embedded sound say where it was cut from and are ignored.
 
-    A start and end beside the sound itself say where it was cut from: they are not looked at.
-
-    Raises SodaError for columns that do not fit."""
+    Raises SodaError for unsuitable columns."""
     try:
         source = files.unpacked(file, scratch) if file.suffix.lower() == ".gz" else file
         table = pq.ParquetFile(source)
@@ -172,11 +170,11 @@ def parquet(file: Path, name: str, scratch: Path, several: bool, wanted: Wanted)
         yield from rows.collect(_parquet_rows(table, name, sound, wanted), make, wanted)
 
 
-ROW, SOUND = "\0row", "\0sound"  # beside a row's columns: its number, and what is in the column of the sound
+ROW, SOUND = "\0row", "\0sound"  # in addition to a row's columns: its number, and the content of the sound column
 
 
 def known_columns(schema: pa.Schema, sound: str, wanted: Wanted) -> list[str]:
-    """Those with something of ours in them, but for the column of a `sound` in itself."""
+    """The columns that we use, except that of an embedded `sound`."""
     ours = {name for column in rows.NAMES for name in wanted.names(column)}
     known = [name for name in schema.names if name in ours and not pa.types.is_nested(schema.field(name).type)]
     wanted.there = wanted.there or list(schema.names)
@@ -185,7 +183,7 @@ def known_columns(schema: pa.Schema, sound: str, wanted: Wanted) -> list[str]:
 
 
 def class_names(schema: pa.Schema) -> dict[str, list[str]]:
-    """The names of the classes in columns where datasets keeps their numbers (a ClassLabel), by column."""
+    """Class names by column, for columns in which datasets stores class numbers (a ClassLabel)."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         labels = {name: feature.get("names") for name, feature in features.items() if isinstance(feature, dict)}
@@ -199,7 +197,7 @@ def class_names(schema: pa.Schema) -> dict[str, list[str]]:
 
 
 def with_class_names(row: dict[str, object], classes: dict[str, list[str]]) -> dict[str, object]:
-    """The row with names for the numbers of classes; -1 is none."""
+    """The row with class numbers replaced by names; -1 means none."""
     for column, names in classes.items():
         number = row.get(column)
         if isinstance(number, int) and number < len(names):
@@ -217,7 +215,7 @@ def _parquet_rows(table: pq.ParquetFile, name: str, sound: str, wanted: Wanted) 
     number = 0
     for group in range(table.num_row_groups):
         bytes_there = _bytes_there(table, group, sound) if embedded else None
-        # Where some rows have bytes and some a path, only the bytes tell which.
+        # If some rows have bytes and others a path, only the bytes tell them apart.
         mixed = [f"{sound}.bytes"] if embedded and bytes_there is None else []
         try:
             for batch in table.iter_batches(8 if mixed else 1024, row_groups=[group], columns=others + mixed):
@@ -239,7 +237,7 @@ def _parquet_rows(table: pq.ParquetFile, name: str, sound: str, wanted: Wanted) 
 
 
 def python_rows(batch: pa.RecordBatch) -> list[dict[str, object] | BadLine]:
-    """A batch's rows. Arrow does not check that a string is UTF-8: a row where one is not is a BadLine."""
+    """A batch's rows. Arrow does not check that strings are UTF-8; a row with one that is not is a BadLine."""
     try:
         return list(batch.to_pylist())
     except UnicodeDecodeError:
@@ -249,7 +247,7 @@ def python_rows(batch: pa.RecordBatch) -> list[dict[str, object] | BadLine]:
 
 
 def _bytes_there(table: pq.ParquetFile, group: int, sound: str) -> bool | None:
-    """Whether all rows of a row group, or none, have the sound itself, from its statistics; None: some have."""
+    """From a row group's statistics, whether all of its rows or none have embedded sound; None: some do."""
     content = table.metadata.row_group(group)
     for index in range(content.num_columns):
         column = content.column(index)
@@ -260,7 +258,7 @@ def _bytes_there(table: pq.ParquetFile, group: int, sound: str) -> bool | None:
 
 
 def sound_column(file: Path, schema: pa.Schema, wanted: Wanted) -> str:
-    """The column with the sounds: the first struct with bytes, else one with paths. Raises SodaError for neither."""
+    """The sound column: the first struct with bytes, otherwise one with paths. Raises SodaError if there is neither."""
     paths = wanted.names("audio")
     any_name = () if "audio" in wanted.columns else schema.names
     known = [name for name in (*paths, *any_name) if schema.get_field_index(name) >= 0]

@@ -1,4 +1,4 @@
-"""From the columns that a source has to an utterance: the names a column goes by, and the checks all sources share."""
+"""Turns the columns of a source into utterances: alternative column names, and the checks that all sources share."""
 
 import json
 import os
@@ -18,36 +18,36 @@ from .files import BadLine
 
 Row = Mapping[str, object]
 Found = Iterator[Utterance | Reject]
-# What libsndfile and FFmpeg's libraries know by its content (.g722: by this name). No other headerless formats.
+# Formats that libsndfile and FFmpeg's libraries recognise by content (.g722: by name). No other headerless formats.
 SOUND_SUFFIXES = (
     *(".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".g722", ".aac", ".ac3", ".aif", ".aifc", ".aiff", ".amr"),
     *(".ape", ".au", ".caf", ".dts", ".eac3", ".m4b", ".mka", ".mp2", ".mpa", ".mpc", ".oga", ".rf64", ".snd", ".sph"),
     *(".spx", ".tak", ".tta", ".voc", ".w64", ".wave", ".wma", ".wv"),
-    *(".3gp", ".avi", ".flv", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv"),  # of films, the sound
+    *(".3gp", ".avi", ".flv", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv"),  # for video, the sound track
 )
-NAMES = {  # of several that are there, the first that has something in it
+NAMES = {  # if several exist, the first that is not empty
     "audio": ("audio", "audio_filepath", "audio_path", "path", "wav", "file"),
     "text": ("text", "transcript", "transcription", "sentence", "normalized_text"),
     "speaker": ("speaker", "speaker_id", "client_id"),
     "language": ("language", "lang", "locale"),
     **{name: (name,) for name in ("id", "recording", "prompt", "start", "end", "offset", "duration")},
 }
-NO_TEXT = "\0no text"  # beside a row's columns: why it has no text
-UNTYPED = "\0untyped"  # beside them: there are no numbers but in strings
-AGREE = Decimal("0.01")  # seconds by which two columns that say the same may differ: they are rounded
+NO_TEXT = "\0no text"  # in addition to a row's columns: why it has no text
+UNTYPED = "\0untyped"  # in addition to them: numbers only occur as strings
+AGREE = Decimal("0.01")  # seconds by which two columns for the same thing may differ, because of rounding
 
 
 @dataclass
 class Wanted:
-    """What the user wants of a source, beside where it is: whether an utterance `needs_text`; `columns`, the column of
-    the source for a column of ours, None for one that is not to be read; and `audio_root`, the folder that the
-    paths in tables are relative to and must lead into, where it is not the table's own."""
+    """What the user wants from a source: whether an utterance `needs_text`; `columns`, which maps our columns to the
+    source's, or to None for one that should not be read; and `audio_root`, the folder that paths in tables are relative
+    to and must stay inside, if it is not the table's own."""
 
     needs_text: bool = True
     columns: Mapping[str, str | None] = field(default_factory=dict)
     audio_root: Path | None = None
-    there: list[str] = field(default_factory=list)  # the columns of the first row
-    found: set[str] = field(default_factory=set)  # of the columns that `columns` names, those that were there
+    there: list[str] = field(default_factory=list)  # columns of the first row
+    found: set[str] = field(default_factory=set)  # those of the columns named in `columns` that were found
 
     def __post_init__(self) -> None:
         for column, name in self.columns.items():
@@ -59,19 +59,19 @@ class Wanted:
             raise SodaError(f"prepare.audio_root: {self.audio_root}: no such folder.")
 
     def names(self, column: str) -> tuple[str, ...]:
-        """What one of our columns may be called in the source."""
+        """The names that one of our columns may have in the source."""
         if column not in self.columns:
             return NAMES[column]
         name = self.columns[column]
         return (name,) if name else ()
 
     def see(self, names: list[str]) -> None:
-        """Notes the columns of a table, or of a row."""
+        """Records the columns of a table or a row."""
         self.there = self.there or names
         self.found |= set(names) & set(filter(None, self.columns.values()))
 
     def named(self, row: Row) -> Row:
-        """The row under our names, without what is not to be read."""
+        """The row under our names, without excluded columns."""
         if not self.columns:
             return row
         if own := [name for name in row if not name.startswith("\0")]:
@@ -81,7 +81,7 @@ class Wanted:
         return kept | {NAMES[column][0]: row[name] for column, name in self.columns.items() if name and name in row}
 
     def check_found(self) -> None:
-        """At the end of a source. Raises SodaError for a column that was in no row."""
+        """Called at the end of a source. Raises SodaError for a column that no row had."""
         lacking = [f"{column}: {name}" for column, name in self.columns.items() if name and name not in self.found]
         if self.there and lacking:
             raise SodaError(
@@ -91,13 +91,13 @@ class Wanted:
 
 
 def value(row: Row, column: str) -> object:
-    """What a row has in a column, under any of its names; None where that is nothing."""
+    """A row's value in a column, under any of its names; None if it is empty."""
     return next((row[name] for name in NAMES[column] if row.get(name) not in (None, "")), None)
 
 
 def string(row: Row, column: str) -> str:
-    """The same, as a string without outer white space. Speakers, ids and the like are often whole numbers, which are
-    taken as names; with a gap in their column, pandas makes floats of them. Raises BadLine for anything else."""
+    """The same, as a string without surrounding white space. Speakers, ids and the like are often integers, which are
+    used as names; if their column has gaps, pandas turns them into floats. Raises BadLine for anything else."""
     found = value(row, column)
     if found is None:
         return ""
@@ -111,8 +111,8 @@ def string(row: Row, column: str) -> str:
 
 
 def own_id(row: Row, otherwise: str, prefix: str = "") -> str:
-    """The id column's, after `prefix`. A number may count something that comes again (in FLEURS, the sentence), so it
-    only follows the id that there is `otherwise`."""
+    """The id column's value, after `prefix`. A number may count something that repeats (in FLEURS, the sentence), so it
+    is only appended to the id used `otherwise`."""
     own = string(row, "id")
     if not own:
         return otherwise
@@ -121,11 +121,11 @@ def own_id(row: Row, otherwise: str, prefix: str = "") -> str:
 
 
 def utterance(row: Row, sound: Sound, id: str, needs_text: bool) -> Utterance:
-    """Raises BadLine for a value that is no string and, if `needs_text`, where there is no text."""
+    """Raises BadLine for a value that is not a string and, if `needs_text`, for a missing text."""
     text, speaker, language, recording, prompt = (
         string(row, column) for column in ("text", "speaker", "language", "recording", "prompt")
     )
-    if _has_surrogates(id):  # of a file whose name is not UTF-8
+    if _has_surrogates(id):  # from a file whose name is not UTF-8
         raise BadLine("not valid Unicode: the name")
     text = one_line(text)
     if not text and needs_text:
@@ -134,9 +134,9 @@ def utterance(row: Row, sound: Sound, id: str, needs_text: bool) -> Utterance:
 
 
 def segment(row: Row) -> tuple[float, float, float]:
-    """Start and end in seconds, 0 and 0 for all of the file, whose length is then the third: that of a duration alone,
-    as NeMo has it, or 0. Raises BadLine for columns that contradict each other. They are added as decimals, as they
-    are written: 1.1 and 2.2 are 3.3."""
+    """Start and end in seconds, and the file's length. Start and end are 0 for the whole file; only then is the length
+    set, from a lone duration as in NeMo's manifests, otherwise it is 0. Raises BadLine for contradictory columns.
+    Numbers are added as decimals: 1.1 and 2.2 are 3.3."""
     start, end, offset, duration = (_seconds(row, column) for column in ("start", "end", "offset", "duration"))
     if start is not None and offset is not None and abs(start - offset) > AGREE:
         raise BadLine(f"contradiction: start {start} s and offset {offset} s")
@@ -170,7 +170,7 @@ def _seconds(row: Row, column: str) -> Decimal | None:
 
 
 def inside(base: Path, name: str) -> tuple[Path, str]:
-    """-> the sound file's path, and its path relative to `base`, with '/'. A link in there may point anywhere."""
+    """Returns the sound file's path, and its path relative to `base`, with '/'. A link in it may point anywhere."""
     name = plain_path(name)
     root = os.path.abspath(base)
     relative = os.path.relpath(os.path.join(root, name), root)
@@ -182,7 +182,7 @@ def inside(base: Path, name: str) -> tuple[Path, str]:
 
 
 def plain_path(name: str) -> str:
-    """The path, of ~/a and of file:///home/me/a%20b too. Raises BadLine for what is none."""
+    """The path; ~/a and file:///home/me/a%20b are resolved. Raises BadLine for anything that is not a path."""
     if name.startswith("file://"):
         host, slash, path = name.removeprefix("file://").partition("/")
         if host not in ("", "localhost"):
@@ -194,8 +194,8 @@ def plain_path(name: str) -> str:
 
 
 def existing(folder: Path, relative: str, name: str) -> Path:
-    """The file in a folder. Accents may be written in two ways (NFC, NFD), and a file's name and what is said about it
-    were often not written by the same system. Raises BadLine where there is none."""
+    """The file in a folder. Accents can be written in two ways (NFC, NFD), and a file and the table that names it often
+    come from different systems. Raises BadLine if there is no such file."""
     path = folder / relative
     try:
         if not path.is_file() and not relative.isascii():
@@ -204,7 +204,7 @@ def existing(folder: Path, relative: str, name: str) -> Path:
                 forms = [path / form for form in both_forms(part)]
                 path = next((form for form in forms if form.exists()), forms[0])
         there = path.is_file()
-    except (OSError, ValueError) as error:  # a name that is too long, a folder that may not be entered
+    except (OSError, ValueError) as error:  # a name that is too long, a folder without access
         raise BadLine(f"cannot be opened: {getattr(error, 'strerror', None) or error}") from None
     if not there:
         raise BadLine(f"no file: {name!r}")
@@ -217,12 +217,12 @@ def both_forms(name: str) -> list[str]:
 
 
 def one_form(name: str) -> str:
-    """The same for names that differ in their Unicode form alone."""
+    """The same for names that differ only in their Unicode form."""
     return unicodedata.normalize("NFC", name)
 
 
 def parse_json(line: str) -> dict[str, object]:
-    """Raises BadLine where the line is no JSON object."""
+    """Raises BadLine if the line is not a JSON object."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -233,7 +233,8 @@ def parse_json(line: str) -> dict[str, object]:
 
 
 def collect(rows: Iterator[tuple[str, Row | BadLine]], make: Callable[[Row], Utterance], wanted: Wanted) -> Found:
-    """An utterance or a Reject for each (where, row or what is wrong with it). `make` gets rows under our names."""
+    """Yields an utterance or a Reject for each (where, row or what is wrong with it). `make` gets rows under our
+    names."""
     for where, row in rows:
         try:
             if isinstance(row, BadLine):
@@ -245,5 +246,5 @@ def collect(rows: Iterator[tuple[str, Row | BadLine]], make: Callable[[Row], Utt
 
 
 def _has_surrogates(text: str) -> bool:
-    """Half a character: from JSON's \\ud800 or an undecodable file name. No UTF-8 file could hold it."""
+    """Half a character, from JSON's \\ud800 or an undecodable file name. No UTF-8 file could hold it."""
     return any("\ud800" <= letter <= "\udfff" for letter in text)

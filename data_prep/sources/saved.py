@@ -1,6 +1,6 @@
-"""Hugging Face datasets on this disk: as `save_to_disk` leaves them (Arrow), or as Parquet shards like on the hub.
+"""Hugging Face datasets on disk: as written by `save_to_disk` (Arrow), or as Parquet shards as on the hub.
 
-Read with pyarrow alone. The sounds stay where they are: one in an Arrow file is a range of its bytes.
+Read with pyarrow only. Sounds stay in place: one in an Arrow file is a range of the file's bytes.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,10 +23,10 @@ STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 def read(root: Path, places: list[Path], scratch: Path, wanted: Wanted) -> Found:
-    """Datasets, their .arrow files or Parquet shards, and all of those in folders.
+    """Datasets, their .arrow files or Parquet shards, and folders of these.
 
-    An id is the id column's, after its split's or folder's name for an Arrow dataset; without such a column it is the
-    shard's name and the row. Raises SodaError for columns that do not fit and compressed Arrow files.
+    An id is the id column's, preceded by the name of the split or folder for an Arrow dataset; without such a column it
+    is the shard's name and the row. Raises SodaError for unsuitable columns and compressed Arrow files.
     """
     failed: list[Reject] = []
     for place in places:
@@ -46,19 +46,19 @@ def read(root: Path, places: list[Path], scratch: Path, wanted: Wanted) -> Found
 
 
 def is_dataset(names: list[str]) -> bool:
-    """Whether a folder with these files is what save_to_disk made."""
+    """Whether save_to_disk made a folder with these files."""
     return "dataset_dict.json" in names or {"state.json", "dataset_info.json"} <= set(names)
 
 
 def _shards(place: Path, failed: list[Reject]) -> Iterator[tuple[Path | Reject, Path]]:
-    """Files, each with the folder that its dataset is in."""
+    """Files, each with its dataset's folder."""
     if not place.is_dir():
         yield place, place.parent
         return
     for here, folders, names in files.walk(place, failed):
         if "dataset_dict.json" in names:
             splits = _strings(here / "dataset_dict.json", lambda content: content["splits"])
-            # In the dataset's order; a split that is not there is told, not passed over.
+            # In the dataset's order; a missing split is reported, not skipped.
             yield from ((Reject(str(here / split), "no such split"), here) for split in splits if split not in folders)
             folders[:] = [split for split in splits if split in folders]
         elif "state.json" in names:
@@ -125,7 +125,7 @@ def _arrow(file: Path, name: str, prefix: str, wanted: Wanted) -> Found:
 def _rows(
     file: Path, whole: pa.Buffer, batch: pa.RecordBatch, column: str, known: list[str], classes: dict[str, list[str]]
 ) -> list[dict[str, object]]:
-    """The `known` columns of a batch, and beside them the Sound in `column`, or the path as it stands there."""
+    """The `known` columns of a batch, plus the Sound in `column`, or the path as written there."""
     batch.validate()
     values: dict[str, list[object]] = {}
     for name in known:
@@ -143,7 +143,7 @@ def _rows(
 
 
 def _sounds(file: Path, whole: pa.Buffer, structs: Any) -> list[object]:
-    """Where the bytes of a column are in the file: Arrow hands out the mapped file itself, so addresses tell."""
+    """Where a column's bytes are in the file: Arrow returns the mapped file itself, so addresses give the position."""
     content = structs.field("bytes")
     width = np.int64 if pa.types.is_large_binary(content.type) else np.int32
     if not (pa.types.is_binary(content.type) or pa.types.is_large_binary(content.type)):
@@ -154,14 +154,14 @@ def _sounds(file: Path, whole: pa.Buffer, structs: Any) -> list[object]:
         paths = structs.field("path").to_pylist()
     _, places, data = content.buffers()
     size = 0 if data is None else data.size
-    # Arrow keeps nothing at all somewhere else.
+    # Arrow stores empty data elsewhere.
     base = 0 if data is None or not size else data.address - whole.address
     if not 0 <= base <= base + size <= whole.size:
         raise SodaError(
             f"{file}: its buffers are compressed, so the sounds cannot be read where they are. Save the dataset again "
             "with datasets' save_to_disk, or as Parquet."
         )
-    # A column without rows may come without offsets.
+    # A column without rows may have no offsets.
     offsets = np.frombuffer(places, width)[content.offset :].astype(np.int64) if len(content) else np.zeros(1, np.int64)
     found: list[object] = []
     valid = np.array(content.is_valid().to_pylist(), bool) & np.array(structs.is_valid().to_pylist(), bool)
@@ -175,8 +175,8 @@ def _sounds(file: Path, whole: pa.Buffer, structs: Any) -> list[object]:
 
 
 def _path(folder: Path, name: str, wanted: Wanted) -> Path:
-    """A path in a dataset is mostly an absolute one, to where the sounds were when it was made: it may lead anywhere,
-    unless there is a wanted.audio_root."""
+    """A path in a dataset is usually absolute, pointing to where the sounds were when it was made, so it may lead
+    anywhere unless wanted.audio_root is set."""
     if wanted.audio_root:
         return rows.inside(wanted.audio_root, name)[0]
     return rows.existing(folder, rows.plain_path(name), name)

@@ -1,4 +1,4 @@
-"""csv and tsv as rows, with quoted cells that go on over lines, stray quotes, and tsv that has no quoting at all."""
+"""csv and tsv as rows, including quoted cells that span lines, stray quotes, and tsv without any quoting."""
 
 import csv
 import re
@@ -13,13 +13,12 @@ from . import files, rows
 from .files import BadLine
 from .rows import Row, Wanted
 
-MOST_LINES = 1000  # of one quoted cell
+MOST_LINES = 1000  # in one quoted cell
 
 
 def read(file: Path, wanted: Wanted) -> Iterator[tuple[int, Row | BadLine]]:
-    """The records of a csv or tsv as rows, or what is wrong with them, with the lines on which they begin.
-
-    Raises SodaError for a first line without a column for the sound."""
+    """The records of a csv or tsv as rows, or what is wrong with them, and the lines on which they begin. Raises
+    SodaError if the first line has no column for the sound."""
     if files.kind(file) == ".csv":
         cells = _csv_cells
     else:
@@ -69,7 +68,7 @@ def _row(names: list[str], values: list[str]) -> Row:
 
 
 class _OpenCell(BadLine):
-    """A quoted cell does not end in these lines."""
+    """A quoted cell does not end within these lines."""
 
 
 def _tsv_cells(line: str) -> list[str]:
@@ -99,8 +98,8 @@ def _over_lines(
     cells: Callable[[str], list[str]],
     columns: int,
 ) -> list[str]:
-    """The cells of a record that goes on in the lines that follow; these are then taken from `ahead`. If no line ends
-    it well, the quote is a stray one: only `line` is bad, and those after it are lines of their own."""
+    """The cells of a record that continues on the following lines, which are then taken from `ahead`. If no line closes
+    it properly, the quote is a stray one: only `line` is bad, and the following lines stand on their own."""
     parts, size = [line], len(line)
     while len(parts) <= MOST_LINES and size <= files.LONGEST_LINE:
         if len(parts) > len(ahead):
@@ -134,17 +133,18 @@ _RECORD = re.compile(rf"{_CELL}(?:\t{_CELL})*")
 
 
 def _is_quoted(file: Path) -> bool:
-    """Whether a tsv is as Python's csv module writes one: every cell with a quote in it is quoted whole, its own quotes
-    doubled, and some cell had to be, or all of the first line are. The first quote that is not so decides against it.
+    """Whether Python's csv module could have written this tsv: every cell that contains a quote is quoted as a whole,
+    with its own quotes doubled, and some cell had to be quoted, or the whole first line is. The first quote that does
+    not fit decides against it.
     """
-    if not file.is_file():  # a pipe can be read only once
+    if not file.is_file():  # a pipe can only be read once
         return False
     columns, needed, parts, quotes, size = 0, False, [], 0, 0
     for _, line in files.lines(file):
         if isinstance(line, BadLine) or not (parts or line.strip()):
             continue
         if parts and columns > 1 and parts[0].count("\t") >= columns - 1 and line.count("\t") >= columns - 1:
-            return False  # both are whole lines: what looks like a cell over lines is two stray quotes
+            return False  # both are complete lines: what looks like a cell that spans lines is two stray quotes
         parts.append(line)
         quotes, size = quotes + line.count('"'), size + len(line)
         if quotes % 2:

@@ -1,6 +1,6 @@
-"""WebDataset tars: X.mp3 and X.json or X.txt, in any order. The sound stays in the tar: it is a range of its bytes.
+"""WebDataset tars: X.mp3 and X.json or X.txt, in any order. The sound stays in the tar, as a range of its bytes.
 
-A .tar.gz is unpacked once to a plain tar in the scratch folder; nothing is ever extracted from a tar.
+A .tar.gz is unpacked once, to a plain tar in the scratch folder; nothing is ever extracted from a tar.
 """
 
 import os
@@ -21,12 +21,12 @@ OTHER_ARCHIVES = (".zip", ".7z", ".rar", ".tar.zst", ".tar.xz", ".tar.bz2", ".tx
 
 
 def read(root: Path, places: list[Path], scratch: Path, wanted: Wanted, emilia: bool = False) -> Found:
-    """The tars that are named, and those in folders. An id is TAR/MEMBER without suffixes.
+    """The named tars, and those in named folders. An id is TAR/MEMBER without suffixes.
 
-    Text and speaker are sought in X.txt and X.json, under the names of a manifest's columns. A start and end say where
-    a member was cut from: they are not looked at.
-    Samples whose members do not follow each other come last, and of these all names are held in memory.
-    With `emilia`, those of a tar are sorted so that a recording's follow each other, and one tar's are held in memory.
+    Text and speaker come from X.txt and X.json, under the names of a manifest's columns. A start and end say where a
+    member was cut from and are ignored. Samples whose members are not consecutive come last, and all their names are
+    held in memory. With `emilia`, a tar's samples are sorted so that those of a recording are consecutive, and one
+    tar's samples are held in memory.
     """
     failed: list[Reject] = []
     for place in places:
@@ -50,7 +50,7 @@ def is_tar(path: Path | str) -> bool:
 
 
 def looks_like_emilia(tar: Path) -> bool:
-    """Whether the first sound or text in it is called like Emilia's."""
+    """Whether its first sound or text is named like Emilia's."""
     try:
         with tarfile.open(tar, "r|*") as stream:
             for _ in range(64):
@@ -60,7 +60,7 @@ def looks_like_emilia(tar: Path) -> bool:
                 base = os.path.basename(member.name)
                 if is_sound(base) or (base.endswith(".json") and not base.startswith(".")):
                     return bool(emilia_recording(_key(member.name)))
-    except Exception:  # a damaged tar: its reader will say so
+    except Exception:  # a damaged tar: its reader will report it
         pass
     return False
 
@@ -101,7 +101,7 @@ def _utterances(tar: Path, name: str, scratch: Path, wanted: Wanted, emilia: boo
         yield from rows.collect(((f"{name}{where}", row) for where, row in _samples(file)), make, wanted)
 
 
-SOUND = "\0sound"  # beside a row's columns
+SOUND = "\0sound"  # in addition to a row's columns
 
 
 class Member(NamedTuple):
@@ -117,13 +117,14 @@ class Member(NamedTuple):
 
 
 def _samples(file: BinaryIO) -> Iterator[tuple[str, Row | BadLine]]:
-    """Members of the same name up to the first dot of its last part, as one row. Those that follow each other come at
-    once, if there are a sound and a text among them; the others wait for what else there may be, up to the end."""
+    """Members whose names agree up to the first dot of the last part, as one row. Consecutive members are yielded at
+    once if they include a sound and a text; others wait for further members until the end."""
     waiting: dict[str, list[Member]] = {}
     group: list[Member] = []
     for member in _members(file):
         if isinstance(member, CutShort):
-            # What follows may have belonged to the last group: without it, only one with a text is sure to be whole.
+            # The rest may have belonged to the last group: without it, only a group with a text is certain to be
+            # complete.
             key = _key(member.name) if member.name else ""
             if group and any(one.suffix in TEXTS for one in group) and _key(group[0].name) != key:
                 waiting.setdefault(_key(group[0].name), []).extend(group)
@@ -150,7 +151,7 @@ def _samples(file: BinaryIO) -> Iterator[tuple[str, Row | BadLine]]:
         yield "", cut
 
 
-TEXTS = (".json", ".txt")  # of two, that of the .txt is taken
+TEXTS = (".json", ".txt")  # if there are two, the .txt is used
 
 
 def _whole_or_waiting(
@@ -196,7 +197,7 @@ def _text(file: BinaryIO, member: Member) -> str:
 
 
 class CutShort(BadLine):
-    """The end of a tar that is not whole; `name` is the member that was cut, where that is known."""
+    """The end of an incomplete tar; `name` is the truncated member, if known."""
 
     def __init__(self, reason: str, name: str = "") -> None:
         super().__init__(reason)
@@ -204,7 +205,7 @@ class CutShort(BadLine):
 
 
 def _members(file: BinaryIO) -> Iterator[tarfile.TarInfo | CutShort]:
-    """The members that are whole, one by one, and at last what is wrong with the tar."""
+    """The intact members one by one, then what is wrong with the tar."""
     size = os.fstat(file.fileno()).st_size
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:

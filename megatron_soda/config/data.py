@@ -1,4 +1,4 @@
-"""`data`: the stores that a run trains on, and how they are cut into windows."""
+"""`data`: the stores a run trains on, and how they are cut into windows."""
 
 from dataclasses import field
 from typing import Literal, Self
@@ -11,7 +11,7 @@ from .fields import SECTION, Count, CountOrZero, need
 
 @dataclass(config=SECTION)
 class MixStage:
-    """Shares of the corpora in the samples, from a step on; those of a stage sum to 1."""
+    """How samples are divided among the corpora from a step on. The shares of a stage sum to 1."""
 
     from_step: CountOrZero = 0
     shares: dict[str, float] = field(default_factory=dict)
@@ -20,26 +20,26 @@ class MixStage:
 @dataclass(config=SECTION)
 class Data:
     path: str = ""
-    """Folder with the stores train, valid and test. Empty: RUN/data."""
+    """Folder that holds the stores train, valid and test. Empty: RUN/data."""
     corpora: dict[str, str] = field(default_factory=dict)
-    """Store (without suffix) by name. Empty: the one store `train`."""
+    """Stores (paths without suffix) by name. Empty: only the store `train`."""
     mix: list[MixStage] = field(default_factory=list)
-    """Needed if there are several corpora."""
+    """The shares of the corpora. Required if there are several."""
     sequence_length: Count = 4096
-    """Tokens of a window."""
+    """Tokens per window."""
     reset_positions: bool = False
     """Positions count from the start of the document, not of the window (SODA). Attention never leaves a document and
-    rotary positions are relative, so the two differ by rounding alone. Transformer Engine always resets."""
+    rotary positions are relative, so the two differ only by rounding. Transformer Engine always resets."""
     align_windows: bool = False
-    """No window begins inside an audio frame. Costs codebooks - 1 tokens a window."""
+    """No window begins inside an audio frame. Costs codebooks - 1 tokens per window."""
     accept: list[Literal["codec", "tokenizer", "validation"]] = field(default_factory=list)
-    """What may differ from what the model was trained with, because you know."""
+    """What may deliberately differ from what the model was trained with."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         need(
             len(self.corpora) < 2 or bool(self.mix),
-            f"data.corpora has {len(self.corpora)} corpora; data.mix must say their shares",
+            f"data.corpora has {len(self.corpora)} corpora; data.mix must give their shares",
         )
         need(bool(self.corpora) or not self.mix, "data.mix has shares, but data.corpora has no corpora")
         return self

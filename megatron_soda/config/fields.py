@@ -1,4 +1,4 @@
-"""What the fields of the recipe's sections are made of."""
+"""Types and checks for the fields of the recipe's sections."""
 
 import difflib
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, ConfigDict, Field
 
 from ..errors import SodaError
 
-# A docstring under a field is its description in the JSON schema.
+# The docstring below a field becomes its description in the JSON schema.
 SECTION = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -26,13 +26,13 @@ OrNone = BeforeValidator(_empty_is_none)
 
 
 def near(word: str, known: Sequence[str], cutoff: float = 0.4) -> str:
-    """ " Did you mean ..?" with the nearest of the known words, or nothing."""
+    """ " Did you mean ..?" with the nearest known word, or an empty string."""
     found = difflib.get_close_matches(word, known, 1, cutoff)
     return f" Did you mean {found[0]}?" if found else ""
 
 
 def choice(key: str, value: str, known: Sequence[str]) -> None:
-    """SodaError, with the nearest of the known values, if `value` is not one of them."""
+    """Raises SodaError, with the nearest known value, if `value` is not one of them."""
     if value not in known:
         raise SodaError(f"{key}={value}: must be one of {', '.join(known)}.{near(value, known)}")
 

@@ -1,4 +1,4 @@
-"""`model`: a Qwen3-style decoder, and the presets of its sizes."""
+"""`model`: a Qwen3-style decoder and presets for its sizes."""
 
 import math
 from typing import Annotated, Literal, Self
@@ -12,7 +12,7 @@ from .fields import SECTION, Above0, AtLeast0, Count, CountOrZero, OrNone, near,
 SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "head_dim")
 
 # layers, hidden, ffn, heads, query groups, head_dim, tied embeddings. 135m to 4b: the paper's SODA-base, section 3.
-# 150m: its ablations. 600m-prelim: its multilingual forerunner. And `isoflop-WIDTH`, by the rule of its scaling study.
+# 150m: its ablations. 600m-prelim: its multilingual predecessor. `isoflop-WIDTH` follows its scaling study.
 PRESETS = {
     "tiny": (3, 128, 384, 4, 2, 32, False),
     "135m": (15, 512, 1792, 8, 8, 64, False),
@@ -25,13 +25,13 @@ PRESETS = {
 
 
 def isoflop_preset(width: int) -> tuple[int, int, int, int, int, int, bool]:
-    """The model of a width in the IsoFLOP study (paper, section 6): depth grows with width, ffn 4 x, heads of 128."""
+    """The IsoFLOP study's model of a given width (paper, section 6): depth grows with width, ffn 4 x, heads of 128."""
     heads = max(1, width // 128)
     return (round(width / (64 + 4 * math.log2(width) - 7)), width, 4 * width, heads, heads, 128, False)
 
 
 def preset(name: str) -> tuple[int, int, int, int, int, int, bool]:
-    """The sizes of a preset by name; SodaError names the nearest."""
+    """The sizes of a preset. Raises SodaError for an unknown name and suggests the nearest."""
     if name in PRESETS:
         return PRESETS[name]
     family, _, width = name.partition("-")
@@ -46,7 +46,7 @@ def preset(name: str) -> tuple[int, int, int, int, int, int, bool]:
 @dataclass(config=SECTION)
 class Model:
     preset: str = "tiny"
-    """Fills in every size that is left at 0: tiny, 135m, 150m, 600m, 600m-prelim, 1.7b, 4b, isoflop-WIDTH."""
+    """Fills in every size left at 0: tiny, 135m, 150m, 600m, 600m-prelim, 1.7b, 4b, isoflop-WIDTH."""
     num_layers: CountOrZero = 0
     hidden_size: CountOrZero = 0
     ffn_hidden_size: CountOrZero = 0
@@ -54,20 +54,20 @@ class Model:
     num_query_groups: CountOrZero = 0
     head_dim: CountOrZero = 0
     tie_embeddings: Annotated[bool | None, OrNone] = None
-    """null: as the preset has it."""
+    """null: as in the preset."""
     norm_epsilon: Above0 = 1e-5
     init: Literal["", "normal", "levanter"] = ""
-    """normal: by init_std. levanter: by fan-in, as the paper's library draws (model/gpt.py). Empty: by the preset."""
+    """normal: uses init_std. levanter: by fan-in, like the paper's library (model/gpt.py). Empty: as in the preset."""
     init_std: Above0 = 0.02
-    """Of init=normal."""
+    """For init=normal."""
     embedding_class_std: AtLeast0 = 0.0
-    """Std of a vector that all ids of a class share at the start, in the embedding. SODA has none. With it a model
-    learns in a few steps which slot of a frame it is at, and small ones learn several times faster."""
+    """Std of a vector that the embeddings of all ids of a class share at the start. SODA does not use one. It lets a
+    model learn within a few steps which slot of a frame it is at, so small models learn several times faster."""
     head_class_std: AtLeast0 = 0.0
-    """The same in the head."""
+    """The same for the head."""
     rope_theta: Count = 500_000
     rope_scaling_factor: Above0 = 8.0
-    """Llama-3's, with its other constants."""
+    """Llama-3's scaling, with its other constants. 1: no scaling."""
 
     @model_validator(mode="after")
     def _fill_and_check(self) -> Self:

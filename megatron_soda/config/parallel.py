@@ -1,4 +1,4 @@
-"""`parallel`: how a model and a batch are laid out over processes."""
+"""`parallel`: how the model and the batch are distributed over processes."""
 
 from pydantic.dataclasses import dataclass
 
@@ -7,17 +7,17 @@ from .fields import SECTION, Count
 
 @dataclass(config=SECTION)
 class Parallel:
-    """Data parallelism takes the processes that are left: world size / (tensor * pipeline * context)."""
+    """Data parallelism uses the remaining processes: world size / (tensor * pipeline * context)."""
 
     tensor: Count = 1
-    """Ranks that share every matrix."""
+    """Ranks that each matrix is split over."""
     pipeline: Count = 1
-    """Ranks that share the layers."""
+    """Ranks that the layers are split over."""
     virtual_pipeline: Count = 1
-    """Stages of each pipeline rank (the interleaved schedule)."""
+    """Stages per pipeline rank (interleaved schedule)."""
     context: Count = 1
-    """Ranks that share every sequence."""
+    """Ranks that each sequence is split over."""
     sequence: bool = False
-    """Tensor-parallel ranks share norms and residuals along the sequence."""
+    """Split norms and residuals along the sequence over the tensor-parallel ranks."""
     distributed_optimizer: bool = False
-    """Data-parallel ranks share the optimizer's state."""
+    """Split the optimizer's state over the data-parallel ranks."""

@@ -1,4 +1,4 @@
-"""`prepare`: from speech and text to token stores."""
+"""`prepare`: how speech and text become token stores."""
 
 from dataclasses import field
 from typing import Annotated, Literal, Self
@@ -28,61 +28,61 @@ Order = Literal[
 @dataclass(config=SECTION)
 class Prepare:
     speech: str = "asterisk"
-    """`asterisk`: the free prompts, fetched. Or a folder, a manifest or a glob. Empty: none."""
+    """`asterisk` (free prompts, downloaded), or a folder, a manifest or a glob. Empty: no speech."""
     layout: Layout = "auto"
-    """How the speech is laid out (docs/data.md)."""
+    """How the corpus is organised (docs/data.md). auto: detected."""
     columns: dict[str, Annotated[str | None, OrNone]] = field(default_factory=dict)
-    """The corpus's column for one of ours: {text: sentence}. {id: null}: its ids are not used."""
+    """Maps our columns to the corpus's: {text: sentence}. {id: null}: ignore its ids."""
     audio_root: str = ""
-    """The folder that paths in manifests are relative to, and must be in. Empty: the manifest's own."""
+    """The folder that paths in manifests are relative to and must stay inside. Empty: the manifest's own folder."""
     languages: list[str] = field(default_factory=lambda: ["en", "es", "fr"])
-    """Of the free prompts."""
+    """Languages of the free prompts."""
     downloads: str = "downloads"
-    """Where fetched material is kept."""
+    """Folder for downloads."""
     units: list[str] = field(default_factory=list)
-    """Unit shards (globs) that were encoded before, in place of speech."""
+    """Existing unit shards (globs) to use instead of speech."""
     released: list[str] = field(default_factory=list)
     """SODA's released corpora: Parquet files (globs) of marker strings."""
     corpus_codebooks: Count = 8
-    """Codebooks in the strings of released corpora. Of more than the token space has, the first are taken."""
+    """Codebooks in the strings of released corpora. If the token space has fewer, only the first ones are used."""
     text: list[str] = field(default_factory=list)
-    """JSONL, Parquet or txt files (globs). `wordnet`: fetched."""
+    """JSONL, Parquet or txt files (globs), or `wordnet`, which is downloaded."""
     text_share: Share = 0.05
-    """Of all training tokens (paper: 5 %)."""
+    """Text's share of all training tokens (paper: 5 %)."""
     decoder: Literal["soundfile", "dali"] = "soundfile"
-    """What decodes sound files."""
+    """The decoder for sound files."""
     trim: bool = False
-    """Cuts off what is not speech at both ends. Needs the extra [vad]."""
+    """Cut non-speech from both ends. Needs the extra [vad]."""
     codec: Literal["embedded", "mimi", "encodec", "dac"] = "embedded"
-    """What turns sound into codes."""
+    """The audio codec that turns sound into codes."""
     codec_path: str = ""
-    """A fitted embedded codec, or a hub id or folder. Empty: one is fitted | the usual hub id."""
+    """A fitted embedded codec, or a hub id or folder. Empty: fit the embedded codec | the codec's usual hub id."""
     codebooks: CountOrZero = 0
-    """The first so many of the codec. 0: as many as it usually has."""
+    """How many of the codec's codebooks to use, counted from the first. 0: the codec's default."""
     entries: CountOrZero = 0
-    """Of every codebook; only the embedded codec lets one choose. 0: 2,048."""
+    """Entries per codebook; can only be chosen for the embedded codec. 0: 2,048."""
     orders: list[Order] = field(default_factory=lambda: ["text-first", "audio-first"])
-    """Which documents are made of an utterance (data_prep/interleave.py)."""
+    """Which documents to make from the utterances (data_prep/interleave.py)."""
     tokenizer: str = ""
-    """A sentencepiece .model or a tokenizer.json. Empty: one is trained on the transcripts."""
+    """A sentencepiece .model or a tokenizer.json. Empty: train one on the transcripts."""
     text_pieces: Count = 512
-    """Ids of a tokenizer that is trained."""
+    """Number of ids, if a tokenizer is trained."""
     split_by: list[SplitBy] = field(default_factory=lambda: ["recording", "prompt", "text", "audio"])
-    """Utterances that share any of these stay on one side of the split. Sound is compared by its codes."""
+    """Utterances that share any of these go to the same side of the split. Sound is compared by its codes."""
     valid_share: Share = 0.05
-    """Of the groups of utterances that share nothing with others."""
+    """Share of the groups of utterances (see split_by) that go to validation."""
     test_share: Share = 0.05
-    """Of the groups of utterances that share nothing with others."""
+    """Share of the groups of utterances (see split_by) that go to test."""
     shard_size: Count = 256
-    """Utterances that are encoded, kept and made again together."""
+    """Utterances per shard: they are encoded, stored and redone together."""
     store: Literal["megatron", "compact"] = "megatron"
     """megatron: .bin/.idx. compact: a third of the size."""
     executor: Literal["local", "ray"] = "local"
-    """Where the jobs run: processes of this machine, or a Ray cluster."""
+    """Where jobs run: processes on this machine, or a Ray cluster."""
     workers: CountOrZero = 0
-    """Processes. 0: one a core, or one a GPU for a codec that runs there."""
+    """Number of processes. 0: one per core, or one per GPU for a codec that runs there."""
     max_rejects: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """Stops if more than this share of the utterances cannot be used."""
+    """Stop if more than this share of the utterances cannot be used."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -94,11 +94,11 @@ class Prepare:
             "recording" in self.split_by,
             f"prepare.split_by={self.split_by}: documents are whole recordings, so `recording` must be in it",
         )
-        need(bool(self.orders), "prepare.orders is empty: which documents are to be made of an utterance?")
+        need(bool(self.orders), "prepare.orders is empty: name at least one kind of document to make")
         need(
             "semantic-only" not in self.orders or self.orders == ["semantic-only"],
-            f"prepare.orders={self.orders}: semantic-only documents have frames of one code and need a store of their "
-            "own",
+            f"prepare.orders={self.orders}: semantic-only documents have one code per frame and need a store of "
+            "their own",
         )
         need(
             bool(self.speech or self.units or self.released or self.text),

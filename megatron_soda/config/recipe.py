@@ -1,4 +1,4 @@
-"""The recipe: its sections, and what they must agree on."""
+"""The recipe: its sections, and checks across them."""
 
 from dataclasses import field, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from .use import Evaluate, Generate
 class Recipe:
     name: str = "soda"
     run: str = "runs/soda"
-    """The run folder: everything lands here."""
+    """The run folder, where everything is written."""
     seed: int = 1234
     prepare: Prepare = field(default_factory=Prepare)
     model: Model = field(default_factory=Model)
@@ -40,7 +40,7 @@ class Recipe:
         return Path(self.data.path) if self.data.path else Path(self.run) / "data"
 
     def on_one_rank(self) -> "Recipe":
-        """A copy for one process. An FP8 model runs in bf16, which its weights are in: documents are of any length."""
+        """A copy for one process. An FP8 model runs in bf16, the type of its weights: documents have any length."""
         dtype = "fp32" if self.precision.dtype == "fp32" else "bf16"
         return replace(self, parallel=Parallel(), precision=Precision(dtype=dtype))
 
@@ -49,7 +49,7 @@ class Recipe:
         t, precision = self.training, self.precision
         need(
             bool(t.branch_from) or self.schedule.name != "decay",
-            "schedule.name=decay is a leg off another run: set training.branch_from to one of its checkpoints",
+            "schedule.name=decay continues another run: set training.branch_from to one of that run's checkpoints",
         )
         need(
             t.backend != "local" or precision.dtype != "fp8",
@@ -57,7 +57,7 @@ class Recipe:
         )
         need(
             2 * precision.bf16_layers < self.model.num_layers,
-            f"precision.bf16_layers={precision.bf16_layers} at either end leave none of "
+            f"precision.bf16_layers={precision.bf16_layers} at either end leaves none of "
             f"model.num_layers={self.model.num_layers} in FP8",
         )
         if self.optimizer.learning_rate == 0:

@@ -1,4 +1,4 @@
-"""Keys of version 0.1 that have another name now. They still load, with a line that names the new one."""
+"""Keys of version 0.1 that have been renamed. They still load, with a line that gives the new name."""
 
 RENAMED = {
     "training.optimizer": "optimizer.name",

@@ -14,18 +14,18 @@ from .fields import SECTION, Above0, AtLeast0, Count, CountOrZero, Share, need
 class Training:
     steps: Count = 1000
     global_batch_size: Count = 512
-    """Sequences of a step."""
+    """Sequences per step."""
     micro_batch_size: Count = 1
-    """Sequences that a rank computes at once."""
+    """Sequences that a rank processes at once."""
     branch_from: str = ""
-    """A checkpoint of another run that a new run starts from, steps and data going on."""
+    """A checkpoint of another run to continue from in a new run. Step count and data continue too."""
     loss_weights: dict[str, AtLeast0] = field(default_factory=dict)
-    """By token class (text, marker, semantic, ..); the others have 1."""
+    """Loss weights by token class (text, marker, semantic, ..). Default: 1."""
     z_loss: AtLeast0 = 1e-4
     recompute: bool = False
-    """Activations of a layer are computed again in the backward pass, not kept."""
+    """Recompute the activations inside layers in the backward pass instead of keeping them."""
     backend: Literal["auto", "transformer_engine", "local"] = "auto"
-    """Whose layers."""
+    """Whose layers to use. auto: Transformer Engine's where possible."""
     valid_every: Count = 250
     valid_windows: Count = 16
 
@@ -33,33 +33,33 @@ class Training:
 @dataclass(config=SECTION)
 class Optimizer:
     name: Literal["adamw", "cautious"] = "adamw"
-    """adamw: the paper's word. cautious: its code, which is Cautious AdamW with decay scaled by rate / peak."""
+    """adamw: as the paper says. cautious: as its code does, Cautious AdamW with decay scaled by rate / peak."""
     cautious_mask: Literal["stacked", "layer"] = "stacked"
-    """The mean of the cautious mask is over a matrix of all layers together (stacked, the paper's code), or of one."""
+    """What the mean of the cautious mask covers: a matrix in all layers (stacked, as in the paper's code) or in one."""
     learning_rate: AtLeast0 = 0.0
-    """Peak. 0: the paper's rule, 0.003 sqrt(global batch / 256) sqrt(1024 / max(hidden, 1024))."""
+    """Peak rate. 0: the paper's rule, 0.003 sqrt(global batch / 256) sqrt(1024 / max(hidden, 1024))."""
     weight_decay: AtLeast0 = 0.033
     beta1: Share = 0.98
     beta2: Share = 0.98
     epsilon: Above0 = 1e-16
     clip_grad: AtLeast0 = 1.0
-    """Largest gradient norm. 0: gradients are not clipped."""
+    """Maximum gradient norm. 0: no clipping."""
 
 
 @dataclass(config=SECTION)
 class Schedule:
     name: Literal["wsd", "cosine", "decay"] = "wsd"
-    """wsd: warm-up, stable, linear decay. decay: from the peak to 0 since training.branch_from."""
+    """wsd: warm-up, stable, linear decay. decay: from the peak to 0, starting at training.branch_from."""
     warmup_share: Share = 0.1
-    """Of the steps."""
+    """Share of the steps."""
     decay_share: Share = 0.2
-    """Of the steps; wsd only."""
+    """Share of the steps; wsd only."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         need(
             self.warmup_share + self.decay_share <= 1,
-            "schedule.warmup_share and schedule.decay_share are over 1 together",
+            "schedule.warmup_share and schedule.decay_share add up to more than 1",
         )
         return self
 
@@ -67,21 +67,21 @@ class Schedule:
 @dataclass(config=SECTION)
 class Precision:
     dtype: Literal["fp32", "bf16", "fp8"] = "fp32"
-    """fp8: Transformer Engine's FP8 matrix products, all else in bf16."""
+    """fp8: Transformer Engine's FP8 matrix products, everything else in bf16."""
     fp8_recipe: Literal["delayed", "tensorwise", "blockwise"] = "tensorwise"
     bf16_layers: CountOrZero = 0
-    """Under fp8, so many layers at either end stay in bf16 (the head always does)."""
+    """With fp8, the number of layers at either end that stay in bf16 (the head always does)."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         n = self.bf16_layers
         need(
             n == 0 or self.dtype == "fp8",
-            f"precision.bf16_layers={n} says which layers are not in FP8; it needs precision.dtype=fp8",
+            f"precision.bf16_layers={n} keeps layers out of FP8, so it needs precision.dtype=fp8",
         )
         need(
             n == 0 or self.fp8_recipe != "delayed",
-            "precision.bf16_layers cannot be combined with precision.fp8_recipe=delayed; take tensorwise or blockwise",
+            "precision.bf16_layers cannot be combined with precision.fp8_recipe=delayed; use tensorwise or blockwise",
         )
         return self
 
@@ -90,20 +90,20 @@ class Precision:
 class Checkpoint:
     save_every: Count = 250
     async_save: bool = False
-    """Checkpoints are written while training goes on."""
+    """Write checkpoints while training continues."""
     keep_last: CountOrZero = 0
-    """Newest checkpoints that are kept. 0: all."""
+    """How many of the newest checkpoints to keep. 0: all."""
     keep_every: CountOrZero = 0
-    """Besides, those of every so many steps."""
+    """Also keep the checkpoints at multiples of this many steps. 0: none."""
 
 
 @dataclass(config=SECTION)
 class Logging:
     log_every: Count = 10
     peak_tflops: AtLeast0 = 0.0
-    """Of one device, for the MFU. 0: from the table in training/metrics.py."""
+    """Peak of one device, for MFU. 0: from the table in training/metrics.py."""
     wandb_project: str = ""
-    """Log to Weights & Biases too."""
+    """Also log to this Weights & Biases project."""
 
 
 def rule_learning_rate(global_batch_size: int, hidden_size: int) -> float:

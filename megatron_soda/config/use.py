@@ -1,4 +1,4 @@
-"""`evaluate` and `generate`: what is done with a trained model."""
+"""`evaluate` and `generate`: how a trained model is used."""
 
 from dataclasses import field
 from typing import Literal, Self
@@ -15,11 +15,11 @@ class Evaluate:
     suite: list[str] = field(default_factory=lambda: ["nll", "grammar"])
     split: Literal["train", "valid", "test"] = "test"
     documents: CountOrZero = 0
-    """0: all."""
+    """Documents to score. 0: all."""
     generations: CountOrZero = 100
-    """Of the grammar suite."""
+    """Generations for the grammar suite."""
     max_tokens: CountOrZero = 400
-    """Of a generation."""
+    """Maximum length of a generation."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -32,9 +32,9 @@ class Evaluate:
 class Generate:
     tasks: list[str] = field(default_factory=lambda: ["continue", "speak", "transcribe"])
     samples: CountOrZero = 2
-    """Of each task."""
+    """Samples per task."""
     candidates: Count = 5
-    """Drawn for each sample; the best and the median of them are kept."""
+    """Candidates drawn per sample; the best and the median one are kept."""
     split: Literal["valid", "test"] = "test"
     text: str = ""
     """Speak this instead of held-out sentences."""
@@ -42,7 +42,7 @@ class Generate:
     top_p: Above0 = 0.95
     max_seconds: Above0 = 6.0
     prompt_seconds: Above0 = 1.0
-    """Of a continuation."""
+    """Length of the prompt for a continuation."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
