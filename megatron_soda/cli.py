@@ -1,4 +1,4 @@
-"""The `soda` command. Every subcommand is a file in commands/: its examples, its arguments, what it calls."""
+"""The `soda` command. Each subcommand is a file in commands/ with its examples, its arguments, and what it calls."""
 
 import contextlib
 import signal
@@ -39,24 +39,24 @@ for _module in COMMANDS:
     app.command(_name, epilog=examples(*_module.EXAMPLES))(_module.command)
 app.add_typer(tokenizer.app, name="tokenizer")
 
-GOES_ON = ("prepare", "train")  # given again, these go on where they were; the others start over
+GOES_ON = ("prepare", "train")  # these resume when run again; the others start over
 
 
 def main() -> None:
     started = time.monotonic()
     for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) == signal.SIG_DFL:  # nohup has SIGHUP ignored
-            signal.signal(number, signal.default_int_handler)  # the same end as Ctrl-C: everything is cleaned up
+        if signal.getsignal(number) == signal.SIG_DFL:  # under nohup SIGHUP is ignored
+            signal.signal(number, signal.default_int_handler)  # ends like Ctrl-C: everything is cleaned up
     try:
         app()
     except Exception as error:
         print(f"error: {user_message(error)}", file=sys.stderr)
         sys.exit(2)
     except SystemExit as stop:
-        if stop.code == 130:  # a KeyboardInterrupt: typer has made an exit of it
+        if stop.code == 130:  # a KeyboardInterrupt, which typer turned into an exit
             goes_on = any(word in GOES_ON for word in sys.argv[1:2])
-            what = "The same command goes on from here." if goes_on else "Run the same command again to start over."
-            with contextlib.suppress(OSError):  # the terminal may be gone
+            what = "Run the same command again to resume." if goes_on else "Run the same command again to start over."
+            with contextlib.suppress(OSError):  # the terminal may be closed
                 print(f"\nInterrupted after {time.monotonic() - started:.0f} s. {what}", file=sys.stderr)
         raise
 

@@ -14,16 +14,16 @@ from . import files, folders, manifest, saved, tars
 from .rows import SOUND_SUFFIXES, Wanted, both_forms
 
 EXAMPLES = {
-    "manifest": "a file .jsonl, .csv, .tsv or .parquet (also .gz), or NeMo's .json with an object a line, or a folder "
-    "with manifest.jsonl, manifest.csv, manifest.tsv, manifest.parquet or manifest.json",
-    "audio": "a folder of sound files alone; prepare.orders=[audio-only] needs no transcripts",
+    "manifest": "a .jsonl, .csv, .tsv or .parquet file (also .gz), or NeMo's .json with one object per line, or a "
+    "folder with manifest.jsonl, manifest.csv, manifest.tsv, manifest.parquet or manifest.json",
+    "audio": "a folder of sound files only; prepare.orders=[audio-only] needs no transcripts",
     "pairs": "a folder of sound files with X.txt beside X.wav",
     "librispeech": "84/121123/84-121123.trans.txt beside 84/121123/84-121123-0000.flac (or .wav, ..)",
     "ljspeech": "metadata.csv with lines `LJ001-0001|The text.|The text.` beside wavs/LJ001-0001.wav",
     "commonvoice": "validated.tsv or train.tsv beside clips/",
     "emilia": "EN_B00000_S00000_W000000.json beside EN_B00000_S00000_W000000.mp3, in folders or in tars",
     "webdataset": "tars (also .tar.gz) with X.flac and X.txt or X.json",
-    "hf": "a folder that datasets' save_to_disk made, or one of Parquet shards like data/train-00000-of-00002.parquet",
+    "hf": "the output of datasets' save_to_disk, or a folder of Parquet shards like data/train-00000-of-00002.parquet",
 }
 LAYOUTS = ("auto", *EXAMPLES)
 
@@ -44,13 +44,13 @@ def read(
 
     Layout "auto" goes by names, from the top folder down. The output of save_to_disk is "hf", manifest.* a manifest (a
     .json only if its first line is an object with a sound), metadata.csv beside wavs/ "ljspeech", validated.tsv or
-    train.tsv beside clips/ "commonvoice", a .trans.txt "librispeech". Tars are "emilia" where the first sound is called
-    like RECORDING_W000000 and else "webdataset". A .parquet or .arrow in a folder is "hf", a sound with X.json beside
-    it "emilia", with X.txt "pairs". The first folder with any of it decides for the folder named; where there is none
-    of it, but sounds, it is "audio". A file that was named is told by its suffix and what is beside it.
+    train.tsv beside clips/ "commonvoice", a .trans.txt "librispeech". Tars are "emilia" if the first sound is named
+    like RECORDING_W000000, otherwise "webdataset". A .parquet or .arrow in a folder is "hf", a sound with X.json beside
+    it "emilia", with X.txt "pairs". The first folder that matches decides for the whole; if none does, but there are
+    sounds, it is "audio". A named file is classified by its suffix and its neighbours.
 
-    Raises SodaError, some of it before the first utterance: the pattern names nothing, nothing there is of a known
-    layout, a table has the wrong columns, `columns` names a column that is not there.
+    Raises SodaError, partly before the first utterance: the pattern names nothing, no known layout fits, a table has
+    the wrong columns, or `columns` names a column that does not exist.
     """
     if layout not in LAYOUTS:
         raise SodaError(f"layout {layout!r}: there is no such layout. There are:\n{_listing()}")
@@ -66,7 +66,7 @@ def read(
         layouts.setdefault(known[key], []).append(place)
     unknown = layouts.pop("", [])
     if not layouts:
-        raise SodaError(f"{pattern}: nothing here is of a known layout. The layouts:\n{_listing()}\n{manifest.EXAMPLE}")
+        raise SodaError(f"{pattern}: nothing here has a known layout. The layouts:\n{_listing()}\n{manifest.EXAMPLE}")
     return _read(root, layouts, unknown, Path(scratch), wanted)
 
 
@@ -75,7 +75,7 @@ def _read(
 ) -> Iterator[Utterance | Reject]:
     for layout, places in layouts.items():
         yield from _reader(layout)(root, places, scratch, wanted)
-    yield from (Reject(files.relative(place, root), "of no known layout") for place in unknown)
+    yield from (Reject(files.relative(place, root), "not a known layout") for place in unknown)
     wanted.check_found()
 
 

@@ -1,8 +1,8 @@
-"""What the container of a recording tells about its end: that it is cut off, or that the length it declares is wrong.
+"""What a recording's container reveals about its end: that it is truncated, or that its declared length is wrong.
 
-libsndfile believes the length that a file declares, in silence: it gives less where that is too small, and what is
-there where it is too large. So the container is looked at first. Sources: the formats' own specifications (RIFF and
-EBU 3306, AIFF-C, Sun AU, CAF, Sony W64, ISO 14496-12, ASF, RFC 3533, RFC 9639, RFC 8794, the LAME tag).
+libsndfile silently trusts the declared length: it returns less if that is too small, and whatever exists if it is too
+large. So the container is examined first. Sources: the formats' own specifications (RIFF and EBU 3306, AIFF-C, Sun AU,
+CAF, Sony W64, ISO 14496-12, ASF, RFC 3533, RFC 9639, RFC 8794, the LAME tag).
 """
 
 import os
@@ -17,21 +17,21 @@ import numpy as np
 
 from .sound import BadAudio
 
-SLACK = 512  # bytes that may lack or be left over: less than 0.1 s of anything, and the size of an ID3v1 tag
+SLACK = 512  # bytes that may be missing or left over: less than 0.1 s in any format, and the size of an ID3v1 tag
 CUT = "cut off: the file is shorter than its header says"
-UNKNOWN = 0x7FFF_0000  # programs that write into a pipe put a size from here on
+UNKNOWN = 0x7FFF_0000  # programs that write into a pipe declare a size from here on
 
 
 @dataclass(frozen=True)
 class Container:
-    """`trusted`: libsndfile knows the length, after `patch` ({position: bytes}) has changed what the header says."""
+    """`trusted`: libsndfile finds the right length once `patch` ({position: bytes}) has corrected the header."""
 
     trusted: bool = True
     patch: dict[int, bytes] = field(default_factory=dict)
 
 
 def examine(file: BinaryIO) -> Container:
-    """Looks at a recording. Raises BadAudio if its container says that something is missing."""
+    """Examines a recording. Raises BadAudio if its container reveals that something is missing."""
     size = file.seek(0, os.SEEK_END)
     start = _after_id3(file)
     head = _read(file, start, 16)
@@ -57,7 +57,7 @@ def _read(file: BinaryIO, at: int, count: int) -> bytes:
 
 
 def _after_id3(file: BinaryIO) -> int:
-    """Where the tags before the sound end; there may be several."""
+    """Where the tags before the sound end. There may be several."""
     at = 0
     while (head := _read(file, at, 10))[:3] == b"ID3" and len(head) == 10:
         length = 0
@@ -72,12 +72,12 @@ def _after_id3(file: BinaryIO) -> int:
 
 class Form(NamedTuple):
     magic: bytes
-    at: int  # of the magic
+    at: int  # of the magic number
     first: int  # chunk
     head: struct.Struct
-    data: bytes = b""  # the name of the chunk with the samples; none: every chunk counts
+    data: bytes = b""  # the name of the chunk with the samples; empty: every chunk counts
     align: int = 1
-    whole: bool = False  # the length counts the chunk's head too
+    whole: bool = False  # the length includes the chunk's header
 
 
 W64 = b"\xf3\xac\xd3\x11\x8c\xd1\x00\xc0\x4f\x8e\xdb\x8a"
@@ -100,7 +100,7 @@ class Chunk(NamedTuple):
     at: int
     start: int  # of its content
     end: int
-    unknown: bool  # its length is not known, or it lasts to the end
+    unknown: bool  # its length is unknown, or it lasts to the end
 
 
 def _chunks(file: BinaryIO, size: int, form: Form, at: int) -> Iterator[Chunk]:
@@ -137,7 +137,7 @@ def _chunked(file: BinaryIO, size: int, form: Form) -> Container:
 
 
 def _followed(file: BinaryIO, size: int, form: Form, chunk: Chunk) -> bool:
-    """Whether other chunks follow until the end of the file: then the length of this one is right."""
+    """Whether other chunks follow up to the end of the file, which means that this one's length is right."""
     if chunk.end == chunk.start:
         return False
     at = chunk.end + -chunk.end % form.align
@@ -149,13 +149,13 @@ def _followed(file: BinaryIO, size: int, form: Form, chunk: Chunk) -> bool:
 
 
 def _to_the_end(file: BinaryIO, form: Form, chunk: Chunk, size: int) -> dict[int, bytes]:
-    """What makes the samples last to the end of the file."""
+    """The patch that makes the samples last to the end of the file."""
     count = size - (chunk.at if form.whole else chunk.start)
     if form is RIFF and _read(file, 0, 4) in (b"RF64", b"BW64"):
         return {28: count.to_bytes(8, "little")}
     little = form.head.format.startswith("<")
     width = form.head.size - len(chunk.name)
-    length = min(count, (1 << 8 * width) - 1)  # the largest means: to the end
+    length = min(count, (1 << 8 * width) - 1)  # the largest value means to the end
     return {chunk.at + len(chunk.name): length.to_bytes(width, "little" if little else "big")}
 
 
@@ -173,12 +173,12 @@ SEGMENT = 0x18538067
 
 
 def _ebml(file: BinaryIO, size: int) -> Container:
-    """The elements of the first two levels. One whose length is not known holds those that follow."""
+    """The elements of the first two levels. One of unknown length contains those that follow."""
     at = 0
     while at < size:
         name, at = _vint(file, at, keep_marker=True)
         length, at = _vint(file, at)
-        if name == 0:  # nothing more that is an element
+        if name == 0:  # no further elements
             break
         if length == -1 or name == SEGMENT:
             if length != -1 and at + length > size + SLACK:
@@ -191,7 +191,7 @@ def _ebml(file: BinaryIO, size: int) -> Container:
 
 
 def _vint(file: BinaryIO, at: int, keep_marker: bool = False) -> tuple[int, int]:
-    """A number of variable length and the position after it; -1 where all its bits are set, which means unknown."""
+    """A variable-length number and the position after it; -1 if all its bits are set, which means unknown."""
     first = _read(file, at, 1)
     if not first or not first[0]:
         return 0, at + 1
@@ -207,7 +207,8 @@ def _vint(file: BinaryIO, at: int, keep_marker: bool = False) -> tuple[int, int]
 
 
 def _mp3(file: BinaryIO, start: int, size: int) -> Container:
-    """The first frame of most files tells how many there are; without it, libsndfile guesses from the first's rate."""
+    """The first frame of most files gives the number of frames; without it, libsndfile guesses from the first frame's
+    rate."""
     head = _read(file, start, 200)
     one, mono = head[1] & 8, head[3] & 0xC0 == 0xC0
     at = 4 + ((17 if mono else 32) if one else (9 if mono else 17))
@@ -227,7 +228,7 @@ def _mp3(file: BinaryIO, start: int, size: int) -> Container:
 
 
 def _before_tags(file: BinaryIO, size: int) -> int:
-    """Where the audio ends that ID3v1 and APE tags follow."""
+    """Where the audio ends, before any ID3v1 and APE tags."""
     if _read(file, size - 128, 3) == b"TAG":
         size -= 128
     tail = _read(file, max(0, size - 32), 32)
@@ -248,7 +249,7 @@ def _flac(file: BinaryIO, start: int, size: int) -> Container:
     if len(info) < 42 or not STREAMINFO.match(info):
         return Container()
     total = int.from_bytes(info[21:26], "big") & 0xF_FFFF_FFFF
-    if _another_stream(file, start + 8):  # behind this one, of which libsndfile knows nothing
+    if _another_stream(file, start + 8):  # after this one, which libsndfile knows nothing about
         return Container(trusted=False)
     shortest, longest = struct.unpack(">HH", info[8:12])
     tail = _read(file, max(start + 42, size - (1 << 16)), 1 << 16)
@@ -260,7 +261,7 @@ def _another_stream(file: BinaryIO, at: int) -> bool:
     end = b""
     while block := file.read(1 << 19):
         block = end + block
-        # Far sooner than a search of bytes: four letters are a number, at each of the four alignments.
+        # Much faster than a byte search: four letters are one number, at each of the four alignments.
         words = (np.frombuffer(block, "<u4", (len(block) - k) // 4, k) for k in range(4))
         if any((word == FLAC).any() for word in words) and STREAMINFO.search(block):
             return True
@@ -269,7 +270,7 @@ def _another_stream(file: BinaryIO, at: int) -> bool:
 
 
 def _last_sample(tail: bytes, block_size: int) -> int:
-    """The first sample of the last FLAC frame in the end of a file; `block_size` is 0 where frames count samples."""
+    """The first sample of the last FLAC frame near the end of a file; `block_size` is 0 if frames count samples."""
     at = len(tail)
     while (at := tail.rfind(b"\xff", 0, at)) >= 0:
         head = tail[at : at + 16]
@@ -302,22 +303,23 @@ REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 
 def _ogg(file: BinaryIO, size: int) -> Container:
-    """All pages: each whole, with the right checksum, in sequence, and the last of every stream marked as such."""
+    """Checks all pages: each complete, with the right checksum, in sequence, and the last of every stream marked as
+    such."""
     at, streams = 0, 0
-    following: dict[bytes, int] = {}  # the number of the next page of each stream that has not ended
+    following: dict[bytes, int] = {}  # the next page number of each unfinished stream
     file.seek(0)
     while head := file.read(27):
         if head[:4] != b"OggS":
             if size - at <= SLACK:  # a tag
                 break
-            raise BadAudio("damaged: bytes between its pages that are none" if len(head) == 27 else CUT)
+            raise BadAudio("damaged: bytes between its pages" if len(head) == 27 else CUT)
         lengths = file.read(head[-1])
         body = file.read(sum(lengths))
         at += 27 + head[-1] + sum(lengths)
         if at > size:
             raise BadAudio(CUT)
         if _ogg_crc(b"".join((head[:22], bytes(4), head[26:], lengths, body))) != head[22:26]:
-            raise BadAudio("damaged: a page whose checksum is wrong")
+            raise BadAudio("damaged: a page with a wrong checksum")
         serial, number = head[14:18], int.from_bytes(head[18:22], "little")
         if head[5] & 2:
             streams += 1
@@ -332,6 +334,6 @@ def _ogg(file: BinaryIO, size: int) -> Container:
 
 
 def _ogg_crc(page: bytes) -> bytes:
-    """Ogg's CRC-32 has zlib's polynomial with the bits the other way round, and no inversions."""
+    """Ogg's CRC-32 uses zlib's polynomial with reversed bits and without inversions."""
     crc = zlib.crc32(page.translate(REVERSED), 0xFFFF_FFFF) ^ 0xFFFF_FFFF
     return crc.to_bytes(4, "big").translate(REVERSED)

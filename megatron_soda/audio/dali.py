@@ -1,11 +1,11 @@
 """Decoding with NVIDIA DALI, in batches, on the CPU: `decoder="dali"`.
 
 DALI decodes wav, flac, ogg and opus with its own build of libsndfile, faster than soundfile's. Its resampler is slower
-than soxr, so a file comes at its own rate and audio.py does the rest. The samples are those of read_pieces: identical
-for wav and flac, within 1e-6 for what is decoded in floating point (tests/data_prep/test_dali.py).
+than soxr, so it returns each file at the file's own rate and reading.py does the rest. The samples match those of
+read_pieces: exactly for wav and flac, within 1e-6 for formats decoded in floating point (tests/audio/test_dali.py).
 
-Everything else is read_pieces' own: other formats, long recordings, segments, and every file that DALI or a first look
-at the header finds fault with, which read_pieces has the words for.
+Everything else is left to read_pieces: other formats, long recordings, segments, and every file that DALI or a look at
+its header finds fault with, for which read_pieces has an error message.
 """
 
 import importlib
@@ -22,13 +22,13 @@ from .sound import BadAudio, Sound
 from .sound_bytes import open_sound
 
 BATCH = 16  # files decoded at once
-LONGEST = 60.0  # seconds: a batch is in memory whole
+LONGEST = 60.0  # seconds: a whole batch is in memory
 LARGEST = 1 << 25  # bytes, encoded
-FORMATS = (b"RIFF", b"fLaC", b"OggS")  # the first bytes of what DALI can decode
+FORMATS = (b"RIFF", b"fLaC", b"OggS")  # the first bytes of files that DALI can decode
 
 
 class DaliDecoder:
-    """Decodes lists of recordings; the arguments are those of read_pieces. For one thread of one process."""
+    """Decodes lists of recordings, with the arguments of read_pieces. For one thread of one process."""
 
     def __init__(self, sample_rate: int, samples_per_frame: int, *, piece_seconds: float = 60.0, trim: bool = False):
         self.sample_rate, self.samples_per_frame = sample_rate, samples_per_frame
@@ -37,8 +37,8 @@ class DaliDecoder:
         _dali()  # fails now rather than at the first file
 
     def decode(self, sounds: Sequence[Sound]) -> list[Iterator[np.ndarray]]:
-        """For each recording its pieces as read_pieces yields them, float32 [samples] mono at `sample_rate` Hz. To go
-        through those of a bad one raises BadAudio."""
+        """For each recording its pieces as read_pieces yields them, float32 [samples] mono at `sample_rate` Hz.
+        Iterating over those of a bad recording raises BadAudio."""
         results: list[Iterator[np.ndarray]] = []
         for start in range(0, len(sounds), BATCH):
             batch = sounds[start : start + BATCH]
@@ -76,14 +76,15 @@ class DaliDecoder:
             (decoded,) = self.pipeline.run()
             return [np.array(decoded.at(i)).reshape(-1) for i in range(len(encoded))]
         except RuntimeError:
-            self.pipeline = None  # one bad file ends a pipeline for good (NVIDIA/DALI issue 4076)
+            self.pipeline = None  # one bad file breaks a pipeline for good (NVIDIA/DALI issue 4076)
         if len(encoded) == 1:
             return [None]
         return [self._run([one])[0] for one in encoded]
 
 
 def _load(sound: Sound) -> tuple[np.ndarray, int, int] | None:
-    """The encoded bytes (uint8), the rate in Hz and the number of samples of a recording for DALI; else None."""
+    """The encoded bytes (uint8), rate in Hz and number of samples of a recording that DALI can decode; otherwise
+    None."""
     if sound.start or sound.end:
         return None
     try:
@@ -92,7 +93,7 @@ def _load(sound: Sound) -> tuple[np.ndarray, int, int] | None:
             if file.read(4) not in FORMATS or file.seek(0, 2) > LARGEST:
                 return None
             container = examine(file)
-            if container != Container():  # DALI believes what a header says
+            if container != Container():  # DALI trusts the header
                 return None
             decoder = open_decoder(sound, file, container, stack)
             if decoder.frames > LONGEST * decoder.samplerate or decoder.channels > 2:
@@ -117,7 +118,7 @@ def _dali() -> Any:
 
 def _build() -> Any:
     dali, fn = _dali(), importlib.import_module("nvidia.dali.fn")
-    # One thread, nothing ahead of time: the processes are many, and batches come one at a time.
+    # One thread and no prefetching: there are many processes, and batches come one at a time.
     pipeline = dali.Pipeline(
         batch_size=BATCH, num_threads=1, device_id=None, prefetch_queue_depth=1, exec_pipelined=False, exec_async=False
     )

@@ -1,4 +1,4 @@
-"""Is a generated sound plausible speech? Without a recogniser: by its length, its level, its silence, and its end."""
+"""Whether a generated sound is plausible speech. Uses no recogniser, only its length, level, silence and end."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -6,18 +6,18 @@ from typing import Any
 import numpy as np
 
 FRAME = 0.02  # seconds
-SILENT = -60.0  # dBFS of a frame; so is one 40 dB below the loudest
-QUIETER = 20.0  # dB below what the codec makes of a recording: not the level of speech
+SILENT = -60.0  # dBFS of a frame; a frame 40 dB below the loudest also counts
+QUIETER = 20.0  # dB below a recording that went through the codec: not the level of speech
 MOSTLY = 0.7
-SHORTEST, TOO_SHORT, TOO_LONG = 0.5, 0.4, 2.5  # seconds; shares of the length that the text should take
+SHORTEST, TOO_SHORT, TOO_LONG = 0.5, 0.4, 2.5  # seconds; shares of the length that the text should have
 
 
 @dataclass
 class Verdict:
     seconds: float
     level: float  # dBFS, RMS
-    silence: float  # share of the frames
-    nats: float  # -log p of a token, a mean over what was generated
+    silence: float  # share of frames
+    nats: float  # -log p per token, averaged over the generated part
     problems: list[str]
 
     @property
@@ -30,7 +30,7 @@ class Verdict:
 
 
 def judge(wave: np.ndarray, rate: int, *, level: float, expected: float | None, ended: bool, nats: float) -> Verdict:
-    """`wave` float32 (samples,). level: dBFS of speech in these data; expected: seconds that the text should take."""
+    """`wave`: float32 (samples,). level: dBFS of speech in these data. expected: seconds that the text should take."""
     seconds, found, quiet = len(wave) / rate, level_of(wave), silence(wave, rate)
     problems = []
     if seconds < max(SHORTEST, TOO_SHORT * (expected or 0)):
@@ -47,13 +47,13 @@ def judge(wave: np.ndarray, rate: int, *, level: float, expected: float | None, 
 
 
 def best_and_median(verdicts: list[Verdict]) -> tuple[int, int]:
-    """The numbers of the best and of the median one (of an even number the lower)."""
+    """The indices of the best and the median one (the lower of two)."""
     order = sorted(range(len(verdicts)), key=lambda i: verdicts[i].rank)
     return order[0], order[len(order) // 2]
 
 
 def level_of(wave: np.ndarray) -> float:
-    """dBFS, RMS; -120 for digital silence."""
+    """RMS level in dBFS; -120 for digital silence."""
     return float(20 * np.log10(max(1e-6, np.sqrt(np.mean(np.square(wave, dtype=np.float64)))))) if len(wave) else -120.0
 
 

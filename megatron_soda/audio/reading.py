@@ -1,6 +1,6 @@
-"""A recording -> mono float32 samples at the codec's rate, a piece at a time, or one clear reason why not.
+"""Reads a recording as mono float32 samples at the codec's rate, piece by piece, or gives one clear reason why not.
 
-Whatever its length, a recording is decoded, resampled and cut in blocks: ten hours need no more memory than a minute.
+A recording of any length is decoded, resampled and cut in blocks: ten hours need no more memory than a minute.
 """
 
 import math
@@ -24,16 +24,16 @@ from .sound import BadAudio, Sound
 from .sound_bytes import open_sound, patched
 
 SAMPLE_RATE = 24000
-FRAME_SECONDS = 0.08  # one codec frame (12.5 Hz): shorter audio gives no token
+FRAME_SECONDS = 0.08  # one codec frame (12.5 Hz): shorter audio gives no tokens
 SILENT_PEAK = 1e-3  # -60 dBFS
-LOUDEST_PEAK = 10.0  # +20 dBFS: a float file scaled like integers, not merely a hot recording
-SAMPLE_RATES = (4000, 384000)  # anything else is a damaged header
-BLOCK = 1 << 20  # samples of all channels that are decoded at once
-STEP = 1 << 14  # samples resampled at once: they fit the cache, where soxr is nearly twice as fast
-CUT_SECONDS = 10.0  # the end of a piece that is searched for a quiet place
-LENGTH_SLACK = 0.5, 0.02  # seconds, and of the length: what a manifest's may be wrong by, whichever is more
-SEGMENT_SLACK = 0.1  # seconds that a segment may go on after the end: transcripts are rounded
-DECLARED_SLACK = 0.25  # seconds that may lack of what a file declares: what encoders add and players leave out
+LOUDEST_PEAK = 10.0  # +20 dBFS: a float file scaled like integers, not just a loud recording
+SAMPLE_RATES = (4000, 384000)  # anything outside is a damaged header
+BLOCK = 1 << 20  # samples over all channels decoded at once
+STEP = 1 << 14  # samples resampled at once: they fit in the cache, where soxr is nearly twice as fast
+CUT_SECONDS = 10.0  # the part at the end of a piece that is searched for a quiet point
+LENGTH_SLACK = 0.5, 0.02  # seconds, and share of the length: how far off a manifest may be, whichever is more
+SEGMENT_SLACK = 0.1  # seconds that a segment may extend past the end: transcripts are rounded
+DECLARED_SLACK = 0.25  # seconds of the declared length that may be missing: what encoders add and players drop
 DECLARING = {"mov", "wv", "tta", "ape", "matroska", "webm"}  # ffmpeg's formats that state a length
 PREROLL = 1.0  # seconds decoded before a segment's start, for what lossy formats carry from packet to packet
 
@@ -48,19 +48,18 @@ def read_pieces(
     piece_seconds: float = 60.0,
     trim: bool = False,
 ) -> Iterator[np.ndarray]:
-    """Reads a recording of any length: yields pieces, float32 [samples], mono (the mean of the channels), full scale
-    +-1, at `sample_rate` Hz. The pieces put together are the recording, sample by sample.
+    """Reads a recording of any length. Yields pieces, float32 [samples], mono (the mean of the channels), full scale
+    +-1, at `sample_rate` Hz. Concatenated, the pieces are the recording, sample for sample.
 
-    A piece has at most `piece_seconds` (two codec frames or more). All but the last are whole codec frames of
-    `samples_per_frame` samples and end at the quietest place of their last ten seconds, so that pieces can be encoded
+    A piece has at most `piece_seconds` (at least two codec frames). All but the last consist of whole codec frames of
+    `samples_per_frame` samples and end at the quietest point of their last ten seconds, so that pieces can be encoded
     one by one and their codes joined. With `trim`, silence and noise before the first and after the last speech are
-    left out, but for 0.2 s (see speech_activity.py).
+    dropped, except for 0.2 s (see speech_activity.py).
 
-    Raises BadAudio for a recording that cannot be read, is cut off (where the format tells), has NaN or infinite
-    samples, is silent (peak below -60 dBFS), too loud, not of the `sound.seconds` that a manifest says, shorter than
-    one codec frame, or, with `trim`, has no speech;
-    some of it shows only at the end, so pieces may come first: they are to be thrown away. Raises SodaError for
-    `trim` without its package, and nothing else.
+    Raises BadAudio for a recording that cannot be read, is truncated (if the format reveals it), has NaN or infinite
+    samples, is silent (peak below -60 dBFS), too loud, differs from the manifest's `sound.seconds`, is shorter than one
+    codec frame or, with `trim`, has no speech. Some of this shows only at the end, so pieces may come first; discard
+    them. Raises SodaError for `trim` without its package, and nothing else.
     """
     with reasons():
         blocks = _wave(sound, sample_rate, samples_per_frame / sample_rate, math.inf, trim)
@@ -68,9 +67,9 @@ def read_pieces(
 
 
 def read_audio(sound: Sound | Path | str, sample_rate: int = SAMPLE_RATE, max_seconds: float = 60.0) -> np.ndarray:
-    """Reads a recording of `max_seconds` at most: float32 [samples], mono, full scale +-1, at `sample_rate` Hz.
+    """Reads a recording of at most `max_seconds`: float32 [samples], mono, full scale +-1, at `sample_rate` Hz.
 
-    Raises BadAudio, and nothing else: as read_pieces (one codec frame being 80 ms), and for a longer recording.
+    Raises BadAudio, and nothing else: like read_pieces (with codec frames of 80 ms), and for a longer recording.
     """
     with reasons():
         return np.concatenate(list(_wave(sound, sample_rate, FRAME_SECONDS, max_seconds, trim=False)))
@@ -89,8 +88,8 @@ def _wave(sound: Sound | Path | str, sample_rate: int, shortest: float, longest:
 
 
 def finish(blocks: Blocks, rate: int, sample_rate: int, *, shortest: float, longest: float, trim: bool) -> Blocks:
-    """Decoded blocks, float32 [samples, channels] at `rate` Hz, to checked mono blocks, float32 [samples], at
-    `sample_rate` Hz. `shortest` and `longest` are in seconds. Raises BadAudio, some of it only at the end."""
+    """Turns decoded blocks, float32 [samples, channels] at `rate` Hz, into checked mono blocks, float32 [samples], at
+    `sample_rate` Hz. `shortest` and `longest` are in seconds. Raises BadAudio, partly only at the end."""
     blocks = _checked(blocks, rate, shortest, longest)
     if rate != sample_rate:
         blocks = _resampled(blocks, rate, sample_rate)
@@ -102,8 +101,8 @@ def finish(blocks: Blocks, rate: int, sample_rate: int, *, shortest: float, long
 
 
 def _of_length(blocks: Blocks, rate: int, seconds: float) -> Blocks:
-    """The same blocks. Raises BadAudio as soon as they are longer than a manifest says, or at the end if shorter: then
-    its duration was not meant as this file's, or the file is another one."""
+    """Passes blocks through. Raises BadAudio as soon as they are longer than the manifest says, or at the end if they
+    are shorter: then the duration was not meant for this file, or this is the wrong file."""
     count = 0
     for block in blocks:
         count += len(block)
@@ -115,7 +114,7 @@ def _of_length(blocks: Blocks, rate: int, seconds: float) -> Blocks:
 
 
 def is_as_long(length: float, seconds: float) -> bool:
-    """Whether a recording of `length` seconds may be one of which a manifest says `seconds`."""
+    """Whether a recording of `length` seconds fits a manifest's `seconds`."""
     return abs(length - seconds) <= max(LENGTH_SLACK[0], LENGTH_SLACK[1] * seconds)
 
 
@@ -123,7 +122,7 @@ def _checked(blocks: Blocks, rate: int, shortest: float, longest: float) -> Bloc
     count, peak = 0, 0.0
     for block in blocks:
         mono = block[:, 0]
-        if (channels := block.shape[1]) > 1:  # numpy's mean of so short rows takes longer than decoding
+        if (channels := block.shape[1]) > 1:  # numpy's mean over such short rows takes longer than decoding
             mono = sum(block.T[1:], mono) / channels
         count += len(mono)
         if count > longest * rate:
@@ -144,16 +143,16 @@ def _checked(blocks: Blocks, rate: int, shortest: float, longest: float) -> Bloc
 
 
 def _peak(mono: np.ndarray) -> float:
-    """The largest magnitude of float32 samples; infinite or NaN if any of them is. By their bits, which as integers
-    have the order of the magnitudes: after numpy's max of floats soxr is slower, by more than the max itself takes."""
-    bits = mono.view(np.int32).max(initial=0), mono.view(np.uint32).max(initial=0)  # of the positive, of the negative
+    """The largest magnitude of float32 samples; infinite or NaN if any of them is. Compares their bits as integers,
+    which order like the magnitudes: numpy's float max slows down the soxr call after it by more than its own time."""
+    bits = mono.view(np.int32).max(initial=0), mono.view(np.uint32).max(initial=0)  # positive, negative
     return float(np.abs(np.array(bits, np.uint32).view(np.float32)).max())
 
 
 def _resampled(blocks: Blocks, rate: int, sample_rate: int) -> Blocks:
     first = next(blocks)
     second = next(blocks, None)
-    if second is None:  # short, as most are; the same samples, but sooner
+    if second is None:  # short, as most are: gives the same samples faster
         yield soxr.resample(first, rate, sample_rate, quality="HQ")
         return
     stream = soxr.ResampleStream(rate, sample_rate, 1, dtype="float32", quality="HQ")
@@ -164,11 +163,11 @@ def _resampled(blocks: Blocks, rate: int, sample_rate: int) -> Blocks:
 
 
 def cut(blocks: Blocks, sample_rate: int, samples_per_frame: int, piece_seconds: float) -> Blocks:
-    """Puts float32 [samples] blocks of any size together to the pieces that read_pieces describes. Where the cuts are
-    does not depend on the blocks. The last piece has at least one codec frame too, if all has."""
+    """Assembles float32 [samples] blocks of any size into the pieces that read_pieces describes. The cuts do not depend
+    on the blocks. The last piece also has at least one codec frame, if the whole has."""
     limit = int(piece_seconds * sample_rate + 1e-6) // samples_per_frame * samples_per_frame
     if limit < 2 * samples_per_frame:
-        raise SodaError(f"pieces of {piece_seconds:g} s are too short: a piece needs two codec frames at least")
+        raise SodaError(f"pieces of {piece_seconds:g} s are too short: a piece needs at least two codec frames")
     held: list[np.ndarray] = []
     count = 0
     for block in chain(blocks, [None]):
@@ -185,7 +184,7 @@ def cut(blocks: Blocks, sample_rate: int, samples_per_frame: int, piece_seconds:
 
 
 def _quietest(samples: np.ndarray, limit: int, search: int, frame: int) -> int:
-    """The frame boundary with the least energy in the frames at its sides; of several, the last."""
+    """The frame boundary with the least energy on both sides; if there are several, the last."""
     first = math.ceil(max(limit - search, limit / 2) / frame)
     last = min(limit, len(samples) - frame) // frame
     frames = samples[(first - 1) * frame : (last + 1) * frame].reshape(-1, frame)
@@ -197,18 +196,20 @@ def _quietest(samples: np.ndarray, limit: int, search: int, frame: int) -> int:
 
 
 class Forward(soundfile.SoundFile):
-    """Read from front to back. After every block soundfile else seeks to where it is, and decodes again for that."""
+    """Reads from front to back. Otherwise soundfile seeks to its own position after every block, and decodes again for
+    that."""
 
     def seekable(self) -> bool:
         return False
 
 
 def _decode(sound: Sound, longest: float, stack: ExitStack) -> tuple[int, Blocks]:
-    """-> the recording's own rate in Hz, and float32 [samples, channels] blocks, to be read before `stack` closes."""
+    """Returns the recording's own rate in Hz, and float32 [samples, channels] blocks, to be read before `stack`
+    closes."""
     if not 0 <= sound.start < (sound.end or math.inf) or sound.end == math.inf:
         raise BadAudio(f"bad segment: {sound.start:g} s to {sound.end:g} s")
     file, name = open_sound(sound, stack)
-    if name.lower().endswith(".g722"):  # headerless: only the name tells what it is
+    if name.lower().endswith(".g722"):  # headerless: only the name gives the format
         return _decode_av(file, "g722", sound, stack)
     container = _examined(sound, file)
     if container.patch:
@@ -217,11 +218,11 @@ def _decode(sound: Sound, longest: float, stack: ExitStack) -> tuple[int, Blocks
     if container.trusted:
         try:
             decoder = open_decoder(sound, file, container, stack)
-            if decoder.channels <= 2:  # ffmpeg knows what the channels are
+            if decoder.channels <= 2:  # ffmpeg knows the channel layout
                 return _decode_soundfile(decoder, sound, longest)
         except BadAudio:
             raise
-        except Exception as error:  # not a format of libsndfile's
+        except Exception as error:  # not a format that libsndfile reads
             first = error
     try:
         file.seek(0)
@@ -234,7 +235,7 @@ def _decode(sound: Sound, longest: float, stack: ExitStack) -> tuple[int, Blocks
 
 
 def _examined(sound: Sound, file: BinaryIO) -> Container:
-    """The container of a recording; of one that is cut into segments, which come one after the other, only once."""
+    """Examines a recording's container, only once for one that is cut into consecutive segments."""
     global _last
     if not sound.start and not sound.end:
         return examine(file)
@@ -249,7 +250,7 @@ _last: tuple[Any, Container] = None, Container()
 
 
 def open_decoder(sound: Sound, file: BinaryIO, container: Container, stack: ExitStack) -> Forward:
-    """The recording in libsndfile. Raises BadAudio for a bad rate, and libsndfile's own errors for what it cannot
+    """Opens the recording in libsndfile. Raises BadAudio for a bad rate, and libsndfile's own errors for what it cannot
     read."""
     file.seek(0)
     plain = sound.offset < 0 and sound.row < 0 and not container.patch
@@ -264,7 +265,7 @@ def _decode_soundfile(decoder: Forward, sound: Sound, longest: float) -> tuple[i
     if 0 < begin >= frames or end > frames + SEGMENT_SLACK * rate:
         raise BadAudio(f"bad segment: {sound.start:g} s to {sound.end:g} s of {frames / rate:.2f} s")
     count = min(end, frames) - begin
-    if count > longest * rate:  # before decoding: a small file can unpack to hours
+    if count > longest * rate:  # before decoding: a small file can decode to hours
         raise BadAudio(f"too long: {count / rate:.1f} s; the limit is {longest:g} s")
     return rate, _soundfile_blocks(decoder, begin, count)
 
@@ -273,7 +274,7 @@ def _soundfile_blocks(decoder: Forward, begin: int, count: int) -> Blocks:
     if begin:
         decoder.seek(begin)
     step = max(1, BLOCK // decoder.channels)
-    # The same values: libsndfile's own conversion takes as long as half the resampling.
+    # Gives the same values: libsndfile's own conversion takes half as long as resampling.
     dtype = "int16" if (decoder.format, decoder.subtype) == ("WAV", "PCM_16") else "float32"
     while count > 0:
         block = decoder.read(min(step, count), dtype=dtype, always_2d=True)
@@ -284,7 +285,7 @@ def _soundfile_blocks(decoder: Forward, begin: int, count: int) -> Blocks:
 
 
 def _decode_av(file: BinaryIO, format: str | None, sound: Sound, stack: ExitStack) -> tuple[int, Blocks]:
-    # No protocol is allowed: a playlist in disguise opens neither network addresses nor other files.
+    # No protocols are allowed, so a disguised playlist opens neither network addresses nor other files.
     container = stack.enter_context(av.open(file, format=format, options={"protocol_whitelist": "none"}))
     if not container.streams.audio:
         raise BadAudio("no audio in this file")
@@ -303,15 +304,15 @@ def _av_blocks(container: Any, rate: int, start: float, end: float) -> Blocks:
     to_float = av.AudioResampler(format="flt")  # same rate and channels; PyAV 18 crashes on eight planes
     begin, stop = round(start * rate), round(end * rate) or sys.maxsize
     parts: list[np.ndarray] = []
-    at, held, layout = -1, 0, ""  # `at` counts from the recording's beginning
+    at, held, layout = -1, 0, ""  # `at` counts from the recording's start
     for frame in _frames(container, stream):
         if frame.sample_rate != rate or (layout and frame.layout.name != layout):
-            raise BadAudio("its sample rate or channels change on the way")
+            raise BadAudio("its sample rate or channels change partway through")
         if not layout:
             layout, weights = frame.layout.name, _downmix([channel.name for channel in frame.layout.channels])
         if at < 0:
             if jump and frame.pts is None:
-                raise BadAudio("bad segment: the recording has no time stamps to find it by")
+                raise BadAudio("bad segment: the recording has no time stamps")
             at = max(0, round((frame.pts - zero) * stream.time_base * rate)) if jump else 0
         for part in to_float.resample(frame):
             samples = part.to_ndarray().reshape(part.samples, -1)[max(0, begin - at) : max(0, stop - at)]
@@ -335,8 +336,8 @@ def _av_blocks(container: Any, rate: int, start: float, end: float) -> Blocks:
 
 
 def _frames(container: Any, stream: Any) -> Iterator[Any]:
-    """The decoded frames. MPEG audio may begin in a frame that is not there, as where two files were put together: such
-    a frame is left out, as every player does."""
+    """The decoded frames. MPEG audio may begin with a frame that depends on a missing one, for example where files were
+    concatenated; such a frame is skipped, as in every player."""
     lost = 0
     for packet in container.demux(stream):
         try:
@@ -351,7 +352,7 @@ def _frames(container: Any, stream: Any) -> Iterator[Any]:
 
 
 def _declared(container: Any, stream: Any) -> float:
-    """Seconds that the file says it has; 0 where it says nothing, and ffmpeg guesses."""
+    """The declared length in seconds; 0 if the file declares none and ffmpeg would guess."""
     if not DECLARING & set(container.format.name.split(",")):
         return 0.0
     if stream.duration:
@@ -360,14 +361,14 @@ def _declared(container: Any, stream: Any) -> float:
 
 
 def _downmix(channels: list[str]) -> np.ndarray | None:
-    """float32 [channels, 1]: the weights of surround sound in mono, or None where the mean is right. Speech is in the
-    centre; the mean over six channels would leave a sixth of it. Unlabelled channels are a film's if there are six or
-    eight of them, as every player takes them; else microphones."""
+    """float32 [channels, 1]: the weights for mixing surround sound to mono, or None if the mean is right. Speech is in
+    the centre; a mean over six channels would leave a sixth of it. Six or eight unlabelled channels are taken for a
+    film's, as in every player; other numbers for microphones."""
     if len(channels) in (6, 8) and set(channels) == {"NONE"}:
         channels = ["FL", "FR", "FC", "LFE", *["BL", "BR", "SL", "SR"][: len(channels) - 4]]
     if len(channels) <= 2 or "FC" not in channels:
         return None
-    weights = {"FC": 1.0, "FL": 0.5, "FR": 0.5, "LFE": 0.0}  # left and right as in the mean of stereo
+    weights = {"FC": 1.0, "FL": 0.5, "FR": 0.5, "LFE": 0.0}  # left and right as in a stereo mean
     return np.array([[weights.get(name, math.sqrt(0.125))] for name in channels], np.float32)
 
 
@@ -376,7 +377,7 @@ def _downmix(channels: list[str]) -> np.ndarray | None:
 
 @contextmanager
 def reasons() -> Iterator[None]:
-    """Turns what decoders raise into BadAudio: they fail in many ways on damaged bytes, and a worker must go on."""
+    """Turns decoder errors into BadAudio: decoders fail in many ways on damaged bytes, and a worker must carry on."""
     try:
         yield
     except (BadAudio, SodaError):
@@ -386,7 +387,7 @@ def reasons() -> Iterator[None]:
 
 
 def _why(error: Exception) -> str:
-    """A decoder's own words, without the path."""
+    """A decoder's own message, without the path."""
     words = getattr(error, "error_string", None) or getattr(error, "strerror", None) or error
     return f"{type(error).__name__}: {words}"
 

@@ -1,4 +1,4 @@
-"""The encoded bytes of a recording, wherever they are: a file, a range of a tar, a value of a Parquet file."""
+"""The encoded bytes of a recording, wherever they are: in a file, a range of a tar, or a value in a Parquet file."""
 
 import io
 import os
@@ -13,8 +13,8 @@ from .sound import BadAudio, Sound
 
 
 class _Range(io.RawIOBase):
-    """`size` bytes of a file from `offset`, as a file. Seeking never fails: libsndfile asks through a callback, where
-    an exception would only be printed."""
+    """`size` bytes of a file starting at `offset`, as a file. Seeking never fails, because libsndfile seeks through a
+    callback, where an exception would only be printed."""
 
     def __init__(self, file: BinaryIO, offset: int, size: int) -> None:
         self.file, self.offset, self.size, self.at = file, offset, size, 0
@@ -42,7 +42,7 @@ class _Range(io.RawIOBase):
 
 
 class _Patched(_Range):
-    """A file of which some bytes read otherwise: {position: bytes}."""
+    """A file with some bytes replaced: {position: bytes}."""
 
     def __init__(self, file: BinaryIO, patch: dict[int, bytes]) -> None:
         super().__init__(file, 0, file.seek(0, os.SEEK_END))
@@ -60,12 +60,12 @@ class _Patched(_Range):
 
 
 def patched(file: BinaryIO, patch: dict[int, bytes]) -> BinaryIO:
-    """`file` with what `patch` ({position: bytes}) says in the place of what is there."""
+    """`file` with the bytes in `patch` ({position: bytes}) replaced."""
     return cast(BinaryIO, io.BufferedReader(_Patched(file, patch), 1 << 16))
 
 
 def open_sound(sound: Sound, stack: ExitStack) -> tuple[BinaryIO, str]:
-    """-> the recording's encoded bytes as a file, and its name. Raises BadAudio if they are not there."""
+    """Returns the recording's encoded bytes as a file, and its name. Raises BadAudio if they do not exist."""
     if not Path(sound.path).is_file():
         raise BadAudio("no such file")
     name = sound.name or sound.path
@@ -103,7 +103,7 @@ def _parquet_value(sound: Sound) -> tuple[bytes, str]:
 
 @lru_cache(maxsize=8)
 def _group_starts(path: str, stamp: tuple[int, int]) -> tuple[int, ...]:
-    """The first row of each row group, and the number of rows."""
+    """The first row of each row group, followed by the number of rows."""
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(path) as file:
@@ -111,7 +111,7 @@ def _group_starts(path: str, stamp: tuple[int, int]) -> tuple[int, ...]:
     return (0, *(int(end) for end in np.cumsum(rows)))
 
 
-@lru_cache(maxsize=1)  # utterances come in the order of the file
+@lru_cache(maxsize=1)  # utterances come in file order
 def _row_group(path: str, stamp: tuple[int, int], column: str, group: int) -> Any:
     import pyarrow.parquet
 

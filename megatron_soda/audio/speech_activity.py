@@ -1,4 +1,4 @@
-"""Where in a recording the speech begins and ends, by WebRTC's voice activity detector."""
+"""Finds where speech begins and ends in a recording, with WebRTC's voice activity detector."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,18 +9,18 @@ import soxr
 from ..errors import SodaError
 from .sound import BadAudio
 
-RATE = 16000  # of the samples that the detector sees
-WINDOW = 480  # of them, 30 ms, make one decision
-RUN = 5  # windows of speech in a row that are speech: a click alone makes up to four
-MODE = 2  # of 0 (takes noise for speech) to 3 (takes faint speech for noise)
+RATE = 16000  # of the detector's samples
+WINDOW = 480  # samples, 30 ms, per decision
+RUN = 5  # consecutive windows that count as speech: a click makes up to four
+MODE = 2  # from 0 (takes noise for speech) to 3 (takes faint speech for noise)
 MARGIN = 0.2  # seconds kept before and after
-LONGEST_HELD = 60.0  # seconds after speech that are held back, for they may be the last
+LONGEST_HELD = 60.0  # seconds after speech that are held back, since there may be no more speech
 
 
 def trim(blocks: Iterator[np.ndarray], sample_rate: int) -> Iterator[np.ndarray]:
     """Passes on float32 [samples] blocks of mono audio at `sample_rate` Hz from 0.2 s before the first speech to 0.2 s
-    after the last. Pauses between are kept. Of more than a minute without speech at the end, whole minutes are kept:
-    no more than that is held in memory.
+    after the last. Pauses in between are kept. If more than a minute without speech follows the end, whole minutes of
+    it are kept, because no more than a minute is held in memory.
 
     Raises BadAudio at the end if there was no speech, and SodaError if the package is missing.
     """
@@ -29,7 +29,7 @@ def trim(blocks: Iterator[np.ndarray], sample_rate: int) -> Iterator[np.ndarray]
     to_rate = soxr.ResampleStream(sample_rate, RATE, 1, dtype="float32", quality="HQ")
     unheard = np.zeros(0, np.float32)  # at RATE, less than a window
     held = np.zeros(0, np.float32)
-    first = 0  # the place in the recording of held[0]; windows and `spoken` count from the recording's beginning too
+    first = 0  # the position of held[0] in the recording; windows and `spoken` also count from the recording's start
     windows = run = spoken = 0
     found = False
     for block in blocks:
@@ -45,7 +45,7 @@ def trim(blocks: Iterator[np.ndarray], sample_rate: int) -> Iterator[np.ndarray]
                     held, first, found = held[max(0, begin - first) :], max(begin, first), True
                 spoken = windows * WINDOW * sample_rate // RATE
         unheard = unheard[len(pcm) // WINDOW * WINDOW :]
-        if not found:  # what may yet turn out to be the margin, or a run's beginning
+        if not found:  # what may still turn out to be the margin, or the start of a run
             keep = first + len(held) - windows * WINDOW * sample_rate // RATE + run_samples + margin
             first, held = first + max(0, len(held) - keep), held[max(0, len(held) - keep) :]
             continue

@@ -1,4 +1,4 @@
-"""Audio codecs: sound to discrete codes and back. `load_codec` is the entry; a codec is imported when asked for."""
+"""Audio codecs: sound to discrete codes and back. `load_codec` loads one; a codec is imported only when needed."""
 
 import difflib
 from pathlib import Path
@@ -19,15 +19,15 @@ def load_codec(
     """Loads a codec by name.
 
     Args:
-        spec: "embedded" (needs no download), "mimi", "encodec" or "dac".
-        path: of the embedded codec, a fitted quantiser (the file, or a folder with `codec.safetensors`), by default
-            the shipped one; of the others, a local folder or a hub id, by default that of `DEFAULT_MODELS`.
-        codebooks: how many to use, the first ones; by default 8 of Mimi and of EnCodec (6 kbps), all of DAC. The
-            embedded codec has as many as it was fitted with; another number is an error.
-        device: where the model runs, as torch calls it ("cpu", "cuda"). The embedded codec always runs on the CPU.
+        spec: "embedded" (needs no download), "mimi", "encodec" or "dac". path: for the embedded codec, a fitted
+        quantiser (the file, or a folder with `codec.safetensors`), by default the shipped one; for the others, a local
+        folder or a hub id, by default the one in `DEFAULT_MODELS`. codebooks: how many to use, counted from the first;
+        by default 8 for Mimi and EnCodec (6 kbps), all for DAC. The embedded codec has as many as it was fitted with;
+        another number is an error. device: a torch device to run the model on ("cpu", "cuda"). The embedded codec
+        always runs on the CPU.
 
     Raises:
-        SodaError: no such codec, model, device, or so many codebooks.
+        SodaError: no such codec, model or device, or not that many codebooks.
     """
     model = str(path) if path is not None else DEFAULT_MODELS.get(spec, "")
     if spec == "embedded":

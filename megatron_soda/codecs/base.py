@@ -1,4 +1,4 @@
-"""What every codec offers: waveforms to frame-major codes and back."""
+"""The interface of all codecs: waveforms to frame-major codes and back."""
 
 from typing import Protocol
 
@@ -8,19 +8,19 @@ import numpy as np
 class Codec(Protocol):
     """A neural or learned audio codec with residual codebooks, at a fixed rate of frames.
 
-    Codebook 0 is the one called semantic, the others acoustic (paper, section on tokenization).
+    Codebook 0 is called semantic, the others acoustic (paper, section on tokenization).
     """
 
     name: str
     sample_rate: int  # Hz
-    samples_per_frame: int  # a frame covers this many samples; frame rate = sample_rate / samples_per_frame
+    samples_per_frame: int  # samples per frame; frame rate = sample_rate / samples_per_frame
     codebooks: int
-    entries: int  # in every codebook
-    fingerprint: str  # changes whenever the same audio could give other codes
+    entries: int  # per codebook
+    fingerprint: str  # changes whenever the same audio could give different codes
 
     def encode(self, waves: list[np.ndarray]) -> list[np.ndarray]:
-        """Mono float32 waves in [-1, 1] at `sample_rate` -> int16 codes (frames, codebooks) each,
-        frames = ceil(samples / samples_per_frame). A list gives the same codes as its members one by one."""
+        """Mono float32 waves in [-1, 1] at `sample_rate` -> int16 codes (frames, codebooks) each, frames = ceil(samples
+        / samples_per_frame). A wave gets the same codes in a list as alone."""
         ...
 
     def decode(self, codes: list[np.ndarray]) -> list[np.ndarray]:

@@ -12,13 +12,14 @@ WINDOW_SECONDS = 2.0
 
 
 class DacCodec(HubCodec):
-    """The first `codebooks` codebooks of a DAC model, by default all; a `Codec`. Models of 16, 24 and 44.1 kHz.
+    """A `Codec` that uses the first `codebooks` codebooks of a DAC model, by default all. For 16, 24 and 44.1 kHz
+    models.
 
-    transformers' `encode` pads nothing and drops what is left of a frame; here silence fills the last frame.
+    transformers' `encode` does not pad and drops an incomplete last frame; here silence fills it.
 
-    The encoder is convolutions that look both ways, so silence after a wave would change its last frames. In batches
-    a wave is cut into windows of two seconds that overlap by as much as a frame's code depends on (8 frames of the
-    model of 24 kHz); those at an end of the wave end there too. A wave shorter than a window goes alone.
+    The encoder's convolutions look both ways, so silence after a wave would change its last frames. In batches, a wave
+    is cut into two-second windows that overlap by as much as a frame's code depends on (8 frames in the 24 kHz model);
+    windows at either end of the wave stop there. A wave shorter than a window is encoded alone.
     """
 
     name: str = "dac"
@@ -32,8 +33,8 @@ class DacCodec(HubCodec):
         return math.prod(self._model.config.downsampling_ratios)
 
     def _context(self) -> int:
-        """So many frames before and after a frame can change its codes: no sound further away reaches it."""
-        # Samples from a frame's first one; the modules are in the order in which they are called.
+        """The number of frames before and after a frame that can change its codes; sound further away has no effect."""
+        # In samples from a frame's first; the modules are in calling order.
         before, after, step = 0, 0, 1
         for layer in self._model.encoder.modules():
             if isinstance(layer, nn.Conv1d):

@@ -1,4 +1,4 @@
-"""codec.json: which codec made the tokens of a data folder or of a model, and how to load it again."""
+"""codec.json: the codec behind the tokens of a data folder or a model, and how to load it."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,13 +27,13 @@ class CodecDescription:
 
     @classmethod
     def of(cls, codec: Codec, arguments: dict[str, Any]) -> Self:
-        """The description of a codec that these arguments load."""
+        """Describes the codec that these arguments load."""
         facts = {name: getattr(codec, name) for name in ("name", "fingerprint", *_COUNTS, *_RATES)}
         return cls(**facts, arguments=arguments)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Raises ValueError, KeyError or TypeError unless `values` describe a codec."""
+        """Raises ValueError, KeyError or TypeError unless `values` describes a codec."""
         for name in (*_COUNTS, *_RATES):
             value = values[name]
             if type(value) is not int or value < 1 or (name in _COUNTS and value > 1 << 16):
@@ -55,18 +55,18 @@ def read_description(folder: Path) -> CodecDescription:
 
 
 def load_data_codec(folder: Path) -> Codec:
-    """The codec that made the tokens of a data folder, or of an exported model, which carries its own copy.
+    """The codec that made the tokens of a data folder, or of an exported model, which has its own copy.
 
-    Raises SodaError if it cannot be loaded, or if what is installed would give other codes."""
+    Raises SodaError if it cannot be loaded, or if the installed version would give different codes."""
     described = read_description(folder)
     codec, fitted = None, folder / QUANTISER_FILE
     if fitted.is_file() and described.arguments.get("path", "") and described.name == "embedded":
         codec = _load({**described.arguments, "path": str(fitted)}, folder)
-    if codec is None or codec.fingerprint != described.fingerprint:  # the fitted one was left by another run
+    if codec is None or codec.fingerprint != described.fingerprint:  # the fitted one is left over from another run
         codec = _load(described.arguments, folder)
     if codec.fingerprint != described.fingerprint:
         raise SodaError(
-            f"{folder}: its tokens were made by codec {described.fingerprint}, but the installed one is "
+            f"{folder}: its tokens were made with codec {described.fingerprint}, but the installed one is "
             f"{codec.fingerprint}. Prepare the data again, or install the version of megatron_soda that made it."
         )
     return codec

@@ -39,15 +39,15 @@ from .features import (
 
 FORMAT = "megatron_soda embedded codec quantiser"
 PREFIX = "quantiser."
-VERSION = "1"  # raise it whenever encode or decode changes its result for the same tensors
+VERSION = "1"  # increment it whenever encode or decode changes its result for the same tensors
 
 # Principal components kept of the 256 envelope numbers. More would lower the error on the fitted speech, but on a
-# held-out speaker 48 were better than 64 and 96: k-means cannot learn the small dimensions from an hour of speech.
+# held-out speaker 48 were better than 64 and 96: k-means cannot learn small dimensions from an hour of speech.
 ENVELOPE_DIMENSIONS = 48
-PROSODY_CODEBOOKS = (1, 2)  # where there are enough codebooks; see `stage_kinds`
-ITERATIONS = 5  # of k-means, per codebook
-FRAMES_PER_ENTRY = 3  # at least so many frames of audio for each entry of a codebook
-SAMPLED_FRAMES = 75_000  # k-means runs on at most so many frames, copies included
+PROSODY_CODEBOOKS = (1, 2)  # if there are enough codebooks; see `stage_kinds`
+ITERATIONS = 5  # of k-means per codebook
+FRAMES_PER_ENTRY = 3  # frames of audio needed per codebook entry
+SAMPLED_FRAMES = 75_000  # most frames k-means runs on, including copies
 GAIN_RANGE = 1.2  # nepers, 10 dB: of the copies in `fit_quantiser`
 
 # Distances in prosody space: log F0 matters most (5 per neper: 20 % in F0 weighs as much as a whole step from unvoiced
@@ -58,7 +58,8 @@ PROSODY_SCALE = torch.tensor([5.0, 1.0, 0.7, 0.5, 0.3]).repeat(SUBFRAMES_PER_FRA
 
 @dataclass(frozen=True)
 class Quantiser:
-    """Everything that is fitted on audio: float32 tensors whose values fit float16 exactly, so saving loses nothing."""
+    """Everything that is fitted on audio: float32 tensors whose values are exact in float16, so saving loses
+    nothing."""
 
     envelope_mean: Tensor  # (256,)
     components: Tensor  # (256, dimensions): the principal components of envelopes
@@ -108,7 +109,7 @@ class Quantiser:
 
 
 def stage_kinds(codebooks: int) -> list[str]:
-    """What each codebook codes: 1 and 2 prosody where there are so many, all others the envelope."""
+    """What each codebook codes: codebooks 1 and 2, if they exist, prosody; all others the envelope."""
     return ["prosody" if q in PROSODY_CODEBOOKS else "envelope" for q in range(codebooks)]
 
 
@@ -117,7 +118,7 @@ def load_quantiser(path: Path) -> Quantiser:
     tensors, metadata = read_safetensors(path)
     names = [field.name for field in dataclasses.fields(Quantiser)]
     if metadata.get("format") != FORMAT or any(PREFIX + name not in tensors for name in names):
-        raise SodaError(f"{path}: not a quantiser of the embedded codec. Fit a new one, or leave the path out.")
+        raise SodaError(f"{path}: not a quantiser of the embedded codec. Fit a new one, or omit the path.")
     if metadata.get("version") != VERSION:
         raise SodaError(
             f"{path}: a quantiser of version {metadata.get('version')}, but this program has version {VERSION}, whose "
@@ -130,7 +131,7 @@ def load_quantiser(path: Path) -> Quantiser:
 
 
 def _check_shapes(q: Quantiser) -> None:
-    """ValueError unless the tensors fit together."""
+    """Raises ValueError unless the tensors fit together."""
     envelope, prosody = SUBFRAMES_PER_FRAME * BANDS, len(PROSODY_SCALE)
     stages, entries, dimensions = q.envelope_codebooks.shape
     wanted = [(envelope,), (envelope, dimensions), (prosody,), (stages, entries, dimensions)]
@@ -143,7 +144,7 @@ def _check_shapes(q: Quantiser) -> None:
 
 
 class EmbeddedCodec:
-    """A `Codec` whose quantiser is fitted on the user's speech (or shipped) and whose decoder is shipped.
+    """A `Codec` with a quantiser fitted on the user's speech (or the shipped one) and the shipped decoder.
 
     Attributes are those of `Codec`. Encoding and decoding are deterministic: k-means is seeded, and the noise in the
     decoder is seeded by the codes themselves.
@@ -250,7 +251,7 @@ class EmbeddedCodec:
 
 
 def _as_tensor(wave: np.ndarray, what: str) -> Tensor:
-    """Checks a wave and clips it to [-1, 1], as writing it to a sound file would."""
+    """Checks a wave and clips it to [-1, 1], as writing a sound file would."""
     wave = np.asarray(wave)
     if wave.ndim != 1 or not np.issubdtype(wave.dtype, np.floating):
         raise SodaError(
@@ -300,7 +301,7 @@ def fit_quantiser(
     seed: int = 0,
     progress: Callable[[float], None] | None = None,
 ) -> Quantiser:
-    """Fits the codebooks one after the other, each on what the ones before it leave."""
+    """Fits the codebooks one after another, each on the residual of the ones before it."""
     generator = torch.Generator().manual_seed(seed)
     copies = [shifted_copy(f, generator) for f in analysed if len(f) > SUBFRAMES_PER_FRAME]
     envelopes, prosodies = zip(*(to_vectors(f) for f in analysed + copies), strict=True)
@@ -309,7 +310,7 @@ def fit_quantiser(
         sample = torch.randperm(len(envelope), generator=generator)[:SAMPLED_FRAMES]
         envelope, prosody = envelope[sample], prosody[sample]
 
-    # Loud frames count fully, pauses a tenth: errors there are hardly heard.
+    # Loud frames count fully, pauses a tenth, because errors there are barely audible.
     level = envelope.mean(1)
     quiet, loud = level.quantile(0.02), level.quantile(0.9)
     loudness = ((level - quiet) / (loud - quiet).clamp(min=1e-6)).clamp(0.1, 1.0)
@@ -341,10 +342,10 @@ def fit_quantiser(
 
 
 def shifted_copy(analysed: Features, generator: torch.Generator) -> Features:
-    """The same utterance half a frame later and up to 10 dB louder or softer.
+    """Copies of an utterance, half a frame later and up to 10 dB louder or softer.
 
-    With such copies in the fit the codebooks serve recordings at other levels (6 dB above the fitted speech the
-    held-out error falls by a third), and cost nothing at the level of the fitted speech.
+    With these copies in the fit, the codebooks also work at other levels (6 dB above the fitted speech, the held-out
+    error falls by a third), at no cost at the level of the fitted speech.
     """
     gain = GAIN_RANGE * (2 * torch.rand((), generator=generator) - 1)
     half = SUBFRAMES_PER_FRAME // 2
@@ -356,10 +357,10 @@ def shifted_copy(analysed: Features, generator: torch.Generator) -> Features:
 def fit_codebook(x: Tensor, weight: Tensor, entries: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """One stage: weighted k-means and then shrinkage. Returns the codebook (entries, d) and the residual of x.
 
-    With only some tens of frames per entry a centroid is partly noise, so two things are done with leave-one-out
-    centroids (that of each frame's entry without the frame itself): every dimension is scaled by the factor that
-    predicts the left-out frames best, and the next stage is fitted on the residuals of left-out frames, as large as
-    those of unseen speech. That lowered the held-out error by 10 to 15 %.
+    With only tens of frames per entry, centroids are partly noise. Leave-one-out centroids (a frame's centroid without
+    that frame) help in two ways: every dimension is scaled by the factor that best predicts the left-out frames, and
+    the next stage is fitted on the residuals of left-out frames, which are as large as those of unseen speech. This
+    lowered the held-out error by 10 to 15 %.
     """
     codebook = kmeans(x, weight, entries, generator)
     code = nearest(x, codebook)
@@ -375,7 +376,7 @@ def fit_codebook(x: Tensor, weight: Tensor, entries: int, generator: torch.Gener
 
 
 def kmeans(x: Tensor, weight: Tensor, entries: int, generator: torch.Generator) -> Tensor:
-    """Weighted k-means (Lloyd) on x (n, d): centroids (entries, d). Rare entries are drawn again at first."""
+    """Weighted k-means (Lloyd) on x (n, d): centroids (entries, d). At first, rare entries are redrawn."""
 
     def draw(count: int) -> Tensor:
         return x[torch.multinomial(weight, count, replacement=count > len(x), generator=generator)]

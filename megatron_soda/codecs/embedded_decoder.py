@@ -28,12 +28,12 @@ from .features import (
 )
 
 SHIPPED_WEIGHTS = Path(__file__).with_name("embedded.safetensors")
-PREFIX = "decoder."  # of its tensors in that file, which holds a quantiser too
+PREFIX = "decoder."  # prefix of its tensors in that file, which also holds a quantiser
 
 FFT_SIZE = 1024
 HOP = 240  # samples: the filters change every 10 ms, two steps per sub-frame
 CORRECTION_BANDS = 96
-PULSE_LIMIT = 11_800.0  # Hz: no harmonics above, so that the pulses do not alias
+PULSE_LIMIT = 11_800.0  # Hz: no harmonics above this, so that the pulses do not alias
 LOG_GAIN_LIMITS = (-12.0, 4.0)
 
 

@@ -11,16 +11,16 @@ from .hub import HubCodec
 
 
 class EncodecCodec(HubCodec):
-    """The first `codebooks` codebooks of a mono EnCodec model, by default 8 (6 kbps); a `Codec`.
+    """A `Codec` that uses the first `codebooks` codebooks of a mono EnCodec model, by default 8 (6 kbps).
 
-    The model of 24 kHz has 75 frames a second and 32 codebooks of 1,024 entries: 1.5 to 24 kbps are 2 to 32 of them.
+    The 24 kHz model has 75 frames per second and 32 codebooks of 1,024 entries; 2 to 32 of them give 1.5 to 24 kbps.
 
-    A configuration with `chunk_length_s` is used without chunks, so a wave's codes never depend on where chunks begin.
-    Stereo models and those that normalise loudness are refused: the loudness would have to be kept beside the codes.
+    `chunk_length_s` in the configuration is ignored, so a wave's codes never depend on where chunks begin. Stereo
+    models are refused, and so are models that normalise loudness, which would have to be stored with the codes.
 
-    The encoder looks back only, except that it pads on the left by reflection: the first frames of a wave depend on
-    some that follow (the model of 24 kHz: on 7 in all). Silence may follow waves that have those; shorter ones go
-    alone.
+    The encoder only looks back, except that it pads by reflection on the left, so a wave's first frames depend on some
+    later ones (in the 24 kHz model, on the first 7). Waves with at least that many frames can be padded with silence;
+    shorter ones are encoded alone.
     """
 
     name: str = "encodec"
@@ -33,7 +33,7 @@ class EncodecCodec(HubCodec):
         if config.audio_channels != 1 or config.normalize:
             what = "normalises loudness" if config.audio_channels == 1 else f"has {config.audio_channels} channels"
             raise SodaError(
-                f"codec: {model} is an EnCodec model that {what}; mono models without are needed, such as "
+                f"codec: {model} is an EnCodec model that {what}; use a mono model that does not, such as "
                 "facebook/encodec_24khz."
             )
         config.chunk_length_s = config.overlap = None
@@ -54,7 +54,7 @@ class EncodecCodec(HubCodec):
             return None
         if config.pad_mode != "reflect":
             return 1 if config.pad_mode in ("constant", "replicate") else None
-        # A reflection of n steps needs n + 1 of them; where the wave has fewer the library takes zeros instead.
+        # Reflecting n steps needs n + 1 of them; if the wave has fewer, the library uses zeros instead.
         shortest, steps = 1, self._stride()
         for layer in self._model.encoder.modules():
             if hasattr(layer, "padding_total"):

@@ -1,10 +1,10 @@
-"""What the codecs that are transformers models share: loading, checks, and how waves come together in batches.
+"""What codecs based on transformers models share: loading, checks, and batching.
 
-Codes are found by the nearest of many entries, so the last bit of a float can change one, and floats change with the
-shape of the batch. By default on a CPU every wave therefore goes alone. Elsewhere waves share batches, and the shape of
-a wave's batch follows from its own length alone: the rows are a fixed number, silence where waves are lacking, and the
-length is rounded up. So a wave's codes do not depend on what else is in the list, a list of one included, as long as
-the device computes a row without regard to the others, and its index; see tests/data_prep/test_codec_batches.py.
+A code is the nearest of many entries, so the last bit of a float can change it, and floats change with the shape of the
+batch. On a CPU, every wave is therefore encoded alone by default. Elsewhere waves share batches, whose shape depends
+only on a wave's own length: the number of rows is fixed, missing waves are silence, and the length is rounded up. So a
+wave's codes do not depend on the rest of the list, even if there is no rest, as long as the device computes each row
+independently of the others and of its index; see tests/codecs/test_codec_hub.py.
 """
 
 import contextlib
@@ -24,8 +24,8 @@ from transformers import AutoConfig
 
 from ..errors import SodaError
 
-BATCH_SECONDS = 240.0  # of padded sound at once, off the CPU: some GiB of activations
-ROWS = 8  # waves in a batch at most; more would mean more rows of silence for lists as short as a shard's 64
+BATCH_SECONDS = 240.0  # of padded sound at once, except on a CPU: a few GiB of activations
+ROWS = 8  # most waves in a batch; more would mean more rows of silence for lists as short as a shard's 64
 MOST_ENTRIES = 2**15  # codes are int16
 NOT_SETTINGS = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
 
@@ -36,23 +36,23 @@ class Piece:
 
     wave: int  # index in the list
     start: int  # its first frame
-    frames: int  # that the model sees; silence where the wave has fewer
+    frames: int  # that the model sees; silence if the wave has fewer
     rows: int  # of its batch
-    keep: slice  # which of these frames' codes are the wave's
+    keep: slice  # which of these frames' codes to keep
 
 
 class HubCodec:
-    """A `Codec` around a transformers model; the classes below it say which, and how to call it.
+    """A `Codec` around a transformers model; subclasses say which, and how to call it.
 
     Args:
-        model: a local folder with config.json and model.safetensors, or a hub id.
-        codebooks: use the first so many; by default the codec's own choice.
-        device: where the model runs, as torch calls it.
-        batch_seconds: at most so much sound, padding included, goes through the model at once; 0: one wave at a time,
-            its codes those of the model called by hand. By default 0 on a CPU, where batches are not faster, else 240.
+        model: a local folder with config.json and model.safetensors, or a hub id. codebooks: how many to use, counted
+        from the first; by default the codec's own choice. device: a torch device to run the model on. batch_seconds:
+        most sound, padding included, that goes through the model at once; 0: one wave at a time, with the codes of a
+        direct call to the model. By default 0 on a CPU, where batches are not faster, otherwise 240.
 
     Raises:
-        SodaError: the model cannot be had, is of another kind, lacks weights or codebooks, or the device is not there.
+        SodaError: the model cannot be loaded, is of another kind, lacks weights or codebooks, or the device does not
+        exist.
     """
 
     name: str
@@ -92,7 +92,7 @@ class HubCodec:
     # ---- what a codec has to say
 
     def _prepare(self, model: str) -> None:
-        """Refuses models that cannot be used, and sets what has to be set before use."""
+        """Refuses models that cannot be used, and applies settings needed before use."""
 
     def _available(self) -> int:
         """How many codebooks the model has."""
@@ -111,7 +111,7 @@ class HubCodec:
         raise NotImplementedError
 
     def _shortest_padded(self) -> int | None:
-        """From how many frames on may silence follow a wave without changing its codes? None: never."""
+        """The number of frames from which on silence may follow a wave without changing its codes. None: never."""
         return None
 
     # ---- the same for all
@@ -119,8 +119,8 @@ class HubCodec:
     def encode(self, waves: list[np.ndarray]) -> list[np.ndarray]:
         """Mono float32 waves in [-1, 1] at `sample_rate` -> int16 codes (frames, codebooks) each.
 
-        frames = ceil(samples / samples_per_frame): silence fills the last one. SodaError: a wave is not mono, not of
-        floats, or not finite.
+        frames = ceil(samples / samples_per_frame): silence fills the last one. Raises SodaError if a wave is not mono,
+        float and finite.
         """
         checked = [self._checked_wave(wave, i) for i, wave in enumerate(waves)]
         codes = [np.zeros((math.ceil(len(w) / self.samples_per_frame), self.codebooks), np.int16) for w in checked]
@@ -145,7 +145,7 @@ class HubCodec:
     def decode(self, codes: list[np.ndarray]) -> list[np.ndarray]:
         """Codes (frames, codebooks), integers -> mono float32 waves of frames * samples_per_frame samples each.
 
-        One at a time on every device. SodaError: another number of codebooks, or codes that the codec does not have.
+        One at a time on every device. Raises SodaError for a different number of codebooks, or codes out of range.
         """
         checked = [self._checked_codes(c, i) for i, c in enumerate(codes)]
         return [self._decode_one(c) for c in checked]
@@ -158,7 +158,7 @@ class HubCodec:
         return self._batch_pieces(wave, frames)
 
     def _batch_pieces(self, wave: int, frames: int) -> list[Piece]:
-        """How a wave is laid out for batches, by nothing but its length."""
+        """How a wave is laid out for batches, which depends only on its length."""
         shortest = self._shortest_padded()
         if shortest is None or frames < shortest:
             return [Piece(wave, 0, frames, 1, slice(0, frames))]
@@ -177,7 +177,7 @@ class HubCodec:
         if codes.shape[-1] < frames:
             raise SodaError(
                 f"{self.name}: the model gave {codes.shape[-1]} frames for {frames} of {self.samples_per_frame} "
-                "samples: its configuration does not fit its strides. Repair config.json."
+                "samples: its configuration does not match its strides. Fix config.json."
             )
         return codes[:, : self.codebooks, :frames].transpose(1, 2).to(torch.int16).cpu().numpy()
 
@@ -187,12 +187,12 @@ class HubCodec:
             with self._computing():
                 audio = self._audio(torch.from_numpy(codes.T[None]).to(self._device))
             sound = audio.reshape(-1)[: len(wave)].float().cpu().numpy()
-            wave[: len(sound)] = sound  # transposed convolutions of odd stride can give some samples fewer
+            wave[: len(sound)] = sound  # transposed convolutions with odd strides can give a few samples less
         return wave
 
     @contextlib.contextmanager
     def _computing(self) -> Iterator[None]:
-        """No gradients; on CUDA no TF32, whose rounding moves codes, and no choice of kernels by a stopwatch."""
+        """No gradients; on CUDA no TF32, whose rounding changes codes, and no choosing kernels by timing."""
         exact = contextlib.nullcontext()
         if self._device.type == "cuda":
             exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
@@ -216,17 +216,17 @@ class HubCodec:
         if codes.ndim != 2 or codes.shape[1] != self.codebooks or not np.issubdtype(codes.dtype, np.integer):
             raise SodaError(
                 f"{self.name}: codes {i} have shape {codes.shape} and type {codes.dtype}; (frames, {self.codebooks}) "
-                "integers are needed. Load the codec with as many codebooks as made the codes."
+                "integers are needed. Load the codec with the number of codebooks that made the codes."
             )
         if codes.size and not (codes.min() >= 0 and codes.max() < self.entries):
             raise SodaError(
                 f"{self.name}: codes {i} range from {codes.min()} to {codes.max()}; this codec has codes 0 to "
-                f"{self.entries - 1}. Take the codec that made them."
+                f"{self.entries - 1}. Use the codec that made them."
             )
         return codes.astype(np.int64)
 
     def _fingerprint(self) -> str:
-        """16 hex digits of the weights and all that can change a code."""
+        """16 hex digits over the weights and everything else that can change a code."""
         config = {k: v for k, v in self._model.config.to_dict().items() if k not in NOT_SETTINGS}
         settings = {
             "codec": self.name,
@@ -245,7 +245,8 @@ class HubCodec:
 
 
 def rounded_up(frames: int) -> int:
-    """The next of 1, 2, 3, 4, 6, 8, 12, 16, 24, ...: few lengths, so that waves meet, and a fifth of padding or so."""
+    """The next of 1, 2, 3, 4, 6, 8, 12, 16, 24, ...: few lengths, so that waves can share batches, with about a fifth
+    of padding."""
     step = max(1, 2 ** (frames.bit_length() - 2))
     return math.ceil(frames / step) * step
 
@@ -276,8 +277,8 @@ def _load(model: str, model_class: Any, title: str) -> Any:
         )
     except SodaError:
         raise
-    except Exception as error:  # of a config.json that somebody else made, transformers raises anything
-        what = "" if Path(model).is_dir() else " is no local folder and"
+    except Exception as error:  # for an arbitrary config.json, transformers raises anything
+        what = "" if Path(model).is_dir() else " is not a local folder and"
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise SodaError(f"codec: {model}{what} could not be loaded as {title} ({reason}). {advice}") from error
     if info["mismatched_keys"]:

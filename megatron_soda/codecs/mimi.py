@@ -9,11 +9,13 @@ from .hub import HubCodec
 
 
 class MimiCodec(HubCodec):
-    """The first `codebooks` codebooks of a Mimi model, by default 8; a `Codec`. 24 kHz, 12.5 frames a second.
+    """A `Codec` that uses the first `codebooks` codebooks of a Mimi model, by default 8. 24 kHz, 12.5 frames per
+    second.
 
-    All of the encoder looks back only: convolutions padded with zeros on the left, attention over the last 250 steps
-    of 40 ms. So silence after a wave of whole frames changes nothing before it, and no padding mask is given: with one,
-    transformers' batches differ from their members (transformers#43377). A wave longer than the window needs no chunks.
+    The encoder only looks back: its convolutions are zero-padded on the left, and its attention covers the last 250
+    steps of 40 ms. So silence after a wave of whole frames does not affect the wave, and no padding mask is needed;
+    with one, batches in transformers differ from their members (transformers#43377). A wave longer than the window
+    needs no chunking.
     """
 
     name: str = "mimi"
@@ -32,7 +34,7 @@ class MimiCodec(HubCodec):
         return 1 if config.use_causal_conv and config.pad_mode in ("constant", "replicate") else None
 
     def _codes(self, waves: Tensor) -> Tensor:
-        wanted = max(self.codebooks, self._model.config.num_semantic_quantizers)  # fewer the model refuses
+        wanted = max(self.codebooks, self._model.config.num_semantic_quantizers)  # the model refuses fewer
         return self._model.encode(waves, num_quantizers=wanted).audio_codes
 
     def _audio(self, codes: Tensor) -> Tensor:
