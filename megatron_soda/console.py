@@ -1,4 +1,4 @@
-"""Where progress bars and coloured lines go."""
+"""The console for progress bars and coloured lines."""
 
 from rich.console import Console
 

@@ -11,18 +11,17 @@ from pathlib import Path
 
 
 class SodaError(Exception):
-    """Something the user can put right: the message says what was wrong, where, and what to do.
+    """Something the user can fix: the message says what is wrong, where, and what to do.
 
-    The commands print the message alone, without a traceback, and exit with status 2. Everything else that
-    is raised is a defect of ours and keeps its traceback.
+    Commands print only the message, without a traceback, and exit with status 2. Any other exception is a bug of ours
+    and keeps its traceback.
     """
 
 
 def is_disk_full(error: BaseException, folder: str | Path | None = None) -> bool:
-    """Whether writing failed because the disk is full, or a quota used up, whatever the library makes of it.
-
-    safetensors and sqlite say so in their text only, and libsndfile nothing but "System error.", for which one can
-    only look at the room that is left in `folder`."""
+    """Whether writing failed because the disk is full or a quota is used up, whichever library reports it. safetensors
+    and sqlite say so only in their message; libsndfile only says "System error.", so for that we check the free space
+    in `folder`."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
     if any(words in str(error) for words in ("No space left on device", "disk is full", "Disk quota exceeded")):
@@ -34,27 +33,25 @@ def is_disk_full(error: BaseException, folder: str | Path | None = None) -> bool
 
 
 def user_message(error: Exception) -> str:
-    """What to print for an error at the end of a command. An error that is neither a SodaError nor a full or forbidden
-    disk is raised again."""
+    """What a command prints for an error before it ends. Re-raises anything but a SodaError, a full disk, or a
+    permission error."""
     if isinstance(error, SodaError):
         return str(error)
     if is_disk_full(error):
-        return (
-            "the disk is full. Free some space and run the same command again: it goes on from what was written whole."
-        )
+        return "the disk is full. Free some space and run the same command again: it resumes from what was completed."
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS):
-        return f"{error.filename}: may not be written or read ({error.strerror}). Choose another `run` folder."
+        return f"{error.filename}: cannot be written or read ({error.strerror}). Choose another `run` folder."
     raise error
 
 
 def say(text: str) -> None:
-    """To standard error, if somebody still reads it."""
+    """Prints to standard error, unless it is closed."""
     with contextlib.suppress(OSError):
         print(text, file=sys.stderr, flush=True)
 
 
 def tell_torchrun(text: str) -> None:
-    """Puts the reason why this process ends where torchrun looks for it, to show it in its table of failures."""
+    """Writes the reason why this process ends to where torchrun looks for it, for its table of failures."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
         extra = {"py_callstack": text, "timestamp": str(int(datetime.now().timestamp()))}  # the names are torchrun's
@@ -63,7 +60,7 @@ def tell_torchrun(text: str) -> None:
 
 
 def run_tool(main: Callable[..., None]) -> None:
-    """Runs the main function of a script in tools/ on its command line. A SodaError ends it with status 2."""
+    """Runs the main function of a script in tools/ on its command line. A SodaError exits with status 2."""
     import typer
 
     try:

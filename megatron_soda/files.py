@@ -1,4 +1,4 @@
-"""Files: writing, so that a reader sees the whole file or none of it, and reading what somebody else may have made."""
+"""Writing files so that readers see the whole file or none of it, and reading files of unknown origin."""
 
 import contextlib
 import errno
@@ -18,9 +18,9 @@ from .log import log
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; on success it is fsynced and renamed onto `path`.
+    """Yields a temporary path beside `path`; on success it is fsynced and renamed to `path`.
 
-    On any failure the temporary file is removed and `path` is as it was. A full disk becomes a SodaError.
+    On failure the temporary file is removed and `path` is unchanged. A full disk becomes a SodaError.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,15 +45,16 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """For one process at a time: two that write one folder would delete each other's files. SodaError at once if
-    another one holds it. The kernel drops the lock with the process that holds it, however that ends."""
+    """Locks a folder for one process: two that write to it would delete each other's files. Raises SodaError
+    immediately if another process holds the lock. The kernel releases it when that process ends, however that
+    happens."""
     with open(folder / ".lock", "a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 log.warning(
-                    f"{folder}: this file system cannot lock ({error.strerror}). Take care that nothing else writes "
+                    f"{folder}: this file system cannot lock ({error.strerror}). Make sure that nothing else writes "
                     "there."
                 )
                 yield
@@ -85,7 +86,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def to_json(value: Any, **options: Any) -> str:
-    """JSON, which has no NaN and no Infinity: null stands for them. `options` are those of json.dumps."""
+    """JSON with null in place of NaN and Infinity, which it does not have. `options` are passed to json.dumps."""
     return json.dumps(_finite(value), allow_nan=False, **options)
 
 
@@ -106,15 +107,16 @@ def write_json(path: str | Path, value: Any) -> None:
 
 @contextlib.contextmanager
 def reading(path: str | Path, what: str = "cannot be read") -> Iterator[None]:
-    """For reading a file that a user gave, or that may be damaged or made by somebody else: whatever a library raises
-    inside (json, yaml, safetensors, tokenizers, sentencepiece, pyarrow, soundfile, ..), and our own code as it takes
-    values out of what was read, becomes one sentence: `path: what (why)`.
+    """For reading a file that a user gave, or that may be damaged or foreign. Whatever a library (json, yaml,
+    safetensors, tokenizers, sentencepiece, pyarrow, soundfile, ..) or our own code that picks values from the content
+    raises inside becomes one sentence: `path: what (why)`.
 
-    Put nothing else inside: a defect of ours would look like a fault of the file. (What was raised stays the cause.)
+    Put nothing else inside, or bugs of ours would look like a problem with the file. (The original exception stays the
+    cause.)
     """
     try:
         yield
-    except (SodaError, AssertionError, NameError, ImportError):  # no file can raise these
+    except (SodaError, AssertionError, NameError, ImportError):  # files cannot cause these
         raise
     except FileNotFoundError as error:
         raise SodaError(f"{error.filename or path}: no such file") from error
@@ -125,7 +127,7 @@ def reading(path: str | Path, what: str = "cannot be read") -> Iterator[None]:
     except Exception as error:
         raise SodaError(f"{path}: {what} ({_why(error)})") from error
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # what a panic in Rust (tokenizers, safetensors) becomes
+        if type(error).__name__ != "PanicException":  # raised for a panic in Rust (tokenizers, safetensors)
             raise
         raise SodaError(f"{path}: {what} ({_why(error)})") from error
 
@@ -135,7 +137,7 @@ def _why(error: BaseException) -> str:
     if isinstance(error, RecursionError):
         return "nested too deeply"
     if isinstance(error, MemoryError):
-        return "it asks for more memory than there is"
+        return "it needs more memory than there is"
     if isinstance(error, KeyError) and error.args:
         return f"no {error.args[0]!r}"[:300]
     text = (getattr(error, "strerror", None) or str(error)).strip() or type(error).__name__
@@ -149,8 +151,8 @@ def sha256(path: Path) -> str:
 
 
 def read_json(path: str | Path, kind: type | None = None) -> Any:
-    """SodaError if the file is not there, is not JSON, holds half a character (a lone surrogate, which no file could be
-    written with again), or holds another `kind` of value (dict or list)."""
+    """Raises SodaError if the file does not exist, is not JSON, contains half a character (a lone surrogate, which
+    cannot be written to a file), or holds another `kind` of value (dict or list)."""
     path = Path(path)
     with reading(path, "not valid JSON"):
         value = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -161,16 +163,16 @@ def read_json(path: str | Path, kind: type | None = None) -> Any:
 
 
 def write_sealed(path: str | Path, value: dict[str, Any]) -> None:
-    """Writes a JSON file that carries a checksum of its own values."""
+    """Writes a JSON file with a checksum of its own values."""
     write_json(path, {**value, "crc32": _seal(value)})
 
 
 def read_sealed(path: str | Path) -> dict[str, Any]:
-    """What write_sealed wrote, with the checksum. SodaError if the values are not those that were written. (Files of
-    before there was a checksum have none.)"""
+    """Reads what write_sealed wrote, including the checksum. Raises SodaError if the values have changed. (Older files
+    have no checksum.)"""
     value = read_json(path, dict)
     if value.get("crc32", _seal(value)) != _seal(value):
-        raise SodaError(f"{path}: its values are not those that were written: the file is damaged, or was edited")
+        raise SodaError(f"{path}: its values have changed since it was written: the file is damaged, or was edited")
     return value
 
 

@@ -1,6 +1,7 @@
-"""What the program says while it works, through one logger; what a command was asked for is printed by the command.
+"""Messages while the program runs, through one logger. A command prints its actual result itself.
 
-On a terminal lines are plain. In files and pipes each has the time and, of a job of several processes, the rank.
+On a terminal, lines are plain. In files and pipes, each line has the time and, in a job with several processes, the
+rank.
 """
 
 import contextlib
@@ -13,7 +14,7 @@ log = logging.getLogger("megatron_soda")
 
 
 class _Handler(logging.Handler):
-    """Warnings and errors go to standard error, the rest to standard output; a closed pipe ends nothing."""
+    """Warnings and errors go to standard error, the rest to standard output. A closed pipe is ignored."""
 
     def emit(self, record: logging.LogRecord) -> None:
         is_warning = record.levelno >= logging.WARNING
@@ -24,7 +25,7 @@ class _Handler(logging.Handler):
 
 
 def stamp() -> str:
-    """The time, and the rank if there are several."""
+    """Adds the time, and the rank if there are several."""
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     return time.strftime("%H:%M:%S") + (f" [rank {os.environ.get('RANK', '0')}]" if several else "")
 
@@ -33,4 +34,4 @@ if not log.handlers:
     log.addHandler(_Handler())
     log.setLevel(logging.INFO)
     log.propagate = False
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # names CUDA_HOME wherever there is no GPU
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # about CUDA_HOME, if there is no GPU

@@ -1,5 +1,5 @@
-"""Evaluation suites and generation tasks by name. Importing it, or any member, imports no engine: recipes and the page
-need only names and words."""
+"""Evaluation suites and generation tasks by name. Importing this module or any member does not import the engine:
+recipes and the page only need names and descriptions."""
 
 import importlib
 import pkgutil
@@ -13,8 +13,8 @@ Member = TypeVar("Member", Suite, Task)
 
 
 class Registry(Generic[Member]):
-    """One member per file of `package`: nll.py holds the class named "nll", continue_.py the one named "continue" (a
-    trailing underscore keeps a name off Python's keywords). A new file is a new member; nothing else lists them."""
+    """One member per file in `package`: nll.py holds the class named "nll", continue_.py the one named "continue" (the
+    underscore avoids Python's keywords). A new file is a new member; there is no other list."""
 
     def __init__(self, package: str) -> None:
         self._package = package
@@ -34,7 +34,7 @@ class Registry(Generic[Member]):
         return name in self.names()
 
     def __getitem__(self, name: str) -> Member:
-        """KeyError for an unknown name."""
+        """Raises KeyError for an unknown name."""
         if name not in self._members and name in self._files():
             importlib.import_module(f"{self._package}.{self._files()[name]}")
         return self._members[name]

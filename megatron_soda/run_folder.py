@@ -1,4 +1,4 @@
-"""What a run remembers of itself beside its products: environment.json and timings.json."""
+"""What a run records about itself: environment.json and timings.json."""
 
 import platform
 from importlib import metadata
@@ -11,7 +11,7 @@ from .log import log
 
 
 def record_environment(run: Path, **facts: Any) -> None:
-    """Versions of what computes, and `facts` (device, layout, ..), into RUN/environment.json."""
+    """Writes software versions and `facts` (device, layout, ..) to RUN/environment.json."""
     packages = ("torch", "megatron-core", "transformer-engine", "transformers", "numpy", "megatron-soda")
     versions = {}
     for name in packages:
@@ -24,7 +24,7 @@ def record_environment(run: Path, **facts: Any) -> None:
 
 
 def record_timing(run: Path, stage: str, seconds: dict[str, float], *, add: bool = False) -> None:
-    """Seconds of one stage, into RUN/timings.json. `add`: to what is there, for a stage that goes on after a stop."""
+    """Writes the seconds of a stage to RUN/timings.json. `add`: adds to the existing value, for a resumed stage."""
     path = run / "timings.json"
     timings: dict[str, Any] = {}
     if path.is_file():

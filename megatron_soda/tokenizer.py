@@ -1,6 +1,6 @@
-"""The text tokenizer: a sentencepiece model or a Hugging Face tokenizer.json, behind one class. Both are run by the
-tokenizers library, so that an exported tokenizer, which is the same engine with more tokens, cannot disagree.
-(sentencepiece itself adds its scores in single precision and breaks ties otherwise: one text in a thousand differs.)
+"""The text tokenizer: a sentencepiece model or a Hugging Face tokenizer.json behind one class. Both run in the
+tokenizers library, so that an exported tokenizer, the same engine with more tokens, cannot disagree. (sentencepiece
+itself adds scores in single precision and breaks ties differently: one text in a thousand differs.)
 """
 
 import json
@@ -28,17 +28,17 @@ PROBES = (
     "a" * 50,
 )  # any text must have ids
 PREFIX = "▁"  # how sentencepiece writes a space
-COVERAGE = 0.9995  # of the text: rarer letters are written as bytes
-NORMAL, USER_DEFINED, UNUSED, BYTE = 1, 4, 5, 6  # kinds of sentencepiece's pieces
+COVERAGE = 0.9995  # share of the text: rarer characters are written as bytes
+NORMAL, USER_DEFINED, UNUSED, BYTE = 1, 4, 5, 6  # kinds of sentencepiece pieces
 
 
 class TextTokenizer:
-    """Text to ids and back. BOS and EOS must be in it, as <|begin_of_text|> and <|end_of_text|>.
+    """Converts text to ids and back. Must contain BOS and EOS, as <|begin_of_text|> and <|end_of_text|>.
 
-    `path` is a sentencepiece .model, a tokenizer.json, or a folder with a text_tokenizer of either kind in it, such as
-    `soda tokenizer extend` writes. Markers inside a text are plain text to it: no transcript can forge structure. Other
-    added tokens of a tokenizer.json, such as Llama-3's <|eot_id|>, are read as these tokens, as in an exported one.
-    Raises SodaError for a file that is neither format, or that lacks BOS or EOS.
+    `path` is a sentencepiece .model, a tokenizer.json, or a folder with a text_tokenizer of either kind, such as one
+    written by `soda tokenizer extend`. Markers inside a text are treated as plain text, so no transcript can forge
+    structure. Other added tokens of a tokenizer.json, such as Llama-3's <|eot_id|>, are recognised as these tokens, as
+    in an export. Raises SodaError for a file in neither format, or without BOS or EOS.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -52,11 +52,9 @@ class TextTokenizer:
         self._model.encode_special_tokens = True
         ids = [self._model.token_to_id(token) for token in (BOS, EOS)]
         if None in ids:
-            raise SodaError(
-                f"{path}: the tokenizer has no {BOS} or no {EOS}; `soda tokenizer extend` makes one that has"
-            )
+            raise SodaError(f"{path}: the tokenizer has no {BOS} or no {EOS}; `soda tokenizer extend` adds them")
         if any(self._model.token_to_id(marker) is not None for marker in MARKERS):
-            raise SodaError(f"{path}: it has SODA's markers already; take the {NAMES[1]} it was made from")
+            raise SodaError(f"{path}: it already has SODA's markers; use the {NAMES[1]} it was made from")
         self.bos, self.eos = (int(i) for i in ids)
         vocabulary = self._model.get_vocab(with_added_tokens=True)
         self.size = 1 + max(vocabulary.values())
@@ -64,13 +62,13 @@ class TextTokenizer:
         if wrong := [t for t, number in declared.items() if vocabulary.get(t) != number]:
             raise SodaError(f"{path}: its added token {wrong[0]!r} cannot have the id {declared[wrong[0]]:,}")
         if self.size != len(vocabulary):
-            raise SodaError(f"{path}: two of its {len(vocabulary):,} tokens have one id")
+            raise SodaError(f"{path}: two of its {len(vocabulary):,} tokens have the same id")
         with reading(self.path, "a tokenizer that cannot encode any text"):
             self.encode_batch(PROBES)
             self.decode(self.encode(PROBES[0]))
 
     def spec(self) -> dict[str, Any]:
-        """What the tokenizer.json of an export starts from."""
+        """The basis of an export's tokenizer.json."""
         return read_spec(self.path)
 
     def encode(self, text: str) -> list[int]:
@@ -97,10 +95,10 @@ def _file(path: Path) -> Path:
 
 
 def data_tokenizer(folder: Path) -> TextTokenizer:
-    """The text tokenizer of a data folder."""
+    """A data folder's text tokenizer."""
     found = [folder / name for name in NAMES if (folder / name).is_file()]
     if not found:
-        raise SodaError(f"{folder}: no tokenizer in it; is it a data folder that `soda prepare` made?")
+        raise SodaError(f"{folder}: contains no tokenizer; was this data folder made by `soda prepare`?")
     return TextTokenizer(found[0])
 
 
@@ -108,12 +106,12 @@ def data_tokenizer(folder: Path) -> TextTokenizer:
 
 
 def clean_text(text: str, space: TokenSpace) -> str:
-    """`text` without what a document as a string could not tell from structure; most texts are not changed.
+    """`text` without anything that would look like structure in a document string; most texts do not change.
 
-    Characters that stand for audio codes of `space` (with SODA's 8 x 2,048 those are U+E000 to U+11FFF: private use,
-    ligatures, full-width and Arabic presentation forms, variation selectors, ..) become their NFKC form, or nothing
-    where that is no better. Markers are broken: "<|audio_end|>" becomes "< |audio_end|>". Halves of surrogate pairs,
-    which are not Unicode, are left out. Cleaning twice changes nothing more.
+    Characters that stand for audio codes of `space` (with SODA's 8 x 2,048 these are U+E000 to U+11FFF: private use,
+    ligatures, full-width and Arabic presentation forms, variation selectors, ..) are replaced by their NFKC form, or
+    removed if that does not help. Markers are broken up: "<|audio_end|>" becomes "< |audio_end|>". Halves of surrogate
+    pairs, which are not valid Unicode, are removed. Cleaning is idempotent.
     """
     if text.isascii() and "<|" not in text:
         return text
@@ -128,7 +126,7 @@ _MARKER = re.compile("|".join(map(re.escape, (BOS, EOS, *MARKERS))))
 
 
 def document_string(ids: np.ndarray, space: TokenSpace, text: TextTokenizer) -> str:
-    """One document of ids (tokens,) as SODA writes it: markers, text, and a character for every code."""
+    """A document of ids (tokens,) in SODA's string form: markers, text, and a character per code."""
     ids = np.asarray(ids, np.int64)
     special = {space.bos: BOS, space.eos: EOS} | {space.text_size + i: m for i, m in enumerate(MARKERS)}
     audio = ids >= space.audio_base
@@ -146,12 +144,13 @@ def document_string(ids: np.ndarray, space: TokenSpace, text: TextTokenizer) -> 
     return "".join(parts)
 
 
-# ---- both formats as what a tokenizer.json holds
+# ---- both formats as the content of a tokenizer.json
 
 
 def read_spec(path: Path) -> dict[str, Any]:
-    """What the tokenizer.json `path` holds, or would hold for a sentencepiece model, less what acts on whole inputs
-    only: a text must have the same ids alone and inside a document. Raises SodaError for a file that is neither.
+    """The content of the tokenizer.json `path`, or its equivalent for a sentencepiece model, without steps that depend
+    on being at the start of an input: a text must have the same ids alone and inside a document. Raises SodaError for a
+    file in neither format.
     """
     with reading(path, NEITHER):
         spec = json.loads(path.read_bytes()) if path.suffix == ".json" else _sentencepiece_spec(path)
@@ -168,14 +167,14 @@ def read_spec(path: Path) -> dict[str, Any]:
 
 
 def _fill(spec: dict[str, Any], path: Path) -> None:
-    """Gives every id up to the largest one a token: the library numbers tokens one after the other, whatever a
-    tokenizer.json with gaps says, so that added ones and SODA's would get ids of others. No text has the tokens that
-    fill gaps: an end follows no beginning."""
+    """Gives every id up to the largest a token. The library numbers tokens consecutively even if a tokenizer.json has
+    gaps, so that added tokens and SODA's would get the wrong ids. The tokens that fill gaps occur in no text, because
+    an end never precedes its beginning."""
     vocabulary, added = spec["model"]["vocab"], {int(token["id"]): token for token in spec["added_tokens"]}
     of_model = set(vocabulary.values()) if isinstance(vocabulary, dict) else set(range(len(vocabulary)))
     last, behind = max([*of_model, *added], default=-1), max(of_model, default=-1)
     if last >= LARGEST:
-        raise SodaError(f"{path}: it has the id {last:,}; with that many rows no model can be made ({LARGEST:,})")
+        raise SodaError(f"{path}: the id {last:,} is too large for a model's vocabulary (at most {LARGEST:,})")
     for number in sorted(set(range(last + 1)) - of_model):
         token = added.get(number) or {"content": f"{BOS}{EOS}{number}"}
         if number < behind:
@@ -190,7 +189,7 @@ LARGEST = 1 << 22  # ids
 
 
 def engine(spec: dict[str, Any], path: Path) -> Any:
-    """The `tokenizers.Tokenizer` of a spec; `path` is for the error."""
+    """The `tokenizers.Tokenizer` for a spec; `path` is used in errors."""
     from tokenizers import Tokenizer
 
     with reading(path, NEITHER):
@@ -198,7 +197,8 @@ def engine(spec: dict[str, Any], path: Path) -> Any:
 
 
 def _never_prefix_the_first(part: Any) -> bool:
-    """A space before the first word of the input alone: inside a document no text is first. -> was there one?"""
+    """Removes the step that adds a space before the first word of an input only, because texts inside a document are
+    not first. Returns whether it was there."""
     found = False
     if isinstance(part, dict):
         found = part.get("prepend_scheme") == "first"
@@ -216,7 +216,7 @@ def _sentencepiece_spec(path: Path) -> dict[str, Any]:
     proto.ParseFromString(path.read_bytes())
     trainer, how = proto.trainer_spec, proto.normalizer_spec
     if trainer.model_type not in (1, 2) or trainer.treat_whitespace_as_suffix or not how.escape_whitespaces:
-        raise SodaError(f"{path}: only sentencepiece's unigram and bpe models are read, with spaces before words")
+        raise SodaError(f"{path}: only sentencepiece's unigram and bpe models with spaces before words are supported")
     pieces = [(piece.piece, piece.score) for piece in proto.pieces]
     defined = sorted((p.piece for p in proto.pieces if p.type == USER_DEFINED), key=len, reverse=True)
     unknown, byte_fallback = trainer.unk_id, any(piece.type == BYTE for piece in proto.pieces)
@@ -229,7 +229,7 @@ def _sentencepiece_spec(path: Path) -> dict[str, Any]:
         cuts = ((piece[:i], piece[i:]) for piece in whole for i in range(1, len(piece)))
         merges = [(left, right) for left, right in cuts if left in ids and right in ids]
         model = models.BPE(ids, merges, unk_token=pieces[unknown][0], fuse_unk=True, byte_fallback=byte_fallback)
-        model.ignore_merges = bool(defined)  # there is none that makes such a piece
+        model.ignore_merges = bool(defined)  # no text makes such a piece
     tokenizer = Tokenizer(model)
     steps: list[Any] = []
     if how.precompiled_charsmap:
@@ -239,8 +239,8 @@ def _sentencepiece_spec(path: Path) -> dict[str, Any]:
     if how.add_dummy_prefix:
         steps.append(normalizers.Prepend(PREFIX))
     tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", PREFIX)])
-    # A text is cut around the pieces that a user defined, each of which stays whole, and inside what spells a piece
-    # that is no text, such as <unk> and <0x41>, where that would be found.
+    # Texts are split around user-defined pieces, which stay whole, and inside anything that spells a non-text piece
+    # such as <unk> or <0x41>, so that it is not recognised.
     spelled = {p.piece for p in proto.pieces if p.type not in (NORMAL, USER_DEFINED, BYTE, UNUSED)} | {BOS, EOS}
     if trainer.model_type != 1 and not defined:
         spelled = {piece for piece in spelled if piece.startswith("<")}
@@ -259,11 +259,10 @@ def _sentencepiece_spec(path: Path) -> dict[str, Any]:
 
 
 def write_byte_tokenizer(path: Path) -> None:
-    """Writes a tokenizer.json whose ids are the bytes of UTF-8, BOS and EOS: it writes any text, and needs none to be
-    trained on."""
+    """Writes a tokenizer.json whose ids are the UTF-8 bytes, BOS and EOS. It encodes any text and needs no training."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())  # what stands for a byte that is no letter
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())  # stands for a byte that is not a letter
     tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -274,7 +273,7 @@ def write_byte_tokenizer(path: Path) -> None:
 def train_sentencepiece(path: Path, sentences: Iterable[str], pieces: int) -> None:
     """Trains a unigram sentencepiece model with byte fallback on `sentences` and writes it to `path`.
 
-    Raises SodaError if there is no text, or it has more letters than pieces.
+    Raises SodaError if there is no text, or if it has more distinct characters than pieces.
     """
     import sentencepiece
 
@@ -288,10 +287,10 @@ def train_sentencepiece(path: Path, sentences: Iterable[str], pieces: int) -> No
                 vocab_size=pieces,
                 model_type="unigram",
                 character_coverage=COVERAGE,
-                byte_fallback=True,  # any text can be written
+                byte_fallback=True,  # any text can be encoded
                 normalization_rule_name="identity",
                 remove_extra_whitespaces=False,
-                hard_vocab_limit=False,  # little text gives fewer pieces
+                hard_vocab_limit=False,  # with little text there are fewer pieces
                 bos_piece=BOS,
                 eos_piece=EOS,
                 num_threads=1,
@@ -305,18 +304,19 @@ def train_sentencepiece(path: Path, sentences: Iterable[str], pieces: int) -> No
 
 
 def check_pieces(sentences: Iterable[str], pieces: int) -> None:
-    """SodaError if train_sentencepiece would raise it because the sentences have more letters than pieces."""
+    """Raises the SodaError that train_sentencepiece would raise if the sentences have more characters than pieces."""
     counts: Counter[str] = Counter()
     for sentence in sentences:
         sentence = sentence.rstrip("\r\n")
-        if sentence and "▅" not in sentence:  # a letter of sentencepiece's own: it leaves the sentence out
+        if sentence and "▅" not in sentence:  # sentencepiece's own marker character: it drops such a sentence
             counts.update(sentence)
             counts[PREFIX] += 1  # before the first word
     counts[PREFIX] += counts.pop(" ", 0)
     counts.pop("\0", None)
     if not counts[PREFIX]:
         return
-    # sentencepiece's rule, in its single precision: the most frequent letters, until they are COVERAGE of the text.
+    # sentencepiece's rule, in its single precision: the most frequent characters, until they cover COVERAGE of the
+    # text.
     so_far = np.cumsum(sorted(counts.values(), reverse=True))
     covered = np.float32(so_far / so_far[-1]) >= np.float32(COVERAGE)
     needed = 3 + 256 + int(np.argmax(covered)) + 1
@@ -328,7 +328,7 @@ def check_pieces(sentences: Iterable[str], pieces: int) -> None:
 
 
 def _parts(sentence: str) -> list[str]:
-    """The sentence, or if it is longer than sentencepiece takes (4,192 bytes) parts of it, cut behind a space if there
+    """The sentence, or parts of it if it is longer than sentencepiece accepts (4,192 bytes), cut after a space if there
     is one."""
     if len(sentence.encode()) <= 4192:
         return [sentence]

@@ -17,14 +17,14 @@ _LOST = re.compile("(closed|reset) by peer|Broken pipe|Connection refused|remote
 
 
 def run(recipe_path: str, overrides: list[str]) -> int:
-    """Exit status: 0 done, 130 stopped on request with everything saved, 2 for an error the user can mend, 1 for a
-    defect or because another rank ended."""
+    """Exit status: 0 done, 130 stopped on request with everything saved, 2 for an error the user can fix, 1 for a bug
+    or because another rank ended."""
     first = os.environ.get("LOCAL_RANK", "0") == "0"
-    speaks = first  # what is wrong with the recipe is said once on each host
+    speaks = first  # problems with the recipe are reported once per host
     with listening() as stop:
         try:
             recipe = load_recipe(recipe_path, overrides)
-            check_layout(recipe, int(os.environ.get("WORLD_SIZE", "1")))  # before the seconds that the engine takes
+            check_layout(recipe, int(os.environ.get("WORLD_SIZE", "1")))  # before the engine's seconds of loading
             check_rendezvous()
             speaks = True
 
@@ -36,18 +36,19 @@ def run(recipe_path: str, overrides: list[str]) -> int:
             exit_quietly()
             return 0 if done else 130
         except Exception as error:
-            stop.phase = "over"  # torchrun stops the other ranks as soon as one has failed; this one has yet to say why
+            stop.phase = "over"  # torchrun stops the other ranks as soon as one fails; this one must still say why
             if not speaks:
-                stop.wait(5)  # until the rank that speaks has spoken
+                stop.wait(5)  # until the rank that reports has done so
             return _failed(error, speaks)
 
 
 def _failed(error: Exception, speaks: bool) -> int:
-    """Says why this rank ends, unless that is because another one did, which says it. Returns the exit status."""
+    """Reports why this rank ends, unless it is because of another rank, which reports it itself. Returns the exit
+    status."""
     trace = error.__traceback__
     try:
         message = user_message(error)
-    except Exception:  # not one that a user can mend
+    except Exception:  # not one that a user can fix
         message = ""
     text = message or f"{type(error).__name__}: {error}"
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
@@ -75,8 +76,8 @@ def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         print(
             "usage: torchrun --local-addr 127.0.0.1 --nproc-per-node N -m megatron_soda.train RECIPE [key=value ...]\n"
-            "\nTrains RECIPE (YAML) on N processes of this machine, going on from the newest checkpoint of its run.\n"
-            "--local-addr: torchrun would look up the name of this host. launch.sh does this, and several nodes.\n\n"
+            "\nTrains RECIPE (YAML) on N processes of this machine, resuming from the newest checkpoint of its run.\n"
+            "Without --local-addr, torchrun looks up this host's name. launch.sh sets it and handles several nodes.\n\n"
             "examples:\n"
             "  torchrun --local-addr 127.0.0.1 --nproc-per-node 2 -m megatron_soda.train recipe.yaml\n"
             "  bash examples/pretrain/launch.sh recipe.yaml parallel.tensor=2\n"

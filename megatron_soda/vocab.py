@@ -1,8 +1,7 @@
-"""The token space, the only file that knows an id: text first, four markers, then the audio codes by codebook.
+"""The token space, the only file that deals in token ids: text first, four markers, then the audio codes by codebook.
 
-    [0, text_size)                    text ids of the text tokenizer, its BOS and EOS among them
-    text_size + 0..3                  <|text_start|> <|text_end|> <|audio_start|> <|audio_end|>
-    text_size + 4 + entries * k + c   code c of codebook k
+    [0, text_size) text ids of the text tokenizer, including its BOS and EOS text_size + 0..3 <|text_start|>
+    <|text_end|> <|audio_start|> <|audio_end|> text_size + 4 + entries * k + c code c of codebook k
 
 With Llama-3's 128,256 text ids and Mimi's first 8 codebooks of 2,048 these are SODA's released ids (144,644 in all).
 
@@ -18,13 +17,13 @@ BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 MARKERS = ("<|text_start|>", "<|text_end|>", "<|audio_start|>", "<|audio_end|>")
 FIRST_AUDIO_CHARACTER = 0xE000  # code c of codebook k is written chr(0xE000 + entries * k + c) in SODA's corpora
 
-# What a token is to the grammar: finer than its class, because each marker has a part of its own.
+# A token's kind in the grammar: finer than its class, because each marker has its own role.
 TEXT, BOS_KIND, EOS_KIND, TEXT_START, TEXT_END, AUDIO_START, AUDIO_END, FIRST_CODE = range(8)
 
 
 @dataclass(frozen=True)
 class TokenSpace:
-    """Sizes from which every id follows. `bos` and `eos` are text ids."""
+    """The sizes that determine every id. `bos` and `eos` are text ids."""
 
     text_size: int
     bos: int
@@ -54,7 +53,7 @@ class TokenSpace:
 
     @property
     def size(self) -> int:
-        """Number of ids; not padded."""
+        """Number of ids, without padding."""
         return self.audio_base + self.codebooks * self.entries
 
     # ---- codes
@@ -77,7 +76,7 @@ class TokenSpace:
             raise ValueError("the ids are not whole audio frames")
         return codes.astype(np.int16)
 
-    # ---- classes: what losses are reported by
+    # ---- classes, by which losses are reported
 
     @property
     def class_names(self) -> list[str]:
@@ -103,7 +102,8 @@ class TokenSpace:
         return table
 
     def check(self, ids: np.ndarray, slots: int = 0) -> str | None:
-        """None if `ids` is one whole document, else what is wrong with it and at which token. `slots`: see Grammar."""
+        """None if `ids` is one complete document, otherwise what is wrong with it and at which token. `slots`: see
+        Grammar."""
         ids = np.asarray(ids)
         outside = np.flatnonzero((ids < 0) | (ids >= self.size))
         if len(outside):
@@ -127,9 +127,9 @@ class TokenSpace:
 class Grammar:
     """The documents of a token space as a finite automaton over kinds.
 
-    `step[state, kind]` is the next state; a missing key is an illegal token. Used to check stores and to
-    constrain decoding, so both mean the same by a valid document. `slots`: codes of a frame; 0 is as many as there are
-    codebooks, and 1 makes the grammar of semantic-only documents.
+    `step[state, kind]` is the next state; a missing key means an illegal token. Used both to check stores and to
+    constrain decoding, so that they agree on what is valid. `slots`: codes per frame; 0: one per codebook; 1: the
+    grammar of semantic-only documents.
     """
 
     START, OPEN, BARE, TEXT_FIRST, IN_TEXT, BETWEEN, END, FRAME_FIRST = range(8)  # then IN_FRAME + slot, slot >= 0
@@ -159,7 +159,7 @@ class Grammar:
         self.states = self.FRAME_FIRST + 1 + slots
 
     def legal(self) -> np.ndarray:
-        """bool (states, size): the ids that may follow in every state."""
+        """bool (states, size): the ids that may follow in each state."""
         kinds = self.space.kind_table()
         mask = np.zeros((self.states, self.space.size), bool)
         for state, kind in self.step:
@@ -167,7 +167,7 @@ class Grammar:
         return mask
 
     def shortest_end(self) -> np.ndarray:
-        """int (states,): how many tokens at least to the end of the document, EOS included."""
+        """int (states,): the minimum number of tokens to the end of the document, including EOS."""
         distance = np.full(self.states, 10**9)
         distance[self.END] = 0
         for _ in range(self.states):

@@ -89,7 +89,7 @@ def test_sealed(tmp_path):
     assert read_sealed(path) == found
     for changed in ({"b": [1, 2.5, None, "a"]}, {"a": {"c": 1}}, {"d": 0}, {"crc32": "00000000"}, {"crc32": None}):
         path.write_text(json.dumps(found | changed))
-        with pytest.raises(SodaError, match="not those that were written"):
+        with pytest.raises(SodaError, match="have changed since it was written"):
             read_sealed(path)
     write_sealed(path, found)  # sealed anew, not twice
     assert read_sealed(path) == found

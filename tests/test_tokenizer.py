@@ -419,9 +419,9 @@ def test_extending_llama3_gives_the_released_ids(tmp_path):
     assert text.encode("<|eot_id|>") == loaded("<|eot_id|>", add_special_tokens=False)["input_ids"] == [128009]
     with pytest.raises(SodaError, match="exists already"):
         run("extend", folder, tmp_path / "soda")
-    with pytest.raises(SodaError, match="markers already"):
+    with pytest.raises(SodaError, match="already has SODA's markers"):
         run("extend", tmp_path / "soda", tmp_path / "again")
-    with pytest.raises(SodaError, match="markers already"):
+    with pytest.raises(SodaError, match="already has SODA's markers"):
         TextTokenizer(tmp_path / "soda" / "tokenizer.json")
     with pytest.raises(SodaError, match="not that many characters"):
         run("extend", folder, tmp_path / "wide", "--codebooks", 600)
@@ -467,7 +467,7 @@ def test_training(tmp_path):
     with pytest.raises(SodaError, match=r"named \*.model"):
         run("train", tmp_path / "t.json", tmp_path / "a.txt")
     (tmp_path / "empty.txt").write_text("\n")
-    with pytest.raises(SodaError, match="no text in it"):
+    with pytest.raises(SodaError, match="no text found"):
         run("train", tmp_path / "u.model", tmp_path / "empty.txt")
 
 

@@ -1,7 +1,8 @@
-"""Compares the losses of two runs step by step: BF16 and FP8, say, or two layouts. B minus A, so below 0 B is better.
+"""Compares the losses of two runs step by step: BF16 and FP8, say, or two layouts. B minus A, so negative means B is
+better.
 
-The table has the mean gap over the last 10 % of the steps that both logged, for the whole loss and for each token
-class; then the largest gap of the loss, gradient norms and speed.
+The table shows the mean gap over the last 10 % of the steps that both logged, for the total loss and each token class,
+followed by the largest gap in loss, gradient norms and speed.
 
     python tools/compare_runs.py runs/bf16 runs/fp8 --out gap.png
 """
@@ -29,19 +30,19 @@ Points = dict[int, dict[str, Any]]  # by step
 
 
 def read_run(run: Path) -> Points:
-    """The logged steps with a loss; SodaError if there are none."""
+    """The logged steps with a loss. Raises SodaError if there are none."""
     warnings: list[str] = []
     points, _ = read_metrics(run / "metrics.jsonl", warnings)
     for warning in warnings:
         print(f"{run}: {warning}", file=sys.stderr)
     found = {int(point["step"]): point for point in points if finite(point.get("loss")) is not None}
     if not found:
-        raise SodaError(f"{run}: no metrics.jsonl with losses in it. Name a run folder that `soda train` wrote.")
+        raise SodaError(f"{run}: no metrics.jsonl with losses. Give a run folder written by `soda train`.")
     return found
 
 
 def compare(a: Points, b: Points) -> dict[str, Any]:
-    """All that is printed; SodaError if the runs have no step in common."""
+    """Everything that is printed. Raises SodaError if the runs have no step in common."""
     steps = sorted(a.keys() & b.keys())
     if not steps:
         raise SodaError(
@@ -65,7 +66,7 @@ def compare(a: Points, b: Points) -> dict[str, Any]:
 
 
 def pair(a: Points, b: Points, steps: list[int], *path: str) -> dict[str, float] | None:
-    """Means of a value over the steps where both runs have it, and their gap; None if there are none."""
+    """Means of a value over the steps where both runs have it, and their gap; None if there are no such steps."""
     both = [(value(a[step], path), value(b[step], path)) for step in steps]
     whole = [(x, y) for x, y in both if x is not None and y is not None]
     if not whole:
@@ -82,14 +83,14 @@ def value(point: dict[str, Any], path: tuple[str, ...]) -> float | None:
 
 
 def speed(points: Points) -> float | None:
-    """The median; the first line, with its start-up, is left out where there are more."""
+    """The median, without the first line, which includes startup, if there are more."""
     found = [finite(points[step].get("tokens_per_second")) for step in sorted(points)]
     speeds = [x for x in (found[1:] or found) if x is not None]
     return statistics.median(speeds) if speeds else None
 
 
 def draw(a: Points, b: Points, names: tuple[str, str], path: Path) -> None:
-    """Both losses, and below them the gap."""
+    """Plots both losses, and the gap below them."""
     steps = sorted(a.keys() & b.keys())
     figure = Figure(figsize=(9, 6), layout="constrained")
     FigureCanvasAgg(figure)
@@ -109,14 +110,14 @@ def draw(a: Points, b: Points, names: tuple[str, str], path: Path) -> None:
 def main(
     run_a: Annotated[Path, typer.Argument(help="a run folder")],
     run_b: Annotated[Path, typer.Argument(help="another")],
-    out: Annotated[Path | None, typer.Option(help="picture of the losses and the gap: .png, .svg or .pdf")] = None,
+    out: Annotated[Path | None, typer.Option(help="plot of the losses and the gap: .png, .svg or .pdf")] = None,
 ) -> None:
-    """Prints a table and one JSON line: how far the losses of RUN_B are from those of RUN_A.
+    """Print a table and one JSON line that show how far the losses of RUN_B are from those of RUN_A.
 
     python tools/compare_runs.py runs/bf16 runs/fp8 --out gap.png
     """
     if out is not None and out.suffix not in (".png", ".svg", ".pdf"):
-        raise SodaError(f"--out {out}: the picture must be a .png, .svg or .pdf")
+        raise SodaError(f"--out {out}: the plot must be a .png, .svg or .pdf")
     a, b = read_run(run_a), read_run(run_b)
     found = compare(a, b)
     first, last = found["last_steps"]

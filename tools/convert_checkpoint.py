@@ -1,7 +1,8 @@
-"""A checkpoint of `soda train` as a Hugging Face model, by the flags of Megatron-LM's tools/checkpoint/convert.py.
+"""Converts a checkpoint of `soda train` to a Hugging Face model, with the flags of Megatron-LM's
+tools/checkpoint/convert.py.
 
-The model is a stock Qwen3ForCausalLM with its tokenizer and codec; its logits are compared with those of the checkpoint
-before it is done. Without these flags: `soda export RUN`.
+The model is a stock Qwen3ForCausalLM with its tokenizer and codec. Its logits are compared with the checkpoint's before
+the tool finishes. `soda export RUN` does the same without these flags.
 
 examples:
   python tools/convert_checkpoint.py --model-type GPT --loader core --saver hf --load-dir runs/mine --save-dir hf/mine
@@ -21,14 +22,14 @@ from megatron_soda.commands.resolve import resolve
 from megatron_soda.config import choice
 from megatron_soda.errors import SodaError
 
-OURS, HUGGING_FACE = ("core", "mcore", "megatron"), "hf"  # Megatron-LM's names of torch_dist checkpoints
-NO_SIZE = "a checkpoint is read at any layout, and a Hugging Face model has none. Leave it out."
+OURS, HUGGING_FACE = ("core", "mcore", "megatron"), "hf"  # Megatron-LM's names for torch_dist checkpoints
+NO_SIZE = "a checkpoint can be read at any layout, and a Hugging Face model has none. Leave it out."
 ELSEWHERE = {
     "--target-tensor-parallel-size": NO_SIZE,
     "--target-pipeline-parallel-size": NO_SIZE,
     "--max-queue-size": "there is no queue: one process does it all. Leave it out.",
     "--no-checking": "logits are always compared. Leave it out.",
-    "--tokenizer-model": "the tokenizer is that of the run's data. Leave it out.",
+    "--tokenizer-model": "the tokenizer comes from the run's data. Leave it out.",
     "--megatron-path": "megatron-core is installed. Leave it out.",
 }
 
@@ -42,7 +43,7 @@ def main() -> None:
         raise SodaError(f"--load-dir {load}: no such folder")
     of_step = (load / "checkpoint.json").is_file()
     if save.exists() and not (save.is_dir() and ((save / "soda.json").is_file() or not any(save.iterdir()))):
-        raise SodaError(f"--save-dir {save}: there is something else already; give a new folder")
+        raise SodaError(f"--save-dir {save}: something else already exists there; give a new folder")
     from megatron_soda.hf.export import export
 
     recipe = resolve(load.resolve().parent.parent if of_step else load, [])
@@ -50,9 +51,9 @@ def main() -> None:
 
 
 def check_direction(loader: str, saver: str) -> None:
-    """SodaError unless it is from a checkpoint to Hugging Face."""
+    """Raises SodaError unless the conversion is from a checkpoint to Hugging Face."""
     if saver in OURS and loader not in OURS:
-        raise SodaError(f"--loader {loader} --saver {saver}: a Hugging Face model cannot be made a checkpoint yet")
+        raise SodaError(f"--loader {loader} --saver {saver}: from Hugging Face to a checkpoint is not supported yet")
     if saver in OURS:
         raise SodaError(f"--saver {saver}: not needed: `soda train` reads a checkpoint at any layout")
     choice("--loader", loader, OURS)
@@ -64,10 +65,10 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     made.add_argument("--model-type", required=True, metavar="GPT")
-    made.add_argument("--loader", default="core", help=f"{' or '.join(OURS)}: all mean a checkpoint of soda train")
+    made.add_argument("--loader", default="core", help=f"{' or '.join(OURS)}: all mean a checkpoint from soda train")
     made.add_argument("--saver", required=True, help=HUGGING_FACE)
     made.add_argument("--load-dir", required=True, help="a run (its newest checkpoint), or RUN/checkpoints/STEP")
-    made.add_argument("--save-dir", required=True, help="folder of the model; a model there is replaced")
+    made.add_argument("--save-dir", required=True, help="folder for the model; an existing model is replaced")
     return made
 
 

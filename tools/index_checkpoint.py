@@ -1,4 +1,5 @@
-"""Gives a checkpoint that an older version wrote the index that is read now. It unpickles: only for folders you trust.
+"""Creates the index that is now required for a checkpoint from an older version. It unpickles: only use it on folders
+you trust.
 
 python tools/index_checkpoint.py runs/mine/checkpoints/step_00000900
 """
@@ -11,12 +12,12 @@ import typer
 
 from megatron_soda.errors import SodaError, run_tool
 from megatron_soda.files import write_json
-from megatron_soda.parallel import ranks  # noqa: F401  before anything of megatron-core
+from megatron_soda.parallel import ranks  # noqa: F401  before anything from megatron-core
 
 
 def index_checkpoint(
     folder: Annotated[
-        Path, typer.Argument(help="A checkpoint, step_... of a run's checkpoints/. Its pickles are run.")
+        Path, typer.Argument(help="A checkpoint (step_...) in a run's checkpoints/. Its pickles are executed.")
     ],
 ) -> None:
     """Write index.json beside .metadata and common.pt, and a new manifest."""
@@ -26,7 +27,7 @@ def index_checkpoint(
     from megatron_soda.training.checkpoint_index import write_index
 
     if not (folder / ".metadata").is_file():
-        raise SodaError(f"{folder}: has no .metadata; this is no torch_dist checkpoint")
+        raise SodaError(f"{folder}: has no .metadata, so it is not a torch_dist checkpoint")
     metadata = FileSystemReader(folder).read_metadata()
     write_index(folder, metadata, torch.load(folder / "common.pt", weights_only=False))
     write_json(folder / "manifest.json", manifest_of(folder))

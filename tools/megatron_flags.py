@@ -1,4 +1,4 @@
-"""What preprocess_data.py and convert_checkpoint.py share: flags by Megatron-LM's names."""
+"""Megatron-LM's flags, shared by preprocess_data.py and convert_checkpoint.py."""
 
 import argparse
 import difflib
@@ -9,9 +9,9 @@ from megatron_soda.errors import SodaError
 
 
 def parse(parser: argparse.ArgumentParser, elsewhere: dict[str, str]) -> argparse.Namespace:
-    """The flags of the command line. `elsewhere`: flags of Megatron-LM's tool that ours lacks, with what to do instead.
+    """Parses the command line. `elsewhere`: flags of Megatron-LM's tool that ours lacks, with what to do instead.
 
-    SodaError for a flag that is not ours."""
+    Raises SodaError for an unknown flag."""
     found, unknown = parser.parse_known_args()
     if not unknown:
         return found
@@ -19,14 +19,14 @@ def parse(parser: argparse.ArgumentParser, elsewhere: dict[str, str]) -> argpars
     if name in elsewhere:
         raise SodaError(f"{name}: {elsewhere[name]}")
     if not name.startswith("-"):
-        raise SodaError(f"{name}: no flag, and belongs to none")
+        raise SodaError(f"{name}: not a flag, and not a value of one")
     known = [flag for action in parser._actions for flag in action.option_strings]
     near = difflib.get_close_matches(name, known, 1, 0.4)
     raise SodaError(f"{name}: no such flag." + (f" Did you mean {near[0]}?" if near else " See --help."))
 
 
 def run(main: Callable[[], None]) -> None:
-    """A SodaError ends the tool with status 2."""
+    """Runs the tool. A SodaError exits with status 2."""
     try:
         main()
     except SodaError as error:

@@ -1,10 +1,10 @@
-"""Text to token stores, by the flags of Megatron-LM's tools/preprocess_data.py.
+"""Turns text into token stores, with the flags of Megatron-LM's tools/preprocess_data.py.
 
 Reads files of JSON lines (also .gz and .zst) and writes PREFIX_KEY_document.bin and .idx, which stock megatron-core
 reads, and PREFIX_KEY_document.json, with which it is a store for `soda train`. The ids are always int32.
 
-A document is the ids of its text, and with --append-eod the tokenizer's <|end_of_text|>. Documents that begin with
-<|begin_of_text|>, as SODA's do, are made by `soda prepare` (prepare.text).
+A document is the ids of its text, plus the tokenizer's <|end_of_text|> with --append-eod. `soda prepare` (prepare.text)
+makes documents that begin with <|begin_of_text|>, as SODA's do.
 
 examples:
   python tools/preprocess_data.py --input text.jsonl --output-prefix data/wiki --workers 8 \\
@@ -38,10 +38,10 @@ from megatron_soda.errors import SodaError
 from megatron_soda.tokenizer import TextTokenizer, clean_text
 
 TYPES = {"SentencePieceTokenizer": ".model", "HuggingFaceTokenizer": ".json"}
-TEXTS, LETTERS = 4096, 1 << 22  # of a batch, whichever comes first: what is in memory
+TEXTS, LETTERS = 4096, 1 << 22  # per batch, whichever comes first; bounds the memory used
 ELSEWHERE = {
     "--partitions": "not needed: --workers alone divides the work. Leave it out.",
-    "--keep-sequential-samples": "documents are always in the order of the lines. Leave it out.",
+    "--keep-sequential-samples": "documents are always in line order. Leave it out.",
     "--split-sentences": "a document is one sequence here: sentences are not split.",
     "--vocab-file": "the whole tokenizer is one file: --tokenizer-model FILE.",
     "--merge-file": "the whole tokenizer is one file: --tokenizer-model FILE.",
@@ -58,7 +58,7 @@ def main() -> None:
     tokenizer = TextTokenizer(args.tokenizer_model)
     if tokenizer.path.suffix != TYPES[args.tokenizer_type]:
         raise SodaError(
-            f"--tokenizer-type {args.tokenizer_type}: {tokenizer.path} is no {TYPES[args.tokenizer_type]} file"
+            f"--tokenizer-type {args.tokenizer_type}: {tokenizer.path} is not a {TYPES[args.tokenizer_type]} file"
         )
     paths = files([args.input], "--input")
     for key in args.json_keys:
@@ -76,18 +76,18 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     made.add_argument("--input", required=True, help="a file of JSON lines, or a glob in quotes")
-    made.add_argument("--json-keys", nargs="+", default=["text"], help="what to take of a line; a store each")
+    made.add_argument("--json-keys", nargs="+", default=["text"], help="keys to read from each line; one store each")
     made.add_argument("--tokenizer-type", required=True, metavar="TYPE", help=" or ".join(TYPES))
     made.add_argument("--tokenizer-model", required=True, help="its .model or tokenizer.json")
     made.add_argument("--append-eod", action="store_true", help="end documents with <|end_of_text|>")
-    made.add_argument("--output-prefix", required=True, help="path of the stores without _KEY_document")
+    made.add_argument("--output-prefix", required=True, help="path of the stores, without _KEY_document")
     made.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="threads that tokenize")
-    made.add_argument("--log-interval", type=int, default=100_000, help="documents between two lines of progress")
+    made.add_argument("--log-interval", type=int, default=100_000, help="documents between progress lines")
     return made
 
 
 class Log:
-    """Counts documents and says how it goes."""
+    """Counts documents and reports progress."""
 
     def __init__(self, every: int, advance: Callable[[int], None]) -> None:
         self.documents, self.empty = 0, 0
@@ -108,8 +108,8 @@ class Log:
 
 @dataclass(frozen=True)
 class Texts:
-    """The texts under `key` of all lines, in batches. SodaError for a line without a text under each of `keys`: of
-    several stores none is begun where another would fail."""
+    """The texts under `key` in all lines, in batches. Raises SodaError for a line without a text under each of `keys`,
+    so that no store is started if another would fail."""
 
     paths: list[Path]
     keys: list[str]
@@ -137,8 +137,8 @@ class Texts:
             row = parse_json(line)
             for key in self.keys:
                 if not isinstance(row.get(key), str):
-                    has = f"is {type(row[key]).__name__}" if key in row else f"is not there; there are {', '.join(row)}"
-                    raise BadLine(f"a string {key!r} is needed: it {has}")
+                    has = f"is {type(row[key]).__name__}" if key in row else f"is missing; it has {', '.join(row)}"
+                    raise BadLine(f"needs a string {key!r}, which {has}")
             str(row[self.key]).encode()
         except UnicodeEncodeError:  # half a character, from JSON's \ud800
             raise self._bad(where, f"not valid Unicode: {self.key}") from None
@@ -147,12 +147,12 @@ class Texts:
         return str(row[self.key])
 
     def _bad(self, where: str, why: str) -> SodaError:
-        return SodaError(f"{where}: {why}. Nothing was written; mend the line or take it out.")
+        return SodaError(f"{where}: {why}. Nothing was written; fix the line or remove it.")
 
 
 def write(path: Path, texts: Texts, tokenizer: TextTokenizer, append_eod: bool) -> int:
-    """The store `path` (no suffix). -> its tokens."""
-    space = tokenizer.space(8, 2048)  # as soda prepare has it for text alone: with the ids of Mimi behind
+    """Writes the store `path` (no suffix). Returns its number of tokens."""
+    space = tokenizer.space(8, 2048)  # as in soda prepare for text only: followed by Mimi's ids
     end = [tokenizer.eos] if append_eod else []
 
     def parts() -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -168,7 +168,7 @@ def write(path: Path, texts: Texts, tokenizer: TextTokenizer, append_eod: bool) 
     if not tokens:
         for suffix in ("bin", "idx", "json"):
             store_file(path, suffix).unlink(missing_ok=True)
-        raise SodaError(f"{', '.join(map(str, texts.paths))}: no text in it under {texts.key!r}. Nothing was written.")
+        raise SodaError(f"{', '.join(map(str, texts.paths))}: no text under {texts.key!r}. Nothing was written.")
     return tokens
 
 

@@ -1,4 +1,4 @@
-"""Writes docs/recipe.schema.json, with which editors complete the keys of a recipe and check their values.
+"""Writes docs/recipe.schema.json, with which editors complete a recipe's keys and check their values.
 
 python tools/recipe_schema.py
 """

@@ -1,11 +1,11 @@
-"""Makes megatron_soda/codecs/embedded.safetensors: the decoder and the default quantiser of the embedded codec.
+"""Creates megatron_soda/codecs/embedded.safetensors: the embedded codec's decoder and default quantiser.
 
 Both are trained on the French, Italian and Russian prompts of the Debian packages asterisk-core-sounds-*-g722. English
-and Spanish (one other speaker) are never used, so that they can judge. See megatron_soda/codecs/WEIGHTS.md.
+and Spanish (one other speaker) are never used, so they can serve for evaluation. See megatron_soda/codecs/WEIGHTS.md.
 
-    python tools/train_embedded_decoder.py                   # 15 minutes of training on two cores
-    python tools/train_embedded_decoder.py --minutes 2 --output trial.safetensors
-    python tools/train_embedded_decoder.py --packages ~/debs # packages that are there already
+    python tools/train_embedded_decoder.py # 15 minutes of training on two cores python tools/train_embedded_decoder.py
+    --minutes 2 --output trial.safetensors python tools/train_embedded_decoder.py --packages ~/debs # already downloaded
+    packages
 """
 
 import gzip
@@ -45,9 +45,9 @@ VOICES = {
 }
 BATCH = 10
 SEGMENT = 48  # sub-frames of 20 ms: 0.96 s
-EDGE = SUBFRAME  # samples at either end of a segment that the loss leaves out: the network lacks context there
+EDGE = SUBFRAME  # samples at either end of a segment that the loss ignores, because the network lacks context there
 LEARNING_RATE = 1e-3
-SPEEDS = (1.0, 0.87, 1.15)  # each half of the utterances is also heard slower (lower) and faster: more voices
+SPEEDS = (1.0, 0.87, 1.15)  # each half of the utterances is also used slower (lower) and faster, for more voices
 
 console = Console()
 
@@ -60,7 +60,7 @@ class Prompt:
 
 
 def read_prompts(language: str, folder: Path) -> dict[str, Prompt]:
-    """The prompts with a plain transcript of one language, by id, from its two Debian packages."""
+    """A language's prompts with a plain transcript, by id, from its two Debian packages."""
     asterisk.fetch(folder, [language])
     root = folder / language / "usr/share"
     transcript = root / f"doc/asterisk-core-sounds-{language}/core-sounds-{language}.txt.gz"
@@ -97,15 +97,15 @@ def spectral_loss(output: Tensor, target: Tensor) -> Tensor:
 @dataclass
 class Example:
     wave: Tensor  # (480 * n,)
-    exact: Features  # what was measured
-    coded: Features  # what the codes give back
+    exact: Features  # measured
+    coded: Features  # reconstructed from the codes
 
 
 def cross_coded(waves: list[np.ndarray], languages: list[str], seed: int) -> list[Example]:
-    """Each half of the utterances coded by a quantiser that was fitted on the other half.
+    """Each half of the utterances, coded by a quantiser fitted on the other half.
 
-    A quantiser codes the speech it was fitted on better than new speech; the decoder must learn from the errors that
-    it will meet in use.
+    A quantiser codes the speech it was fitted on better than new speech, and the decoder must learn from the errors it
+    will meet in use.
     """
     generator = np.random.default_rng(seed)
     half = np.empty(len(waves), dtype=int)
@@ -183,15 +183,15 @@ def train_decoder(
 
 def main(
     output: Annotated[Path, typer.Option(help="file to write")] = embedded_decoder.SHIPPED_WEIGHTS,
-    packages: Annotated[Path, typer.Option(help="folder for the Debian packages")] = Path("downloads/asterisk"),
+    packages: Annotated[Path, typer.Option(help="folder of the Debian packages")] = Path("downloads/asterisk"),
     minutes: Annotated[float, typer.Option(help="training time; 0 writes a decoder that corrects nothing")] = 15.0,
     seed: int = 0,
     threads: int = 2,
-    log: Annotated[Path, typer.Option(help="file to which the losses are added")] = Path("downloads/decoder.log"),
+    log: Annotated[Path, typer.Option(help="file to append the losses to")] = Path("downloads/decoder.log"),
 ) -> None:
     """Trains the embedded codec's decoder and fits its default quantiser; writes one .safetensors file.
 
-    Needs apt-get and dpkg-deb (Debian or Ubuntu), no root. Examples:
+    Needs apt-get and dpkg-deb (Debian or Ubuntu), but not root. Examples:
 
     python tools/train_embedded_decoder.py
 
@@ -205,7 +205,7 @@ def main(
         waves += [p.wave for p in prompts.values()]
         languages += [language] * len(prompts)
     seconds = sum(map(len, waves)) / SAMPLE_RATE
-    console.print(f"{len(waves)} utterances, {seconds:.0f} s; fitting the quantiser that ships")
+    console.print(f"{len(waves)} utterances, {seconds:.0f} s; fitting the shipped quantiser")
     quantiser = embedded.fit_quantiser(analyse([torch.from_numpy(w) for w in waves]), 8, 2048, seed)
     console.print("coding each half with a quantiser of the other half")
     examples = cross_coded(waves, languages, seed) if minutes > 0 else []

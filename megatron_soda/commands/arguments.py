@@ -1,12 +1,12 @@
-"""What the commands have in common: their arguments, and how their help shows examples."""
+"""What the commands share: their arguments, and how their help shows examples."""
 
 from typing import Annotated
 
 import typer
 
 Target = Annotated[str, typer.Argument(metavar="RECIPE|RUN", help="A recipe (.yaml) or a run folder.")]
-ModelTarget = Annotated[str, typer.Argument(metavar="MODEL", help="A run folder, a model soda exported, or a recipe.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings of the recipe.")]
+ModelTarget = Annotated[str, typer.Argument(metavar="MODEL", help="A run folder, an exported model, or a recipe.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe settings.")]
 
 
 def examples(*lines: str) -> str:

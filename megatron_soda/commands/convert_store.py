@@ -16,13 +16,13 @@ EXAMPLES = (
 
 
 def command(
-    target: Annotated[str, typer.Argument(metavar="STORE|RUN", help="A store, without suffix, or all three of a run.")],
-    format: Annotated[str, typer.Argument(metavar="compact|megatron", help="The format that is wanted.")],
+    target: Annotated[str, typer.Argument(metavar="STORE|RUN", help="A store (path without suffix), or a run.")],
+    format: Annotated[str, typer.Argument(metavar="compact|megatron", help="The format to convert to.")],
     out: Annotated[
-        Path | None, typer.Option(metavar="STORE|FOLDER", help="Keep what is there; write another one, ready to train.")
+        Path | None, typer.Option(metavar="STORE|FOLDER", help="Keep the original; write a copy, ready for training.")
     ] = None,
 ) -> None:
-    """Change the format of token stores: compact (a third of the size) or megatron (.bin/.idx). Nothing is lost."""
+    """Convert token stores to the compact format (a third of the size) or to megatron (.bin/.idx), without loss."""
     from ..data.convert import convert_stores
 
     folder, names = find_stores(target) or (resolve(target, []).data_folder, [])

@@ -1,4 +1,5 @@
-"""`soda doctor`: versions, what is accelerated, what falls back, what to install for more. Needs nothing installed."""
+"""`soda doctor`: versions, what is accelerated, what falls back, what to install for more. Needs no optional
+package."""
 
 import importlib
 import importlib.util
@@ -18,13 +19,13 @@ def _version(package: str) -> str | None:
 def _imports(module: str) -> bool:
     try:
         importlib.import_module(module)
-    except Exception:  # a broken optional package may raise anything
+    except Exception:  # a broken optional package can raise anything
         return False
     return True
 
 
 def checks() -> list[tuple[str, bool, str, str]]:
-    """(what, there?, how it is now, what to do for more)"""
+    """(what, whether it is there, current state, what to do for more)"""
     import torch
 
     from ..ops import library
@@ -32,7 +33,7 @@ def checks() -> list[tuple[str, bool, str, str]]:
     cuda = torch.cuda.is_available()
     device = torch.cuda.get_device_name() if cuda else f"CPU, {os.cpu_count()} cores"
     te, dali = _version("transformer-engine"), _version("nvidia-dali-cuda130") or _version("nvidia-dali-cuda120")
-    # PyPI's `apex` is another project; NVIDIA's has this module.
+    # PyPI's `apex` is an unrelated project; NVIDIA's has this module.
     apex = importlib.util.find_spec("amp_C") is not None and _imports("apex.optimizers")
     nccl = torch.distributed.is_nccl_available() and cuda
     return [
@@ -48,7 +49,7 @@ def checks() -> list[tuple[str, bool, str, str]]:
             "apex",
             apex,
             "fused optimizer" if apex else "absent: torch's AdamW",
-            "build NVIDIA/apex from source (PyPI's `apex` is another project)",
+            "build NVIDIA/apex from source (PyPI's `apex` is an unrelated project)",
         ),
         (
             "csrc kernels",
@@ -65,7 +66,7 @@ def checks() -> list[tuple[str, bool, str, str]]:
         (
             "apt-get, dpkg-deb",
             bool(shutil.which("apt-get") and shutil.which("dpkg-deb")),
-            "the quickstart's speech can be fetched" if shutil.which("apt-get") else "absent",
+            "the quickstart's speech can be downloaded" if shutil.which("apt-get") else "absent",
             "use your own speech: bash examples/quickstart/run.sh --speech DIR",
         ),
     ]
@@ -75,7 +76,7 @@ EXAMPLES = ("soda doctor",)
 
 
 def command() -> None:
-    """Say what is installed, what is accelerated, what falls back, and what to install for more."""
+    """Show what is installed, what is accelerated, what falls back, and what to install for more."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table

@@ -18,7 +18,7 @@ def command(model: ModelTarget, overrides: Overrides = None) -> None:
     evaluate(recipe, model_folder(model, recipe))
 
 
-# The help text: every suite is named without being listed here.
-command.__doc__ = f"""Measure an exported model; results go to RUN/eval.json.
+# The help text: names every suite without a list here.
+command.__doc__ = f"""Evaluate an exported model; results go to RUN/eval.json.
 
 Suites: {", ".join(SUITES.names())}."""

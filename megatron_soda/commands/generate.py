@@ -17,7 +17,7 @@ def command(model: ModelTarget, overrides: Overrides = None) -> None:
     generate(recipe, model_folder(model, recipe))
 
 
-# The help text: every task is named without being listed here.
+# The help text: names every task without a list here.
 command.__doc__ = f"""Prompt an exported model with held-out utterances; wav files go to RUN/samples.
 
 Tasks: {", ".join(TASKS.names())}."""

@@ -18,7 +18,7 @@ def command(
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
-    """Count parameters and the FLOPs of a token, without making the weights."""
+    """Count parameters and FLOPs per token without allocating the weights."""
     from ..model.size import sizes, space_of
 
     is_path = model.endswith((".yaml", ".yml")) or Path(model).is_dir()

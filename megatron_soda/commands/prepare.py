@@ -17,9 +17,9 @@ EXAMPLES = (
 def command(
     recipe: Target,
     overrides: Overrides = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count: utterances, hours, tokens, disk.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only estimate: utterances, hours, tokens, disk.")] = False,
 ) -> None:
-    """Turn speech and text into token stores (RUN/data). Skips what is done."""
+    """Turn speech and text into token stores (RUN/data). Finished work is skipped."""
     from data_prep.prepare import prepare
 
     prepare(resolve(recipe, overrides or []), dry_run)

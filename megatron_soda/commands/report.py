@@ -9,7 +9,7 @@ EXAMPLES = ("soda report runs/quickstart",)
 
 
 def command(recipe: Target, overrides: Overrides = None) -> None:
-    """Write RUN/report.html: one page that shows and plays the run."""
+    """Write RUN/report.html, a single page that shows and plays the run."""
     from ..report import build_report
 
     print(build_report(Path(resolve(recipe, overrides or []).run)))

@@ -1,4 +1,4 @@
-"""Which recipe, stores or model a command was given."""
+"""Finds the recipe, stores or model that a command was given."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ def resolve(target: str | Path, overrides: list[str]) -> Recipe:
             raise SodaError(
                 f"{target}: no recipe.yaml in it; give a recipe, a run folder or a model that soda exported"
             )
-        # Folders move: what a run holds is looked for where it is now.
+        # Folders move, so a run's contents are looked up where the run is now.
         run = target.parent if (target / "soda.json").is_file() else target
         here = [f"run={run}"] if (run / "recipe.yaml").is_file() else []
         return load_recipe(target / "recipe.yaml", [*here, *overrides])
@@ -24,7 +24,8 @@ def resolve(target: str | Path, overrides: list[str]) -> Recipe:
 
 
 def model_folder(target: str | Path, recipe: Recipe) -> Path:
-    """The exported folder of `target`; a run whose newest checkpoint was not exported yet is exported first."""
+    """The exported folder of `target`. If it is a run whose newest checkpoint has not been exported, exports it
+    first."""
     target = Path(target)
     if (target / "soda.json").is_file():
         return target
@@ -34,8 +35,8 @@ def model_folder(target: str | Path, recipe: Recipe) -> Path:
 
 
 def find_stores(target: str) -> tuple[Path, list[str]] | None:
-    """The folder and the name of a store. A data folder gives no name, nor does a run that was prepared but not
-    trained (training writes recipe.yaml). None for a recipe or another run."""
+    """The folder and name of a store. The name is empty for a data folder and for a run that was prepared but not
+    trained (training writes recipe.yaml). None for a recipe or any other run."""
     path = Path(target)
     if path.name and not path.is_dir() and path.with_name(f"{path.name}.json").is_file():
         return path.parent, [path.name]

@@ -1,4 +1,4 @@
-"""`soda tokenizer`: a text tokenizer of one's own, or SODA's tokens on top of another one."""
+"""`soda tokenizer`: trains a text tokenizer, or adds SODA's tokens to an existing one."""
 
 import random
 from collections.abc import Iterator
@@ -13,10 +13,10 @@ from ..errors import SodaError
 from ..tokenizer import TextTokenizer, clean_text, train_sentencepiece
 from ..vocab import LLAMA3, MARKERS
 
-SENTENCE = 1000  # characters: sentencepiece leaves out sentences of more than 4,192 bytes
+SENTENCE = 1000  # characters: sentencepiece drops sentences longer than 4,192 bytes
 
 app = typer.Typer(
-    help="Train a text tokenizer, or extend one by the markers and the audio codes.",
+    help="Train a text tokenizer, or add the markers and audio codes to one.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -27,12 +27,12 @@ def train(
     out: Annotated[Path, typer.Argument(metavar="OUT.model", help="The sentencepiece model to write.")],
     texts: Annotated[list[str], typer.Argument(metavar="TEXTFILE...", help=".txt, .jsonl or .parquet; globs; folders")],
     pieces: Annotated[int, typer.Option(min=1, help="how many ids")] = 8000,
-    sentences: Annotated[int, typer.Option(min=1, help="at most so many lines; of more, a sample")] = 500_000,
+    sentences: Annotated[int, typer.Option(min=1, help="most lines to train on; more are sampled")] = 500_000,
     seed: Annotated[int, typer.Option(help="of that sample")] = 0,
 ) -> None:
-    """Train a unigram sentencepiece model with byte fallback on the lines of texts."""
+    """Train a unigram sentencepiece model with byte fallback on lines of text."""
     if out.suffix != ".model":
-        raise SodaError(f"{out}: a sentencepiece model is named *.model")
+        raise SodaError(f"{out}: a sentencepiece model must be named *.model")
     if out.exists():
         raise SodaError(f"{out}: exists already; remove it, or choose another name")
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
@@ -44,12 +44,12 @@ def train(
             count += 1
             if len(some) < sentences:
                 some.append(line)
-            elif (place := draw.randrange(count)) < sentences:  # every line is as likely as any other to be kept
+            elif (place := draw.randrange(count)) < sentences:  # every line is equally likely to be kept
                 some[place] = line
             if count % 10_000 == 0:
                 progress.update(task, description=f"reading: {count:,} lines")
         if not some:
-            raise SodaError(f"{', '.join(texts)}: there is no text in it")
+            raise SodaError(f"{', '.join(texts)}: no text found")
         progress.update(task, description=f"training on {len(some):,} of {count:,} lines")
         train_sentencepiece(out, some, pieces)
     print(f"{out}: {TextTokenizer(out).size:,} ids, learned from {len(some):,} of {count:,} lines")
@@ -66,9 +66,9 @@ def extend(
     codebooks: Annotated[int, typer.Option(min=1)] = 8,
     entries: Annotated[int, typer.Option(min=1, help="in every codebook")] = 2048,
 ) -> None:
-    """Write a tokenizer for transformers: the one in SOURCE, the markers, and a token for every audio code.
+    """Write a tokenizer for transformers: SOURCE plus the markers and a token for every audio code.
 
-    Its text part, text_tokenizer.json, is beside it: OUTFOLDER is what prepare.tokenizer takes.
+    OUTFOLDER also gets its text part, text_tokenizer.json, so it can be used as prepare.tokenizer.
     """
     from ..hf.load import quiet_transformers
     from ..hf.tokenizer import extend_tokenizer
@@ -84,7 +84,7 @@ def extend(
 
 
 def _lines(texts: list[str]) -> Iterator[str]:
-    """The lines of all texts, cleaned as `soda prepare` cleans them, long ones in parts."""
+    """The lines of all texts, cleaned as in `soda prepare`, with long ones split."""
     from data_prep.texts import read_texts
     from data_prep.utterance import Reject
 

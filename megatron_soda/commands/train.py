@@ -13,7 +13,7 @@ EXAMPLES = (
 
 
 def command(recipe: Target, overrides: Overrides = None) -> None:
-    """Train on one process, from the newest checkpoint on. For more processes use launch.sh (see below)."""
+    """Train in one process, resuming from the newest checkpoint. For more processes use launch.sh (see below)."""
     from ..train import run
 
     path = Path(recipe)

@@ -19,12 +19,12 @@ def command(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE|RUN|STORE", help="A recipe, a run folder, or one store.")],
     overrides: Overrides = None,
 ) -> None:
-    """Check token stores: files whole, ids in range, every document legal and there once. Exit status 1 if not."""
+    """Check token stores: intact files, ids in range, every document legal and unique. Exit status 1 if not."""
     from ..data.validate import SIDES, validate
 
     found = find_stores(recipe)
     if found and overrides:
-        raise SodaError(f"{' '.join(overrides)}: settings go with a recipe or a run, not with stores")
+        raise SodaError(f"{' '.join(overrides)}: settings only apply to a recipe or a run, not to stores")
     if found:
         raise typer.Exit(0 if validate(found[0], found[1] or SIDES) else 1)
     whole = resolve(recipe, overrides or [])

@@ -1,4 +1,4 @@
-"""The recipe: typed sections, from a YAML file and key=value overrides. An unknown key is an error.
+"""The recipe: typed sections, read from a YAML file and key=value overrides. Unknown keys are errors.
 
 recipe = load_recipe("examples/quickstart/recipe.yaml", ["training.steps=20", "model.preset=135m"])
 """

@@ -1,4 +1,4 @@
-"""From YAML files and key=value overrides to a checked recipe."""
+"""Loads a checked recipe from YAML files and key=value overrides."""
 
 import os
 import re
@@ -17,19 +17,19 @@ from .fields import near
 from .recipe import Recipe
 from .renamed import RENAMED
 
-BASE = "base"  # of a file: another one, whose values hold where this one says nothing
+BASE = "base"  # names another file, whose values apply unless this one overrides them
 _RECIPE: TypeAdapter[Recipe] = TypeAdapter(Recipe)
 
 
 def load_recipe(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
-    """Reads a YAML recipe (None: all defaults), applies `section.key=value` overrides, checks everything.
+    """Reads a YAML recipe (None: all defaults), applies `section.key=value` overrides, and checks everything.
 
-    A value is read by the type of its key. Where that is a string an override is taken as it stands, but for quotes
-    around all of it; a list of strings is [A,B], with quotes where an element has a comma. All else is YAML. Nothing
-    is substituted: `${X}` is four characters. A file may name another one that it builds on: `base: other.yaml`.
+    A value is parsed by the type of its key. For a string, an override is taken literally, except for quotes around the
+    whole value; a list of strings is [A,B], with quotes around elements that contain a comma. Everything else is YAML.
+    There is no substitution: `${X}` is four characters. A file can build on another one: `base: other.yaml`.
 
-    Raises SodaError for a file that is missing or not YAML, an unknown key (naming the nearest), a value of the wrong
-    type, and values that contradict each other.
+    Raises SodaError for a file that is missing or not YAML, an unknown key (suggesting the nearest), a value of the
+    wrong type, and contradictory values.
     """
     values, old = _Values(), _Renaming()
     if path is not None:
@@ -46,9 +46,9 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
 
 
 def recipe_schema() -> dict[str, Any]:
-    """The JSON schema of a recipe file: what makes editors complete keys and check values."""
+    """The JSON schema of a recipe file, with which editors complete keys and check values."""
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **_RECIPE.json_schema()}
-    schema["properties"] |= {BASE: {"type": "string", "description": "Another recipe, of which this one differs."}}
+    schema["properties"] |= {BASE: {"type": "string", "description": "The recipe that this one builds on."}}
     return schema
 
 
@@ -56,8 +56,8 @@ def recipe_schema() -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which every scalar is taken literally. What it means depends on the type of its key: `no` is a
-    language in prepare.languages, and false in parallel.sequence."""
+    """YAML with literal scalars. Their meaning depends on the type of the key: `no` is a language in prepare.languages,
+    and false in parallel.sequence."""
 
     yaml_implicit_resolvers = {"<": yaml.SafeLoader.yaml_implicit_resolvers["<"]}  # noqa: RUF012  (merges, <<)
 
@@ -70,7 +70,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _files(path: Path, above: tuple[Path, ...] = ()) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The files of a recipe with their content: what it builds on comes first."""
+    """A recipe's files with their contents, base files first."""
     if path.resolve() in above:
         raise SodaError(f"{above[-1]}: base: {path} builds on this recipe itself")
     try:
@@ -92,7 +92,7 @@ def _files(path: Path, above: tuple[Path, ...] = ()) -> Iterator[tuple[Path, dic
 def _yaml(text: str, problem: str) -> Any:
     try:
         return yaml.load(text, _Loader)  # a safe loader
-    except Exception as error:  # yaml raises many kinds
+    except Exception as error:  # yaml raises many kinds of errors
         raise SodaError(f"{problem}: {' '.join(str(error).split()) or type(error).__name__}") from None
 
 
@@ -103,7 +103,7 @@ def _override(override: str) -> dict[str, Any]:
     """`section.key=value` as a nested mapping."""
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise SodaError(f"{override!r}: an override is written section.key=value")
+        raise SodaError(f"{override!r}: write an override as section.key=value")
     path = _path(_full_key(key, text))
     kind = _kind_of(path)
     if get_origin(kind) is list and all(arg is str or get_origin(arg) is Literal for arg in get_args(kind)):
@@ -118,7 +118,7 @@ def _override(override: str) -> dict[str, Any]:
 
 
 def _path(key: str) -> list[str]:
-    """The names of a dotted key. That of an entry of a mapping may have dots: data.corpora.yodas2.en"""
+    """The names in a dotted key. The name of a mapping entry may contain dots: data.corpora.yodas2.en"""
     path: list[str] = []
     while key:
         if get_origin(_kind_of(path)) is dict:
@@ -129,17 +129,17 @@ def _path(key: str) -> list[str]:
 
 
 def _full_key(key: str, text: str) -> str:
-    """A key without its section (`suite`) stands for the one key of that name, if there is just one."""
+    """A key without a section (`suite`) means the key of that name, if there is exactly one."""
     if "." in key:
         return key
     if is_dataclass(_kind_of([key])) and f"training.{key}" in RENAMED and not text.lstrip().startswith("{"):
-        return f"training.{key}"  # `precision=bf16`, which is a section now
+        return f"training.{key}"  # `precision=bf16`, which is now a section
     owners = [k for k in all_keys() if k.rpartition(".")[2] == key]
     return owners[0] if len(owners) == 1 else key
 
 
 def all_keys() -> list[str]:
-    """Every key of a recipe, those of sections with their section's name."""
+    """Every key of a recipe, with its section's name if it has one."""
     keys = []
     for name, kind in get_type_hints(Recipe).items():
         keys.append(name)
@@ -149,7 +149,7 @@ def all_keys() -> list[str]:
 
 
 def _kind_of(path: list[str]) -> Any:
-    """The type of a key; str for one that does not exist, which validation names."""
+    """A key's type; str if it does not exist, which validation reports."""
     kind: Any = Recipe
     for name in path:
         if is_dataclass(kind):
@@ -166,23 +166,23 @@ _ELEMENT = re.compile(rf"\s*(?:(?P<quoted>{_DOUBLE}|{_SINGLE})\s*|(?P<plain>(?:\
 
 
 def _unquoted(text: str) -> str:
-    """The text, or what is between the quotes around all of it, as a shell has it."""
+    """The text without quotes around the whole of it, as in a shell."""
     if re.fullmatch("'[^']*'", text):
         return text[1:-1]
     return re.sub(r'\\(["\\])', r"\1", text[1:-1]) if re.fullmatch(_DOUBLE, text, re.S) else text
 
 
 def _elements(text: str, source: str) -> list[str]:
-    """The strings of [A,'B',"C"]. A comma between brackets, as in /data/[a,b].txt, is part of an element."""
+    """The strings in [A,'B',"C"]. A comma inside brackets, as in /data/[a,b].txt, is part of an element."""
     text = text.strip()
     if not (text.startswith("[") and text.endswith("]") and len(text) > 1):
-        raise SodaError(f"{source}: a list is written [A,B], and an empty one []")
+        raise SodaError(f"{source}: write a list as [A,B], an empty one as []")
     text, at, found = text[1:-1].strip(), 0, []
     while at < len(text) and (match := _ELEMENT.match(text, at)):
         quoted, at = match["quoted"], match.end()
         found.append(_yaml(quoted, f"{source}: {quoted} is not YAML") if quoted else match["plain"].strip())
         if not (quoted or found[-1]):
-            raise SodaError(f"{source}: there is nothing between two commas of the list")
+            raise SodaError(f"{source}: the list has an empty element")
     return found
 
 
@@ -190,7 +190,7 @@ def _elements(text: str, source: str) -> list[str]:
 
 
 class _Renaming:
-    """Gives keys of earlier versions their new names, and tells once."""
+    """Renames keys of earlier versions, and reports it once."""
 
     def __init__(self) -> None:
         self.told: dict[str, list[str]] = {}
@@ -208,20 +208,20 @@ class _Renaming:
             if not isinstance(of_new, dict):
                 raise SodaError(f"{source}: {new_section} is a section, not a value: write {new_section}.KEY=VALUE")
             if new_name in of_new:
-                raise SodaError(f"{source}: {old} is now {new}, and both are given. Leave {old} out.")
+                raise SodaError(f"{source}: {old} is now {new}, and both are given. Remove {old}.")
             of_new[new_name] = of_old.pop(name)
             self.told.setdefault(source, []).append(f"{old} is now {new}")
         return renamed
 
     def tell(self) -> None:
         if os.environ.get("LOCAL_RANK", "0") != "0":
-            return  # of the ranks of a host, one tells
+            return  # one rank per host reports it
         for source, changes in self.told.items():
             log.warning(f"{source}: keys have new names: {', '.join(changes)}")
 
 
 class _Values:
-    """Values as texts, by key, and where each was given."""
+    """Values as strings, by key, and where each was given."""
 
     def __init__(self) -> None:
         self.values: dict[str, Any] = {}
@@ -303,7 +303,7 @@ def _dotted(location: tuple[Any, ...]) -> str:
 
 
 def _nearest(location: tuple[Any, ...]) -> str:
-    """ " Did you mean ..?" for an unknown key, or which keys there are."""
+    """ " Did you mean ..?" for an unknown key, or the known keys."""
     *path, name = location
     kind = _kind_of([str(part) for part in path if not isinstance(part, int)])
     if get_origin(kind) is list:

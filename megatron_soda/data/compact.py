@@ -1,11 +1,11 @@
-"""Tokens at the size that they need: a frame of 8 codes of 2,048 is 11 bytes, an id of 128,256 is 17 bits.
+"""The compact format: a frame of 8 codes of 2,048 takes 11 bytes, an id out of 128,256 takes 17 bits.
 
 NAME.frames  the audio codes: of every frame ceil(slots * bits / 8) bytes, code k at bits [k * bits, (k + 1) * bits)
 NAME.text    all other ids, `width` bits each, filled up with zeros to a multiple of 8 ids
 NAME.spans   header, then int64: where every audio span begins (token), which frame it begins with, and where every
              document begins (token); each of the three has one entry more, the end
 
-A window is found by a search in the spans, so it costs the same anywhere in the store (csrc's expand_windows).
+Windows are found by searching the spans, at the same cost anywhere in the store (csrc's expand_windows).
 """
 
 import shutil
@@ -31,26 +31,26 @@ _ENTRIES_AT_ONCE = 1 << 20
 
 
 def frame_bits(space: TokenSpace) -> int:
-    """Bits of a code."""
+    """Bits per code."""
     return max(1, (space.entries - 1).bit_length())
 
 
 def text_bits(space: TokenSpace) -> int:
-    """Bits of an id of text or of a marker."""
+    """Bits per text or marker id."""
     return (space.audio_base - 1).bit_length()
 
 
 def text_bytes(space: TokenSpace, count: int) -> int:
-    """Bytes of NAME.text for that many ids."""
+    """Bytes in NAME.text for that many ids."""
     return (count + 7) // 8 * text_bits(space)
 
 
 def write_compact(path: Path, parts: Parts, space: TokenSpace, slots: int) -> dict[str, Output]:
-    """Writes the three files; memory stays bounded by one part. SodaError for ids that are no whole audio frames."""
+    """Writes the three files; memory is bounded by one part. Raises SodaError for incomplete audio frames."""
     bits, width = frame_bits(space), text_bits(space)
     bases = (space.audio_base + space.entries * np.arange(slots)).astype(np.int32)
     tokens = documents = spans = frames = 0
-    left = np.zeros(0, np.int32)  # text that does not fill a group of 8 yet
+    left = np.zeros(0, np.int32)  # text that does not yet fill a group of 8
     with (
         outputs(path, SUFFIXES) as files,
         tempfile.TemporaryFile(dir=path.parent) as starts,
@@ -104,13 +104,13 @@ def _no_frames(path: Path, token: int, documents: int, ends: np.ndarray, slots: 
     document = int(np.searchsorted(ends, token, side="right"))
     start = int(ends[document - 1]) if document else 0
     return SodaError(
-        f"{path}: document {documents + document}, token {token - start}: no text and no whole audio frame of {slots} "
-        "codes, which is all that the compact format can hold. `soda validate` tells what is wrong with the documents."
+        f"{path}: document {documents + document}, token {token - start}: neither text nor a whole frame of {slots} "
+        "codes, and the compact format holds nothing else. `soda validate` shows what is wrong with the documents."
     )
 
 
 class CompactTokens:
-    """Reads the three files. SodaError if one is cut short, not of this format or of another token space."""
+    """Reads the three files. Raises SodaError if one is truncated, in another format, or from another token space."""
 
     def __init__(self, path: Path, space: TokenSpace, slots: int) -> None:
         self.path, self._slots = path, slots
@@ -127,7 +127,7 @@ class CompactTokens:
         if tuple(shape) != wanted:
             raise SodaError(
                 f"{header}: frames of {shape[0]} codes of {shape[1]} bits and text of {shape[2]} bits, but "
-                f"{path.name}.json says {wanted[0]}, {wanted[1]} and {wanted[2]}: they are of two stores"
+                f"{path.name}.json says {wanted[0]}, {wanted[1]} and {wanted[2]}: they belong to two different stores"
             )
         self.size, self.documents = tokens, documents
         frame = (slots * shape[1] + 7) // 8
@@ -140,7 +140,7 @@ class CompactTokens:
             if found != expected:
                 raise SodaError(
                     f"{store_file(path, name)}: {found} bytes, but the header of {header.name} says {expected}. "
-                    "The file was cut short or belongs to another store; run `soda prepare` again."
+                    "The file was truncated or belongs to another store; run `soda prepare` again."
                 )
         self._starts = np.frombuffer(data, "<i8", spans + 1, HEADER.size)
         self._firsts = np.frombuffer(data, "<i8", spans + 1, HEADER.size + 8 * (spans + 1))
@@ -166,12 +166,12 @@ class CompactTokens:
             return self._stream.windows(torch.from_numpy(np.array([start])), count)[0].numpy()
         except ValueError as error:
             raise SodaError(
-                f"{store_file(self.path, 'spans')}: damaged near token {start} ({error}). `soda validate` tells more; "
+                f"{store_file(self.path, 'spans')}: damaged near token {start} ({error}). see `soda validate`; "
                 "run `soda prepare` again."
             ) from None
 
     def span(self, index: int) -> tuple[int, int]:
-        """The first token of a document and how many it has."""
+        """A document's first token and number of tokens."""
         begin, end = self._begins[index : index + 2].tolist()
         return begin, end - begin
 

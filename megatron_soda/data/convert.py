@@ -1,4 +1,4 @@
-"""`soda convert-store`: stores from one format to the other."""
+"""`soda convert-store`: converts stores from one format to the other."""
 
 import os
 import shutil
@@ -15,17 +15,17 @@ from .files import store_file
 from .store import FORMATS, Store, convert, files_of_others, remove_others
 from .validate import SIDES
 
-BESIDE = (*NAMES, "codec.json", "codec.safetensors")  # what the ids of a data folder mean
-STAMPS = ("text_tokenizer.key", "codec.key")  # what these were made from, for `soda prepare`
+BESIDE = (*NAMES, "codec.json", "codec.safetensors")  # these define the meaning of a data folder's ids
+STAMPS = ("text_tokenizer.key", "codec.key")  # what those were made from, for `soda prepare`
 
 
 def convert_stores(folder: Path, names: Sequence[str], format: str, out: Path | None) -> None:
-    """Converts the stores `names` of a folder (none: train, valid and test), in place; or one of them to the store
-    `out`; or all of them to the folder `out`, which appears when all of it is there. What belongs to a store goes with
-    it: the tokenizer, the codec and the held-out utterances. SodaError, before anything is written, if there is
-    something else already where they go."""
+    """Converts the stores `names` of a folder (empty: train, valid and test) in place, or one of them to the store
+    `out`, or all of them to the folder `out`, which appears once it is complete. The tokenizer, the codec and the
+    held-out utterances are copied along. Raises SodaError, before anything is written, if something else already exists
+    at the destination."""
     if format not in FORMATS:
-        raise SodaError(f"{format}: no format of a store; it is {' or '.join(FORMATS)}")
+        raise SodaError(f"{format}: not a store format; use {' or '.join(FORMATS)}")
     if out is None:
         for name in names or SIDES:
             store = Store(folder / name)
@@ -34,13 +34,13 @@ def convert_stores(folder: Path, names: Sequence[str], format: str, out: Path | 
                 continue
             if files_of_others(store.path, format):
                 with locked(folder):
-                    Store(store.path).verify()  # before anything goes that may be the only whole copy
+                    Store(store.path).verify()  # before removing what may be the only intact copy
                     remove_others(store.path, format)
-            console.print(f"{store.path}: is {format} already", soft_wrap=True, markup=False)
+            console.print(f"{store.path}: is already {format}", soft_wrap=True, markup=False)
         _copy_summary(folder, folder)
     elif names:
         (name,) = names
-        store_file(out, "json")  # SodaError if that is no name of a store
+        store_file(out, "json")  # SodaError if that is not a store's name
         beside = {folder / one: out.with_name(one) for one in BESIDE}
         beside[store_file(folder / name, "parquet")] = store_file(out, "parquet")
         for path, copy in beside.items():
@@ -54,7 +54,7 @@ def convert_stores(folder: Path, names: Sequence[str], format: str, out: Path | 
                 _copy(path, copy)
     else:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise SodaError(f"{out}: exists already; remove it, or give another folder")
+            raise SodaError(f"{out}: already exists; remove it, or give another folder")
         made = out.with_name(f".{out.name}.{os.getpid()}.tmp")
         try:
             for name in SIDES:
@@ -76,7 +76,7 @@ def _convert(store: Store, path: Path, format: str, shown: Path | None = None) -
         convert(store, path, format, lambda n: bar.advance(task, n))
     after = _bytes(Store(path))
     console.print(
-        f"{shown or path}: {before:,} -> {after:,} bytes, {after / store.size:.2f} a token, read back and compared",
+        f"{shown or path}: {before:,} -> {after:,} bytes, {after / store.size:.2f} per token, read back and compared",
         highlight=False,
         soft_wrap=True,
         markup=False,
@@ -89,7 +89,7 @@ def _copy(path: Path, copy: Path) -> None:
 
 
 def _copy_summary(folder: Path, to: Path) -> None:
-    """prepare.json, of which a conversion changes nothing but the size of the stores."""
+    """prepare.json. A conversion changes nothing in it but the stores' sizes."""
     path = folder / "prepare.json"
     if not (path.is_file() and all(store_file(to / name, "json").is_file() for name in SIDES)):
         return

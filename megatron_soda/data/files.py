@@ -1,4 +1,4 @@
-"""The files of a token store: they replace old ones when all of them are whole; checksums; mapping for reading."""
+"""The files of a token store: replaced only once all are complete, checksummed, and mapped for reading."""
 
 import contextlib
 import mmap
@@ -14,18 +14,18 @@ import numpy as np
 from ..errors import SodaError
 from ..files import atomic_path
 
-Parts = Iterable[tuple[np.ndarray, np.ndarray]]  # the ids of some documents one after the other, and their lengths
+Parts = Iterable[tuple[np.ndarray, np.ndarray]]  # the concatenated ids of some documents, and their lengths
 
 
 def store_file(path: Path, suffix: str) -> Path:
-    """The file of the store `path` (which has no suffix of its own: a dot in its name is part of the name)."""
+    """A file of the store `path` (which has no suffix itself: a dot is part of its name)."""
     if not path.name or path.name == "..":
-        raise SodaError(f"{path}: not the name of a store, such as runs/mine/data/train")
+        raise SodaError(f"{path}: not a store's name, such as runs/mine/data/train")
     return path.with_name(f"{path.name}.{suffix}")
 
 
 class Output:
-    """A file that is written from front to back; counts its bytes and their CRC-32."""
+    """A file written sequentially; counts its bytes and computes their CRC-32."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self.bytes, self.crc = file, 0, 0
@@ -42,15 +42,15 @@ class Output:
 
 @contextlib.contextmanager
 def outputs(path: Path, suffixes: Sequence[str]) -> Iterator[dict[str, Output]]:
-    """The files of the store by suffix, to be written. At the end of the `with` block, if nothing failed, NAME.json is
-    removed, which spoke for what was there before, and they take their places: a store without it is not whole."""
+    """The files of the store, by suffix, for writing. If the `with` block succeeds, NAME.json, which described the old
+    files, is removed and the new files take their place: without it a store is incomplete."""
     with ExitStack() as stack:
         files = {}
         for suffix in suffixes:
             temporary = stack.enter_context(atomic_path(store_file(path, suffix)))
             files[suffix] = Output(stack.enter_context(open(temporary, "wb")))
         yield files
-        for file in files.values():  # a full disk shows here at the latest
+        for file in files.values():  # a full disk shows up here at the latest
             file.sync()
         store_file(path, "json").unlink(missing_ok=True)
 
@@ -65,8 +65,8 @@ def checksum(path: Path) -> str:
 
 
 def sampled_checksum(path: Path, blocks: int = 64, size: int = 1 << 16) -> str:
-    """The CRC-32 of `blocks` blocks of `size` bytes spread evenly over a file, its two ends among them, or of all of a
-    file no longer than that. Takes milliseconds whatever the file's size."""
+    """The CRC-32 of `blocks` blocks of `size` bytes spread evenly over a file, including both ends, or of the whole
+    file if it is no longer than that. Takes milliseconds for any file size."""
     length = path.stat().st_size
     if length <= blocks * size:
         return checksum(path)
@@ -79,9 +79,9 @@ def sampled_checksum(path: Path, blocks: int = 64, size: int = 1 << 16) -> str:
 
 
 class MappedFile:
-    """A file as a read-only array, of which what is touched comes into memory. SodaError if it is not there.
+    """A file as a read-only array that is paged into memory on access. Raises SodaError if it does not exist.
 
-    To touch what is no longer in the file would kill the process (SIGBUS), so `check` comes before a read.
+    Accessing what is no longer in the file would kill the process (SIGBUS), so call `check` before reading.
     """
 
     def __init__(self, path: Path, dtype: str) -> None:
@@ -90,18 +90,20 @@ class MappedFile:
         self.path = path
         with open(path, "rb") as file:
             self.bytes = os.fstat(file.fileno()).st_size
-            # mmap keeps a descriptor of its own, by which it can tell the size of the file as it is now.
+            # mmap keeps its own descriptor, which gives the file's current size.
             self._map = mmap.mmap(file.fileno(), self.bytes, access=mmap.ACCESS_READ) if self.bytes else None
         self.array = np.frombuffer(self._map or b"", dtype, self.bytes // np.dtype(dtype).itemsize)
 
     def check(self) -> None:
-        """SodaError if the file is not as long as it was when it was opened. Costs about a microsecond."""
+        """Raises SodaError if the file's length has changed since it was opened. Costs about a microsecond."""
         try:
             now = self._map.size() if self._map is not None else 0
         except OSError as error:
-            raise SodaError(f"{self.path}: can no longer be read ({error.strerror}). Is the disk there?") from None
+            raise SodaError(
+                f"{self.path}: can no longer be read ({error.strerror}). Is the disk still there?"
+            ) from None
         if now != self.bytes:
             raise SodaError(
                 f"{self.path}: has {now} bytes, but had {self.bytes} when it was opened: something has written to it "
-                "since. Put the whole file back (a copy, or `soda prepare` again) and run the same command again."
+                "since. Restore the complete file (from a copy, or with `soda prepare`) and run the same command again."
             )

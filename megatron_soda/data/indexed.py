@@ -1,4 +1,4 @@
-"""Tokens in Megatron's own format, which stock megatron-core reads: 4 bytes a token, 20 a document.
+"""Megatron's own format, which stock megatron-core reads: 4 bytes per token, 20 per document.
 
 NAME.bin   the ids, little-endian int32
 NAME.idx   header, then of every document its length in tokens (int32), where it begins in bytes (int64), and its number
@@ -19,7 +19,7 @@ from .files import MappedFile, Output, Parts, outputs, store_file
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents + 1
-INT32 = 4  # Megatron's code of the dtype
+INT32 = 4  # Megatron's code for the dtype
 _ENTRIES_AT_ONCE = 1 << 20
 
 
@@ -27,7 +27,7 @@ SUFFIXES = ("idx", "bin")
 
 
 def write_indexed(path: Path, parts: Parts, space: TokenSpace, slots: int) -> dict[str, Output]:
-    """Writes NAME.bin and NAME.idx; memory stays bounded by one part."""
+    """Writes NAME.bin and NAME.idx; memory is bounded by one part."""
     documents = 0
     with outputs(path, SUFFIXES) as files, tempfile.TemporaryFile(dir=path.parent) as spool:
         for ids, lengths in parts:
@@ -39,7 +39,7 @@ def write_indexed(path: Path, parts: Parts, space: TokenSpace, slots: int) -> di
 
 
 def _write_index(file: Output, lengths: BinaryIO, count: int) -> None:
-    """The index of documents whose lengths are the int32 of the file `lengths`."""
+    """Writes the index of documents whose lengths are the int32 values in the file `lengths`."""
     file.write(HEADER.pack(MAGIC, 1, INT32, count, count + 1))
     lengths.seek(0)
     shutil.copyfileobj(lengths, file, 1 << 20)
@@ -55,7 +55,7 @@ def _write_index(file: Output, lengths: BinaryIO, count: int) -> None:
 
 
 class IndexedTokens:
-    """Reads NAME.bin and NAME.idx. SodaError if one is cut short or not of this format."""
+    """Reads NAME.bin and NAME.idx. Raises SodaError if one is truncated or in another format."""
 
     def __init__(self, path: Path, space: TokenSpace, slots: int) -> None:
         self.path = path
@@ -66,7 +66,7 @@ class IndexedTokens:
         if bytes_there != expected or bytes_there % 4:
             raise SodaError(
                 f"{store_file(path, 'bin')}: {bytes_there} bytes, but the index says {expected}. "
-                "The file was cut short or belongs to another index; run `soda prepare` again."
+                "The file was truncated or belongs to another index; run `soda prepare` again."
             )
         self._ids = ids.array
         self.size = len(self._ids)
@@ -92,7 +92,7 @@ class IndexedTokens:
         return np.array(self._ids[start : start + count])
 
     def span(self, index: int) -> tuple[int, int]:
-        """The first token of a document and how many it has."""
+        """A document's first token and number of tokens."""
         return int(self._pointers[index]) // 4, int(self._lengths[index])
 
     def offsets(self, first: int, last: int) -> np.ndarray:
@@ -100,7 +100,7 @@ class IndexedTokens:
         return np.append(self._pointers[first:last] // 4, np.int64(end))
 
     def check_index(self) -> None:
-        end = 0  # of the documents before, in bytes
+        end = 0  # of the preceding documents, in bytes
         for first in range(0, self.documents, _ENTRIES_AT_ONCE):
             lengths = self._lengths[first : first + _ENTRIES_AT_ONCE].astype(np.int64)
             pointers = self._pointers[first : first + _ENTRIES_AT_ONCE]
@@ -110,6 +110,6 @@ class IndexedTokens:
                 i = bad[0]
                 raise SodaError(
                     f"{store_file(self.path, 'idx')}: document {first + i} has {lengths[i]} tokens from byte "
-                    f"{pointers[i]} on; at least one, from byte {wanted[i]} on, was expected. Run `soda prepare` again."
+                    f"{pointers[i]} on; expected at least one, from byte {wanted[i]} on. Run `soda prepare` again."
                 )
             end = int(wanted[-1] + 4 * lengths[-1])

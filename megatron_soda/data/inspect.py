@@ -1,4 +1,4 @@
-"""`soda inspect`: documents of a store, to read and to hear."""
+"""`soda inspect`: shows documents of a store and writes their audio."""
 
 from pathlib import Path
 
@@ -16,12 +16,12 @@ SHOWN_FRAMES = 3
 
 
 def inspect(path: Path, first: int, count: int, audio: Path | None) -> None:
-    """Prints documents of the store `path`, and writes their audio spans to the folder `audio`. SodaError for a
-    document that is not there, and for audio of a damaged store or without the codec in its folder."""
+    """Prints documents of the store `path`, and writes their audio spans to the folder `audio`. Raises SodaError for a
+    document that does not exist, and for audio from a damaged store or a folder without the codec."""
     store = Store(path)
     if first >= len(store):
         raise SodaError(f"{path}: there is no document {first}; the store has {len(store):,}, counted from 0")
-    # Without a tokenizer ids are shown; a broken one is an error.
+    # Without a tokenizer, ids are shown; a broken tokenizer is an error.
     tokenizer = data_tokenizer(path.parent) if any((path.parent / name).is_file() for name in NAMES) else None
     codec = None
     if audio:

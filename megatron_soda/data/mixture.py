@@ -1,8 +1,8 @@
-"""Which corpus gives sample n, and which of its windows: a pure function of the stages and n, so nothing is stored.
+"""Which corpus and window sample n is: a pure function of the stages and n, so nothing is stored.
 
-A stage repeats one table of 65,536 samples, in which each corpus has its share of the places, spread evenly: any prefix
-is within a few samples of the shares. Each corpus is used in its own order through all stages, so a change of the
-shares loses and repeats no window.
+A stage repeats a table of 65,536 samples over which the corpora are spread evenly in proportion to their shares, so any
+prefix is within a few samples of the shares. Each corpus is used in its own order throughout all stages, so when the
+shares change no window is lost or repeated.
 """
 
 import difflib
@@ -20,19 +20,19 @@ _PERIOD = 1 << 16
 
 @dataclass(frozen=True)
 class Stage:
-    """Shares of the samples from `first_sample` on. They sum to 1; a corpus that is left out has share 0."""
+    """Shares of the samples from `first_sample` on. They sum to 1; a corpus that is not listed has share 0."""
 
     first_sample: int
     shares: dict[str, float]
 
 
 class Mixture:
-    """The endless stream of windows drawn from several corpora.
+    """An endless stream of windows drawn from several corpora.
 
-    A run that goes on from sample `start` of another run with other shares passes what that one's `consumed(start)`
-    was: each corpus goes on where it stood there. With the same stages the same samples follow.
+    A run that continues from sample `start` of another run with different shares passes that run's `consumed(start)`,
+    so that each corpus continues where it was. With the same stages, the same samples follow.
 
-    Raises SodaError for shares or stages that make no sense, and for corpora of different vocabularies.
+    Raises SodaError for invalid shares or stages, and for corpora with different vocabularies.
     """
 
     def __init__(
@@ -48,8 +48,8 @@ class Mixture:
         self.length = next(iter(corpora.values())).length
         before = dict.fromkeys(corpora, 0) | (consumed or {})
         self._gone = {name: count for name, count in before.items() if name not in corpora}
-        self._names = sorted(corpora)  # the order of a recipe's keys must not change the samples
-        self._stages: list[tuple[int, _Table, np.ndarray]] = []  # first sample, table, samples of each corpus before it
+        self._names = sorted(corpora)  # the order of the recipe's keys must not affect the samples
+        self._stages: list[tuple[int, _Table, np.ndarray]] = []  # first sample, table, earlier samples of each corpus
         counts = np.array([before[name] for name in self._names], np.int64)  # at the start of the stage, or at `start`
         for stage, following in zip(stages, [*stages[1:], None], strict=True):
             if following and following.first_sample <= start:
@@ -67,7 +67,7 @@ class Mixture:
         return f"{windows:,} windows of {self.length} in {len(self.corpora)} corpora"
 
     def locate(self, sample: int) -> tuple[str, int]:
-        """The corpus of a sample, and which one of that corpus's samples it is, counted from 0 over all of training."""
+        """A sample's corpus, and its index among that corpus's samples, counted from 0 over all of training."""
         first, table, before = self._stage(sample)
         corpus, index = table.locate(sample - first)
         return self._names[corpus], int(before[corpus]) + index
@@ -77,7 +77,7 @@ class Mixture:
         return self.corpora[name][index]
 
     def consumed(self, sample: int) -> dict[str, int]:
-        """How many of the first `sample` samples are of each corpus, those that are no longer in the mix among them."""
+        """How many of the first `sample` samples come from each corpus, including corpora no longer in the mix."""
         first, table, before = self._stage(sample)
         counts = before + table.counts(sample - first)
         return dict(zip(self._names, counts.tolist(), strict=True)) | self._gone
@@ -89,7 +89,8 @@ class Mixture:
 
 
 class _Table:
-    """The order of corpora that a stage repeats: sample j of a corpus's q in a period stands at (j + 1/2) / q of it."""
+    """The order of corpora that a stage repeats: sample j of a corpus's q per period is at (j + 1/2) / q of the
+    period."""
 
     def __init__(self, shares: list[float]) -> None:
         self.quotas = _quotas(np.array(shares, np.float64))
@@ -98,28 +99,28 @@ class _Table:
         ordinal = np.arange(_PERIOD) - firsts[corpus]
         order = np.argsort((ordinal + 0.5) / self.quotas[corpus], kind="stable")
         self.corpus = corpus[order].astype(np.uint16)  # (_PERIOD,)
-        self.ordinal = ordinal[order].astype(np.int32)  # (_PERIOD,): samples of the same corpus before, in the period
+        self.ordinal = ordinal[order].astype(np.int32)  # (_PERIOD,): earlier samples of the same corpus in the period
 
     def locate(self, place: int) -> tuple[int, int]:
-        """The corpus at a place of the stage, and how many samples of it come before in the stage."""
+        """The corpus at a position in the stage, and the number of its earlier samples in the stage."""
         periods, place = divmod(place, _PERIOD)
         corpus = int(self.corpus[place])
         return corpus, periods * int(self.quotas[corpus]) + int(self.ordinal[place])
 
     def counts(self, places: int) -> np.ndarray:
-        """int64 (corpora,): samples of each corpus among the first `places` ones of the stage."""
+        """int64 (corpora,): samples of each corpus among the stage's first `places`."""
         periods, places = divmod(places, _PERIOD)
         return periods * self.quotas + np.bincount(self.corpus[:places], minlength=len(self.quotas))
 
 
 def _quotas(shares: np.ndarray) -> np.ndarray:
-    """int64 (corpora,): places in a period by the method of largest remainders; a positive share gets at least one."""
+    """int64 (corpora,): samples per period by the largest remainder method; a positive share gets at least one."""
     wanted = shares / shares.sum() * _PERIOD
     quotas = np.maximum(np.floor(wanted), shares > 0).astype(np.int64)
     left = _PERIOD - int(quotas.sum())
     if left > 0:
         quotas[np.argsort(quotas - wanted, kind="stable")[:left]] += 1
-    for _ in range(-left):  # those that were lifted to one took more than was left over
+    for _ in range(-left):  # those raised to one took more than was left
         quotas[quotas.argmax()] -= 1
     return quotas
 
@@ -151,14 +152,14 @@ def _check_stages(stages: list[Stage], names: list[str], start: int) -> None:
     if stages[0].first_sample > start:
         raise SodaError(
             f"data.mix[0] begins at sample {stages[0].first_sample}, after the run's first sample, {start}. "
-            "Let it begin there or before (from_step: 0)."
+            "It must begin there or earlier (from_step: 0)."
         )
     for i in range(1, len(stages)):
         before, here = stages[i - 1].first_sample, stages[i].first_sample
         if here <= before:
             raise SodaError(
                 f"data.mix[{i}] begins at sample {here}, not after data.mix[{i - 1}], which begins at {before}. "
-                "Order the stages by from_step, each step once."
+                "Sort the stages by from_step, without repeats."
             )
     for i, stage in enumerate(stages):
         _check_shares(stage.shares, names, f"data.mix[{i}].shares")
@@ -177,4 +178,4 @@ def _check_shares(shares: dict[str, float], names: list[str], where: str) -> Non
         raise SodaError(f"{where}: no corpus has a share above 0. Give shares that sum to 1.")
     if abs(total - 1) > 1e-6:
         normalised = ", ".join(f"{name}: {share / total:.10g}" for name, share in shares.items())
-        raise SodaError(f"{where} sum to {total:.10g}, not to 1. Divided by their sum they are {{{normalised}}}")
+        raise SodaError(f"{where} sum to {total:.10g}, not to 1. Normalised, they are {{{normalised}}}")

@@ -26,7 +26,7 @@ from .files import Parts, checksum, store_file
 _DOCUMENTS_AT_ONCE = 1 << 16
 _PREPARE_WITH = {
     "codec": "prepare.codec and prepare.codec_path",
-    "tokenizer": "prepare.tokenizer=FILE, which lies beside the stores of the model",
+    "tokenizer": "prepare.tokenizer=FILE, found beside the model's stores",
 }
 FORMATS = {
     "megatron": (indexed.SUFFIXES, indexed.IndexedTokens, indexed.write_indexed),
@@ -37,18 +37,17 @@ FORMATS = {
 def write_store(
     path: str | Path, documents: Iterable[np.ndarray], space: TokenSpace, format: str = "megatron", **provenance: Any
 ) -> int:
-    """Writes documents of ids as the store `path` (no suffix) and returns the number of tokens."""
+    """Writes documents of ids as the store `path` (no suffix). Returns the number of tokens."""
     parts = ((document, np.array([len(document)])) for document in documents)
     return write_parts(path, parts, space, format, **provenance)
 
 
 def write_parts(path: str | Path, parts: Parts, space: TokenSpace, format: str = "megatron", **provenance: Any) -> int:
-    """Writes the store `path` (no suffix) out of parts, each the ids of some documents one after the other and their
-    lengths. Returns the number of tokens. `provenance` may say `slots`, the codes of a frame, if they are fewer than
-    the codebooks.
+    """Writes the store `path` (no suffix) from parts, each the concatenated ids of some documents and their lengths.
+    Returns the number of tokens. `provenance` may include `slots`, the codes per frame, if fewer than the codebooks.
 
-    `.json` appears last, so a store with a `.json` is whole. Memory stays bounded by one part. What was there in the
-    other format is removed at the end.
+    `.json` appears last, so a store with a `.json` is complete. Memory is bounded by one part. Files in the other
+    format are removed at the end.
     """
     path = Path(path)
     counts = {"tokens": 0, "documents": 0}
@@ -73,7 +72,7 @@ def write_parts(path: str | Path, parts: Parts, space: TokenSpace, format: str =
             **counts,
             "space": space.to_dict(),
             **provenance,
-            "ids_crc32": f"{ids_crc:08x}",  # the same in every format
+            "ids_crc32": f"{ids_crc:08x}",  # independent of the format
             "files": sums,
         },
     )
@@ -82,11 +81,11 @@ def write_parts(path: str | Path, parts: Parts, space: TokenSpace, format: str =
 
 
 class Store:
-    """Random access to a store. `size` is the number of tokens; `read` copies, nothing else touches the disk.
+    """Random access to a store. `size` is the number of tokens. `read` copies; nothing else touches the disk.
 
-    Opening takes the same time for any number of documents: files are mapped, and of the index only the header and the
-    end are looked at. Raises SodaError if a file is missing, cut short, or not of this format; `check_index` checks
-    the rest of the index. A file that is cut short while the store is open is a SodaError at the next read.
+    Opening takes the same time for any number of documents: files are mapped, and only the header and end of the index
+    are read. Raises SodaError if a file is missing, truncated, or in another format; `check_index` checks the rest of
+    the index. If a file is truncated while the store is open, the next read raises SodaError.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -96,7 +95,7 @@ class Store:
         self.meta = read_sealed(store_file(self.path, "json"))
         with reading(store_file(self.path, "json"), "no token space and format in it that could be"):
             self.space = _space(self.meta["space"])
-            self.slots: int = self.meta.get("slots", self.space.codebooks)  # codes of a frame: 1 if semantic-only
+            self.slots: int = self.meta.get("slots", self.space.codebooks)  # codes per frame: 1 if semantic-only
             if not (type(self.slots) is int and 1 <= self.slots <= self.space.codebooks):
                 raise ValueError(f"slots={self.slots}")
             self.format: str = self.meta.get("format", "megatron")
@@ -118,9 +117,10 @@ class Store:
 
     @property
     def fingerprint(self) -> str:
-        """Of the ids and what they mean, as .json has it; converting the store to another format does not change it."""
+        """Fingerprint of the ids and their meaning, from .json; converting the store to another format does not change
+        it."""
         files = self.meta.get("files") or {}
-        # Stores of earlier versions: .bin is the ids themselves.
+        # Stores from earlier versions: .bin is the ids themselves.
         ids = self.meta.get("ids_crc32") or files.get("bin", {}).get("crc32") or files
         known = {key: self.meta.get(key) for key in ("space", "slots", "tokens", "documents", "codec", "tokenizer")}
         return hashlib.sha256(json.dumps({**known, "ids": ids}, sort_keys=True).encode()).hexdigest()[:16]
@@ -149,29 +149,32 @@ class Store:
         return self.read(start, count)
 
     def offsets(self, first: int, last: int) -> np.ndarray:
-        """int64 (last - first + 1,): the tokens at which documents first to last - 1 begin, and that where they end."""
+        """int64 (last - first + 1,): the tokens at which documents first to last - 1 begin, and where the last one
+        ends."""
         self._check_files()
         return self._tokens.offsets(first, last)
 
     def check_index(self) -> None:
-        """SodaError if a document is empty, or does not begin where the one before it ends. Reads the whole index."""
+        """Raises SodaError if a document is empty or does not begin where the previous one ends. Reads the whole
+        index."""
         self._check_files()
         self._tokens.check_index()
 
     def _check_files(self) -> None:
-        """SodaError if a file was cut short since it was opened. (Between this and the read it may still be.)"""
+        """Raises SodaError if a file was truncated since it was opened. (It may still be truncated between this and a
+        read.)"""
         for file in self._tokens.mapped:
             file.check()
 
     def damage(self) -> Iterator[str]:
-        """What is not as it was written: counts, sizes and checksums of the files, all of which are read."""
+        """What differs from when it was written: counts, sizes and checksums. Reads all files."""
         described = store_file(self.path, "json")
         for what, found in (("tokens", self.size), ("documents", len(self))):
             if self.meta.get(what) != found:
                 yield f"{described}: says {self.meta.get(what)} {what}, found {found}"
         written = self.meta.get("files")
         if "crc32" not in self.meta or not isinstance(written, dict) or set(written) != set(self.files):
-            yield f"{described}: no checksums in it: it was not written by this version. Prepare the data again."
+            yield f"{described}: has no checksums, so this version did not write it. Prepare the data again."
             return
         for suffix, path in self.files.items():
             with reading(path):
@@ -180,15 +183,15 @@ class Store:
                 yield f"{path}: has changed since it was written: {found} instead of {written[suffix]}"
 
     def verify(self) -> None:
-        """SodaError, naming the file, if the store is not as it was written. Whatever writes something new from a store
-        calls this first: damage must not get a checksum of its own."""
+        """Raises SodaError, naming the file, if the store differs from when it was written. Must be called before
+        writing anything derived from a store, because damage must not get a fresh checksum."""
         self.check_index()
         for problem in self.damage():
             raise SodaError(f"{problem}. Nothing was written; `soda prepare` makes the store again.")
 
     def parts(self, tokens: int = 1 << 22) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """All documents, about `tokens` tokens at a time: the number of the first, ids, and offsets as `offsets`, which
-        begin with 0. `check_index` must have passed."""
+        """All documents, about `tokens` tokens at a time: the first one's number, ids, and offsets like those of
+        `offsets`, but starting at 0. `check_index` must have passed."""
         first = 0
         while first < len(self):
             offsets = self.offsets(first, min(first + _DOCUMENTS_AT_ONCE, len(self)))
@@ -206,19 +209,19 @@ class Store:
             )
 
     def check_made_by(self, known: dict[str, str], whose: str, accept: Collection[str] = ()) -> None:
-        """SodaError if the ids were made by another codec or tokenizer than `known`, unless `accept` names that kind.
-        What either side does not say is not compared."""
+        """Raises SodaError if the ids were made with a different codec or tokenizer than `known`, unless `accept` names
+        that kind. What either side lacks is not compared."""
         for kind, fingerprint in self.made_by.items():
             if kind not in accept and known.get(kind, fingerprint) != fingerprint:
                 raise SodaError(
-                    f"{self.path}: its ids were made by {kind} {fingerprint}, {whose} has {kind} {known[kind]}: the "
+                    f"{self.path}: its ids were made with {kind} {fingerprint}, {whose} has {kind} {known[kind]}: the "
                     f"same ids mean something else. Prepare the data with that {kind} ({_PREPARE_WITH[kind]}); if this "
-                    f"is what you want, say so: data.accept=[{kind}]"
+                    f"is intended, set data.accept=[{kind}]"
                 )
 
 
 def _space(values: dict[str, Any]) -> TokenSpace:
-    """The token space of a file. ValueError if there cannot be such a one."""
+    """The token space described in a file. Raises ValueError if it is impossible."""
     space = TokenSpace(**values)
     if not all(type(value) is int for value in values.values()):
         raise ValueError(f"{values}: not integers")
@@ -230,24 +233,24 @@ def _space(values: dict[str, Any]) -> TokenSpace:
 
 
 def convert(store: Store, path: str | Path, format: str, advance: Callable[[int], None] = lambda n: None) -> None:
-    """Writes the documents of a store to `path` in another format and compares what can be read back.
+    """Writes a store's documents to `path` in another format, reads them back, and compares.
 
-    `path` may be the store's own: it is whole in one format or the other at any moment, and what was there is removed
-    when the new files are proved equal. SodaError if there is another store at `path`, if someone else is at work in
-    its folder, if the store is damaged, or if the format cannot hold the documents.
+    `path` may be the store's own: it is complete in one format or the other at every moment, and the old files are
+    removed once the new ones have proved equal. Raises SodaError if there is another store at `path`, another process
+    is using its folder, the store is damaged, or the format cannot hold the documents.
     """
     path = Path(path)
     if path.is_dir():
-        raise SodaError(f"{path}: is a folder; name the store in it, such as {path / store.path.name}")
+        raise SodaError(f"{path}: is a folder; name a store in it, such as {path / store.path.name}")
     if path.resolve() != store.path.resolve() and store_file(path, "json").exists():
-        raise SodaError(f"{path}: there is a store already; remove it, or give another name")
+        raise SodaError(f"{path}: a store already exists there; remove it, or give another name")
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path.parent):
         _convert(store, path, format, advance)
 
 
 def _convert(store: Store, path: Path, format: str, advance: Callable[[int], None]) -> None:
-    store = Store(store.path)  # as it is now that nobody else writes
+    store = Store(store.path)  # re-opened, now that nobody else can write
     store.verify()
     about_files = ("format", "tokens", "documents", "space", "ids_crc32", "files", "crc32")
     provenance = {key: value for key, value in store.meta.items() if key not in about_files}
@@ -259,7 +262,7 @@ def _convert(store: Store, path: Path, format: str, advance: Callable[[int], Non
             advance(len(ids))
 
     for left in path.parent.glob(f".{glob.escape(made.name)}.*.tmp"):
-        left.unlink()  # of a conversion that was killed
+        left.unlink()  # left by a killed conversion
     try:
         write_parts(made, parts(), store.space, format, **provenance)
         for (_, ids, offsets), (_, again, offsets_again) in zip(store.parts(), Store(made).parts(), strict=True):
@@ -276,12 +279,12 @@ def _convert(store: Store, path: Path, format: str, advance: Callable[[int], Non
 
 
 def files_of_others(path: Path, format: str) -> list[Path]:
-    """The files of the store in other formats, which are left if a conversion was killed at the last moment."""
+    """The store's files in other formats, which remain if a conversion was killed at the last moment."""
     suffixes = {s for suffixes, _, _ in FORMATS.values() for s in suffixes} - set(FORMATS[format][0])
     return [file for file in (store_file(path, suffix) for suffix in sorted(suffixes)) if file.exists()]
 
 
 def remove_others(path: Path, format: str) -> None:
-    """Removes the files of the store in other formats."""
+    """Removes the store's files in other formats."""
     for file in files_of_others(path, format):
         file.unlink(missing_ok=True)

@@ -23,16 +23,16 @@ SCHEMA = pa.schema(
         ("language", pa.string()),
         ("speaker", pa.string()),
         ("prompt", pa.string()),  # utterances of one prompt stay on one side of the split
-        ("recording", pa.string()),  # utterances of one recording that follow each other make one document
+        ("recording", pa.string()),  # consecutive utterances of one recording make one document
         ("seconds", pa.float32()),
-        ("audio", pa.string()),  # where the sound was
+        ("audio", pa.string()),  # where the sound came from
     ]
 )
 
 
 @dataclass(frozen=True)
 class Row:
-    """An utterance of a shard without its codes, which are `codes[start:end]` of the shard."""
+    """An utterance in a shard, without its codes, which are the shard's `codes[start:end]`."""
 
     id: str
     text: str
@@ -54,7 +54,7 @@ def write_units(path: Path, rows: list[dict], *, codec: CodecDescription, key: s
 
 
 def unit_key(path: Path) -> str | None:
-    """The key a shard was written with; None if it is not there or is no whole unit shard."""
+    """The key that a shard was written with; None if it is missing or not a complete unit shard."""
     try:
         with reading(path):
             return (pq.read_schema(path).metadata or {}).get(b"key", b"").decode()
@@ -63,32 +63,32 @@ def unit_key(path: Path) -> str | None:
 
 
 def unit_codec(path: Path) -> CodecDescription:
-    """The codec of a shard. SodaError if the file is not a unit shard."""
-    with reading(path, "no unit shard that `soda prepare` wrote"):
+    """A shard's codec. Raises SodaError if the file is not a unit shard."""
+    with reading(path, "not a unit shard written by `soda prepare`"):
         return CodecDescription.from_dict(json.loads((pq.read_schema(path).metadata or {})[b"codec"]))
 
 
 def check_schema(path: Path) -> None:
-    """SodaError unless the Parquet file has the columns of a unit shard, of their types."""
+    """Raises SodaError unless the Parquet file has a unit shard's columns with the right types."""
     with reading(path, CANNOT):
         found = pq.read_schema(path)
     for column in SCHEMA:
         kind = found.field(column.name).type if column.name in found.names else None
         if kind != column.type:
             raise SodaError(
-                f"{path}: no unit shard: column {column.name} must be {column.type}, "
-                f"{f'it is {kind}' if kind else f'there are {found.names}'}"
+                f"{path}: not a unit shard: column {column.name} must be {column.type}, "
+                f"{f'but is {kind}' if kind else f'but the columns are {found.names}'}"
             )
 
 
 def read_columns(path: Path, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Rows of some columns. SodaError if the shard cannot be read."""
+    """Rows with some of the columns. Raises SodaError if the shard cannot be read."""
     with reading(path, CANNOT):
         return pq.read_table(path, columns=list(names)).to_pylist()
 
 
 def read_shard(path: Path) -> tuple[list[Row], np.ndarray]:
-    """The utterances of a shard, and all their codes: int16 (frames, codebooks). SodaError if it cannot be read."""
+    """A shard's utterances, and all their codes: int16 (frames, codebooks). Raises SodaError if it cannot be read."""
     codebooks = unit_codec(path).codebooks
     with reading(path, CANNOT):
         check_schema(path)

@@ -1,4 +1,4 @@
-"""`soda validate`: whether stores are whole, and every document is legal and unique."""
+"""`soda validate`: checks that stores are intact and every document is legal and unique."""
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,17 +18,18 @@ from ..vocab import FIRST_CODE, Grammar
 from .store import Store
 
 SIDES = ("train", "valid", "test")
-SHOWN = 10  # problems of a kind that are told one by one
+SHOWN = 10  # problems of a kind that are listed individually
 
 
 def validate(folder: Path, names: Sequence[str] = SIDES, corpora: Mapping[str, str | Path] | None = None) -> bool:
-    """Checks the stores `names` of a data folder, and those of `corpora` (paths by name), and prints what is wrong,
-    where. True if nothing is.
+    """Checks the stores `names` of a data folder and those in `corpora` (paths by name), and prints problems with their
+    location. Returns True if there are none.
 
-    Of each: files of the size and the checksum that were written, pointers that rise, ids of the token space, and the
-    grammar of vocab.py (BOS and EOS, markers in pairs, whole audio frames with codebook k at slot k). Of all: one token
-    space, one codec and one tokenizer, which must be those that lie beside the stores; and no document twice, in one
-    store or in two. Memory stays bounded: what grows, 20 bytes a document, is in temporary files.
+    Checks each store for the sizes and checksums recorded when it was written, increasing pointers, ids within the
+    token space, and the grammar of vocab.py (BOS and EOS, paired markers, whole audio frames with codebook k at slot
+    k). Across all of them, there must be one token space, one codec and one tokenizer, namely those beside the stores,
+    and no duplicate document, whether within a store or between two. Memory stays bounded: what grows, 20 bytes per
+    document, goes to temporary files.
     """
     wrong = 0
 
@@ -60,7 +61,8 @@ def validate(folder: Path, names: Sequence[str] = SIDES, corpora: Mapping[str, s
 def _check_store(
     name: str, store: Store, problem: Callable[[str], None], hashes: "_Hashes", advance: Callable[[int], None]
 ) -> int:
-    """Returns how many documents are not legal. SodaError if the index is damaged: then documents cannot be read."""
+    """Returns the number of illegal documents. Raises SodaError if the index is damaged, since documents cannot be read
+    then."""
     store.check_index()
     for text in store.damage():
         problem(text)
@@ -73,12 +75,12 @@ def _check_store(
         hashes.add(name, first, ids, offsets)
         advance(len(ids))
     if bad > SHOWN:
-        problem(f"{store.path}: {bad - SHOWN} more documents that are not legal")
+        problem(f"{store.path}: {bad - SHOWN} more illegal documents")
     return bad
 
 
 def illegal(store: Store, ids: np.ndarray, offsets: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Which of some documents (see Store.parts) are not legal, and from which token on."""
+    """Which of the given documents (see Store.parts) are illegal, and from which token on."""
     grammar = Grammar(store.space, store.slots)
     step = np.full((grammar.states, FIRST_CODE + store.space.codebooks), -1, np.int8)
     for (state, kind), following in grammar.step.items():
@@ -92,7 +94,7 @@ def illegal(store: Store, ids: np.ndarray, offsets: np.ndarray) -> Iterator[tupl
 
 
 def why(store: Store, document: int, token: int) -> str:
-    """What is wrong with a document that is not legal."""
+    """What is wrong with an illegal document."""
     return store.space.check(store.document(document), store.slots) or f"token {token}: not legal"
 
 
@@ -103,7 +105,7 @@ def _same_provenance(stores: dict[str, Store], problem: Callable[[str], None]) -
     made_by: dict[str, dict[str, str]] = {kind: {} for kind in ("codec", "tokenizer")}
     for name, store in stores.items():
         for kind, known in made_by.items():
-            if store.meta.get(kind):  # a store of text only has no codec
+            if store.meta.get(kind):  # a text-only store has no codec
                 known[name] = str(store.meta[kind])
     for folder in {store.path.parent for store in stores.values()}:
         try:
@@ -121,11 +123,11 @@ def _same_provenance(stores: dict[str, Store], problem: Callable[[str], None]) -
             problem(f"made by more than one {kind}: {known}")
 
 
-# ---- documents that are there twice
+# ---- duplicate documents
 
 
 class _Hashes:
-    """The hashes of all documents, in files by their first bits, so that those of one file fit in memory."""
+    """The hashes of all documents, in files by their first bits, so that one file's hashes fit in memory."""
 
     _ROW = np.dtype([("hash", "<i8"), ("document", "<i8"), ("store", "<i4")])
 
@@ -155,7 +157,7 @@ class _Hashes:
             file.write(some.tobytes())
 
     def twice(self) -> Iterator[tuple[tuple[str, int], tuple[str, int]]]:
-        """Pairs of documents (store, number) with one hash: each with the first that has it."""
+        """Pairs of documents (store, number) with the same hash: each one with the first that has it."""
         for file in self._files:
             file.seek(0)
             rows = np.frombuffer(file.read(), self._ROW)
@@ -175,7 +177,7 @@ def _check_twice(stores: dict[str, Store], hashes: _Hashes, problem: Callable[[s
     counts: dict[tuple[str, str], int] = {}
     for (name, number), (other, again) in hashes.twice():
         if not np.array_equal(stores[name].document(number), stores[other].document(again)):
-            continue  # two hashes that are the same by chance
+            continue  # two hashes that are equal by chance
         pair = (name, other)
         counts[pair] = counts.get(pair, 0) + 1
         if counts[pair] <= SHOWN:
@@ -183,4 +185,4 @@ def _check_twice(stores: dict[str, Store], hashes: _Hashes, problem: Callable[[s
             problem(f"{stores[other].path}: document {again} {where}: it is document {number} of {name}")
     for (name, other), count in counts.items():
         if count > SHOWN:
-            problem(f"{stores[other].path}: {count - SHOWN} more documents that stand in {name}")
+            problem(f"{stores[other].path}: {count - SHOWN} more documents that are also in {name}")

@@ -1,10 +1,10 @@
 """Which window is sample n: a pure function of (seed, n), so nothing is stored, shared or built.
 
-Window i of a store is its tokens [length * i, length * i + length), and one token more as the last label. An epoch
-is a permutation of the windows, by a Feistel network; each epoch has a permutation of its own.
+Window i of a store is its tokens [length * i, length * i + length), plus one more token as the last label. Each epoch
+is a different permutation of the windows, computed by a Feistel network.
 
-Aligned windows follow each other in steps of length - (codebooks - 1) tokens, and one that would begin inside an audio
-frame begins at the frame's first token instead. A window counts its labels up to the start of the next one.
+Aligned windows are length - (codebooks - 1) tokens apart, and one that would begin inside an audio frame begins at the
+frame's first token instead. A window counts its labels up to the start of the next one.
 """
 
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ def permute(index: int, count: int, key: int) -> int:
     """The place of `index` in a pseudo-random permutation of range(count): O(1), no table."""
     half = max(1, ((count - 1).bit_length() + 1) // 2)
     mask, keys = (1 << half) - 1, _round_keys(key)
-    while True:  # cycle walking: the network permutes 4**half values; step until we are back below count
+    while True:  # cycle walking: the network permutes 4**half values; repeat until the result is below count
         left, right = index >> half, index & mask
         for round_key in keys:
             left, right = right, left ^ (_mix(right ^ round_key) & mask)
@@ -50,25 +50,26 @@ def _round_keys(key: int) -> list[int]:
 class Window:
     """`ids` are length + 1 tokens of a store; the label of position p is ids[p + 1].
 
-    Labels from `count` on only fill the window: the next window counts them, so their loss weight is 0.
+    Labels from `count` on only fill the window: the next window counts them, so their loss weight here is 0.
     """
 
     ids: np.ndarray  # int32 (length + 1,)
     count: int
-    weights: np.ndarray | None = None  # float32 (length,): multiply the loss of the labels; None: nothing to multiply
+    weights: np.ndarray | None = None  # float32 (length,): factors for the labels' losses; None: all 1
 
 
 class Samples(Protocol):
-    """Windows by the number of the sample."""
+    """Windows by sample number."""
 
     def __getitem__(self, sample: int) -> Window: ...
 
 
 @dataclass(frozen=True)
 class Windows:
-    """The shuffled, endless stream of windows of a store. Any label of the store counts in one window at most.
+    """The shuffled, endless stream of a store's windows. Every label counts in at most one window.
 
-    `length` is in tokens. With `aligned` no window begins inside an audio frame. SodaError if not one window fits.
+    `length` is in tokens. With `aligned`, no window begins inside an audio frame. Raises SodaError if not even one
+    window fits.
     """
 
     store: Store
@@ -91,12 +92,12 @@ class Windows:
 
     @property
     def stride(self) -> int:
-        """Tokens from one window to the next, before they are aligned."""
+        """Tokens from one window to the next, before alignment."""
         return self.length - (self.store.space.codebooks - 1 if self.aligned else 0)
 
     @property
     def count(self) -> int:
-        """Windows in an epoch: those whose length + 1 tokens are all there."""
+        """Windows per epoch: those whose length + 1 tokens all exist."""
         return (self.store.size - 1 - self.length) // self.stride + 1
 
     def __getitem__(self, sample: int) -> Window:
@@ -107,15 +108,15 @@ class Windows:
         return Window(self.store.read(start, self.length + 1), self._start(window + 1) - start)
 
     def _start(self, window: int) -> int:
-        """The first token of a window. Moving back to a frame's first token costs at most what the stride left over."""
+        """The first token of a window. Moving back to a frame's first token uses at most what the stride left over."""
         start = window * self.stride
         if not self.aligned:
             return start
         token = int(self.store.read(start, 1)[0])
-        known = 0 <= token < len(self._slots)  # a damaged token is in the window, too, and named by the Batcher
+        known = 0 <= token < len(self._slots)  # the damaged token is also in the window, and the Batcher reports it
         return max(0, start - int(self._slots[token])) if known else start
 
     @cached_property
     def _slots(self) -> np.ndarray:
-        """int8 (ids,): at which slot of a frame an id stands; 0 for text and markers."""
+        """int8 (ids,): the slot of a frame that an id belongs to; 0 for text and markers."""
         return np.maximum(self.store.space.class_table().astype(np.int8) - 2, 0)

@@ -1,4 +1,4 @@
-"""What suites measure with: the model, and what they may need beside it."""
+"""What suites measure with: the model, and anything else they may need."""
 
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,7 @@ from ..hf.load import load_model
 
 
 class Bench:
-    """An exported model under evaluation. Stores and codec are loaded once, when first asked for."""
+    """An exported model under evaluation. Stores and codec are loaded once, on first use."""
 
     def __init__(self, recipe: Recipe, folder: Path) -> None:
         self.recipe, self.folder = recipe, folder
@@ -21,12 +21,13 @@ class Bench:
 
     @cached_property
     def data(self) -> tuple[Store, Store]:
-        """The held-out store and the training store. SodaError unless both are whole and made for this model."""
+        """The held-out store and the training store. Raises SodaError unless both are intact and made for this
+        model."""
         stores = Store(self.recipe.data_folder / self.recipe.evaluate.split), Store(self.recipe.data_folder / "train")
         for store in stores:
             store.check_space(self.model.space, str(self.folder))
             store.check_made_by(self.model.made_by, f"the model {self.folder}", self.recipe.data.accept)
-            store.verify()  # or the figures would be those of the damage
+            store.verify()  # or the results would reflect the damage
         return stores
 
     @property
@@ -35,16 +36,16 @@ class Bench:
 
     @cached_property
     def codec(self) -> Codec:
-        """The codec of the model's tokens. SodaError if it has none."""
+        """The codec of the model's tokens. Raises SodaError if it has none."""
         if not self.has_codec:
             raise SodaError(
-                f"{self.folder}: no {DESCRIPTION} in it: the model knows no sound, so it cannot be measured on sound. "
-                f"Leave such suites out of evaluate.suite (now {self.recipe.evaluate.suite})."
+                f"{self.folder}: no {DESCRIPTION} in it: the model knows no sound, so it cannot be measured on it. "
+                f"Remove such suites from evaluate.suite (now {self.recipe.evaluate.suite})."
             )
         return load_data_codec(self.folder)
 
     def header(self, *, with_data: bool) -> dict[str, Any]:
-        """What eval.json says of the model, and of the data if they were used."""
+        """What eval.json says about the model, and about the data if they were used."""
         found: dict[str, Any] = {"model": self.model.name, "step": self.model.step}
         if with_data:
             test, chosen = self.data[0], self.recipe.evaluate

@@ -15,10 +15,9 @@ from .suite import Row, Suite
 
 
 def evaluate(recipe: Recipe, folder: Path) -> dict[str, Any]:
-    """Runs the recipe's suites on the exported model in `folder`; RUN/eval.json holds the results by suite.
-
-    Results that other suites left there stay if they are of the same model and data. SodaError, before anything is
-    measured, if something is missing that a suite needs.
+    """Runs the recipe's suites on the exported model in `folder`; RUN/eval.json holds the results by suite. Earlier
+    results from other suites are kept if model and data are the same. Raises SodaError, before anything is measured, if
+    something that a suite needs is missing.
     """
     began = time.monotonic()
     suites = [SUITES[name] for name in dict.fromkeys(recipe.evaluate.suite)]
@@ -39,10 +38,10 @@ def evaluate(recipe: Recipe, folder: Path) -> dict[str, Any]:
 
 
 def _carried_over(path: Path, header: dict[str, Any]) -> dict[str, Any]:
-    """The header, with results that are there already if they are of the same model and data."""
+    """The header, with existing results if model and data are the same."""
     try:
         before = read_json(path, dict) if path.is_file() else {}
-    except SodaError as error:  # no reason to throw away what is about to be computed
+    except SodaError as error:  # no reason to discard what is about to be computed
         log.warning(f"{error}; it is rewritten")
         before = {}
     same_model = all(before.get(key) == header[key] for key in ("model", "step", "export"))
@@ -51,7 +50,7 @@ def _carried_over(path: Path, header: dict[str, Any]) -> dict[str, Any]:
 
 
 def table(suite: Suite, rows: list[Row]) -> list[str]:
-    """The lines that `soda evaluate` prints: a heading, then a line per row. Columns that no row fills are left out."""
+    """The lines that `soda evaluate` prints: a heading, then one line per row. Empty columns are left out."""
     columns = {suite.counted or "count": [row.count for row in rows]}
     columns[suite.unit or "value"] = [row.value for row in rows]
     columns[suite.against or "baseline"] = [row.baseline for row in rows]

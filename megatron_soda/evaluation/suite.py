@@ -1,7 +1,7 @@
-"""What an evaluation suite is. Each is one class in one file of suites/, marked `@SUITES.register`, and nothing else
-has to change: the recipe, `soda evaluate` and the page find it through the registry.
+"""Defines evaluation suites. Each is one class in one file in suites/, marked `@SUITES.register`. Nothing else has to
+change: the recipe, `soda evaluate` and the page find it through the registry.
 
-A suite's file imports torch, transformers and the rest of the engine inside its methods only.
+A suite's file imports torch, transformers and the rest of the engine only inside its methods.
 """
 
 from abc import ABC, abstractmethod
@@ -12,15 +12,15 @@ from typing import Any, ClassVar, Literal
 
 @dataclass(frozen=True)
 class Row:
-    """One figure of a result, for the command's table and for the page."""
+    """One figure from a result, for the command's table and for the page."""
 
     name: str
     value: Any  # a number; the page leaves out a row whose value is damaged
-    label: str = ""  # the name as the page shows it; empty: `name`
-    count: Any = None  # how many things the value is a mean over
-    baseline: Any = None  # the same figure of something trivial; lower is better
+    label: str = ""  # the name shown on the page; empty: `name`
+    count: Any = None  # number of items the value is a mean over
+    baseline: Any = None  # the same figure for a trivial baseline; lower is better
     small: tuple[Any, Any] = (None, None)  # value and baseline in `Suite.small_unit`
-    of: Any = None  # the largest possible value: an int for counts, 1.0 for shares
+    of: Any = None  # the maximum possible value: an int for counts, 1.0 for shares
     meaning: str = ""
     total: bool = False  # summarises other rows
 
@@ -28,25 +28,25 @@ class Row:
 class Suite(ABC):
     """A measurement of an exported model."""
 
-    name: ClassVar[str]  # in recipes and eval.json; the file's name
+    name: ClassVar[str]  # used in recipes and eval.json; also the file name
     title: ClassVar[str]
-    about: ClassVar[str]  # what the figures mean, for someone who has not read the paper
-    # What must be there before anything is measured: attributes of `Bench`. The model always is.
+    about: ClassVar[str]  # what the figures mean, for readers who do not know the paper
+    # What must exist before anything is measured: attributes of `Bench`. The model always does.
     needs: ClassVar[tuple[Literal["data", "codec"], ...]] = ()
-    unit: ClassVar[str] = ""  # of values and baselines
+    unit: ClassVar[str] = ""  # unit of values and baselines
     small_unit: ClassVar[str] = ""
     counted: ClassVar[str] = ""  # what `Row.count` counts
-    against: ClassVar[str] = ""  # what `Row.baseline` is of; empty: rows have no baseline
-    glossary: ClassVar[tuple[str, str] | None] = None  # a question about the rows, and its answer, folded on the page
-    absent: ClassVar[str] = ""  # shown on the page if there is no result; empty: the page leaves the suite out
+    against: ClassVar[str] = ""  # what `Row.baseline` refers to; empty: rows have no baseline
+    glossary: ClassVar[tuple[str, str] | None] = None  # a question about the rows and its answer, collapsed on the page
+    absent: ClassVar[str] = ""  # shown on the page if there is no result; empty: the page omits the suite
 
     @abstractmethod
     def measure(self, bench: Any) -> dict[str, Any]:
-        """bench: evaluation.bench.Bench. Returns what eval.json keeps under the suite's name."""
+        """bench: evaluation.bench.Bench. Returns what eval.json stores under the suite's name."""
 
     @abstractmethod
     def rows(self, result: Mapping[str, Any]) -> list[Row]:
-        """The figures of what `measure` returned, perhaps in an earlier version."""
+        """The figures in what `measure` returned, possibly in an earlier version."""
 
     def rest(self, result: Mapping[str, Any]) -> dict[str, Any]:
         """What the page lists below the rows."""

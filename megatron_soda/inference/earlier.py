@@ -1,4 +1,4 @@
-"""Earlier checkpoints of a run as models, to hear how it came to what it is."""
+"""Loads earlier checkpoints of a run as models, to hear its progress."""
 
 import copy
 from collections.abc import Iterator
@@ -14,8 +14,8 @@ MOST = 2
 
 
 def earlier_models(recipe: Recipe, model: LoadedModel) -> Iterator[tuple[int, Any]]:
-    """(step, Qwen3ForCausalLM) of at most MOST checkpoints of the run before the model's own, evenly spread. One that
-    is damaged is passed over and named."""
+    """(step, Qwen3ForCausalLM) for at most MOST evenly spread checkpoints of the run before the model's own. A damaged
+    one is skipped and reported."""
     from ..hf.export import hf_weights
     from ..model.gpt import build_model
     from ..parallel import ranks

@@ -1,4 +1,4 @@
-"""Which held-out utterances the tasks are shown on."""
+"""Chooses the held-out utterances for the tasks."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ from ..hf.load import LoadedModel
 
 @dataclass
 class HeldOut:
-    """Rows of unit shards, short enough, in the order in which they are used."""
+    """Rows of unit shards that are short enough, in order of use."""
 
     usable: list[dict[str, Any]]
-    spoken: list[dict[str, Any]]  # those of them with a transcript
+    spoken: list[dict[str, Any]]  # those with a transcript
 
     def rows(self, needs_text: bool) -> list[dict[str, Any]]:
         return self.spoken if needs_text else self.usable
@@ -37,15 +37,17 @@ def choose(rows: list[dict[str, Any]], longest: int, frame_rate: float, seed: in
 
 
 def held_out_rows(folder: Path, split: str, model: LoadedModel, accept: Collection[str] = ()) -> list[dict[str, Any]]:
-    """Utterances of a split of a data folder, made with the codec and for the token space of the model."""
+    """Utterances of a data folder's split, made with the model's codec and for its token space."""
     from ..data.units import read_units
 
     store = Store(folder / split)
     store.check_space(model.space, str(model.folder))
     if not (folder / "codec.json").is_file() or not (model.folder / "codec.json").is_file():
-        raise SodaError(f"{folder}: there is no speech in these data, so there is nothing to continue or to speak like")
+        raise SodaError(f"{folder}: there is no speech in these data, so there is nothing to continue or imitate")
     if store.slots < store.space.codebooks:
-        raise SodaError(f"{store.path}: semantic-only documents have one code a frame, of which no sound can be made")
+        raise SodaError(
+            f"{store.path}: semantic-only documents have one code per frame, from which no sound can be made"
+        )
     store.check_made_by(model.made_by, f"the model {model.folder}", accept)
     path = folder / f"{split}.parquet"
     if not path.is_file():
@@ -54,6 +56,6 @@ def held_out_rows(folder: Path, split: str, model: LoadedModel, accept: Collecti
 
 
 def knows_text(recipe: Recipe, tokens: int = 1 << 22) -> bool:
-    """Whether a transcript stands in the first documents of the held-out store."""
+    """Whether the first documents of the held-out store contain a transcript."""
     store = Store(recipe.data_folder / recipe.generate.split)
     return bool(np.any(store.read(0, min(tokens, store.size)) == store.space.text_start))

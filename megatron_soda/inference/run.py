@@ -19,12 +19,12 @@ from .studio import Studio
 
 
 def generate(recipe: Recipe, folder: Path) -> list[dict[str, Any]]:
-    """Runs the recipe's tasks on the exported model in `folder`; RUN/samples gets the wav files and samples.json.
+    """Runs the recipe's tasks on the exported model in `folder`; wav files and samples.json go to RUN/samples.
 
-    Of each sample generate.candidates are drawn, and the best and the median of them kept (audio/judge.py).
-    Continuations and speech of earlier checkpoints follow, as the task `progress`. Returns what samples.json holds: for
-    each sample the task, the texts, the verdicts, and the names of its wav files. SodaError if no utterance is short
-    enough for generate.max_seconds or the model's context, or no task can be done without text.
+    Draws generate.candidates for each sample and keeps the best and the median one (audio/judge.py). Continuations and
+    speech from earlier checkpoints follow, as the task `progress`. Returns the content of samples.json: the task,
+    texts, verdicts and wav file names of each sample. Raises SodaError if no utterance is short enough for
+    generate.max_seconds or the model's context, or if every task needs text and there is none.
     """
     from ..codecs.description import load_data_codec
 
@@ -41,12 +41,12 @@ def generate(recipe: Recipe, folder: Path) -> list[dict[str, Any]]:
         )
     tasks = possible_tasks(recipe, bool(held_out.spoken) and knows_text(recipe))
     studio.out.mkdir(parents=True, exist_ok=True)
-    # If this is stopped half-way, the old captions must not stand beside new sounds.
+    # If this is interrupted, old captions must not end up beside new sounds.
     (studio.out / "samples.json").unlink(missing_ok=True)
     samples = take_samples(studio, tasks, held_out)
     write_json(studio.out / "samples.json", samples)
     kept = {name for entry in samples for name in entry["audio"].values()}
-    for old in studio.out.glob("*.wav"):  # of a run with other settings
+    for old in studio.out.glob("*.wav"):  # from a run with other settings
         if old.name not in kept:
             old.unlink()
     record_timing(Path(recipe.run), "generate", {"seconds": time.monotonic() - began})
@@ -55,8 +55,8 @@ def generate(recipe: Recipe, folder: Path) -> list[dict[str, Any]]:
 
 
 def possible_tasks(recipe: Recipe, has_text: bool) -> list[str]:
-    """The recipe's tasks without those that need text where there is none; what is left out is said. SodaError if
-    nothing is left."""
+    """The recipe's tasks, without (and reporting) those that need text if there is none. Raises SodaError if none is
+    left."""
     tasks = recipe.generate.tasks
     left_out = [] if has_text else [name for name in tasks if TASKS[name].needs_text]
     if not left_out:
@@ -69,7 +69,7 @@ def possible_tasks(recipe: Recipe, has_text: bool) -> list[str]:
 
 
 def take_samples(studio: Studio, tasks: list[str], held_out: HeldOut) -> list[dict[str, Any]]:
-    """generate.samples entries of each task, then the progress of those that make sound."""
+    """generate.samples entries per task, then the progress of the tasks that make sound."""
     recipe, letters = studio.recipe, sum(len(row["text"]) for row in held_out.spoken)
     pace = sum(len(row["codes"]) for row in held_out.spoken) / studio.frame_rate / letters if letters else None
     jobs = [(TASKS[task], i) for task in tasks for i in range(recipe.generate.samples)]
@@ -80,7 +80,7 @@ def take_samples(studio: Studio, tasks: list[str], held_out: HeldOut) -> list[di
         samples.append(take_sample(studio, task, f"{task.name}_{i}", row, seed, pace))
     samples += progress(studio, [name for name in tasks if not TASKS[name].writes], held_out)
     for entry in samples:
-        entry["export"] = studio.model.key  # so that the page notices samples of an earlier export
+        entry["export"] = studio.model.key  # so that the page notices samples from an earlier export
     return samples
 
 

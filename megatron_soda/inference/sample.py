@@ -1,4 +1,4 @@
-"""Sampling under the slot grammar, a token at a time with a KV cache."""
+"""Sampling under the slot grammar, token by token with a KV cache."""
 
 from dataclasses import dataclass, field
 
@@ -12,10 +12,10 @@ from ..vocab import Grammar, TokenSpace
 class Sampled:
     ids: list[int]  # prompt included
     ended: bool = False  # a stop token came
-    forced: bool = False  # the token budget took legal tokens away, to close the document in time
+    forced: bool = False  # the token budget ruled out legal tokens, to close the document in time
     valid: bool = True  # every token was legal
-    legal_mass: list[float] = field(default_factory=list)  # probability of the legal tokens, before each token
-    nats: list[float] = field(default_factory=list)  # -log p of each token, at temperature 1 and without the grammar
+    legal_mass: list[float] = field(default_factory=list)  # probability of the legal tokens at each step
+    nats: list[float] = field(default_factory=list)  # -log p of each token at temperature 1, without the grammar
 
 
 class Constraint:
@@ -30,7 +30,7 @@ class Constraint:
             following[state, kind] = after
         self.following = following.to(device)  # (states, kinds), -1: illegal
         self.distance = torch.from_numpy(self.grammar.shortest_end()).to(device)
-        # The token budget matters in a state once a legal token could lead further from the end than it reaches.
+        # The token budget matters in a state once a legal token could lead too far from the end for the budget.
         self.furthest = torch.where(self.following >= 0, self.distance[self.following], -1).amax(1)
 
     def follow(self, ids: list[int]) -> int | None:
@@ -43,8 +43,8 @@ class Constraint:
         return state
 
     def within(self, states: Tensor, left: int) -> tuple[Tensor, Tensor]:
-        """bool (rows, size): legal tokens after which the document can still end within `left` tokens, this one
-        included; and bool (rows,): whether that is fewer than all legal ones."""
+        """bool (rows, size): legal tokens after which the document can still end within `left` tokens, including this
+        one; and bool (rows,): whether these are fewer than all legal ones."""
         mask = self.legal[states]
         fewer = self.furthest[states] > left - 1
         for row in fewer.nonzero()[:, 0].tolist():
@@ -70,9 +70,9 @@ def sample(
 ) -> list[Sampled]:
     """`count` continuations of one prompt, at most `max_tokens` new tokens each, until a token of `stop`.
 
-    Constrained, every token is legal and a document always can close within the budget (`forced` tells that it had
-    to). Not constrained, a row ends at its first illegal token. ValueError if the prompt itself is illegal or the
-    budget cannot hold the shortest ending.
+    If constrained, every token is legal and a document can always close within the budget (`forced` if it had to).
+    Otherwise, a row ends at its first illegal token. Raises ValueError if the prompt is illegal or the budget is too
+    small for the shortest ending.
     """
     from transformers import DynamicCache
 
@@ -82,7 +82,7 @@ def sample(
     if start is None:
         raise ValueError("the prompt is not the start of a document")
     if constrained and constraint.distance[start] > max_tokens:
-        raise ValueError(f"a document needs {constraint.distance[start]} more tokens, the budget is {max_tokens}")
+        raise ValueError(f"a document needs {constraint.distance[start]} more tokens, but the budget is {max_tokens}")
     rows = [Sampled(list(prompt)) for _ in range(count)]
     states = torch.full((count,), start, device=device)
     active = torch.ones(count, dtype=torch.bool, device=device)
@@ -122,7 +122,7 @@ def sample(
 
 
 def _draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
-    """int64 (rows,): one token a row, from the smallest set of tokens that holds `top_p` of the probability."""
+    """int64 (rows,): one token per row, from the smallest set of tokens with total probability `top_p`."""
     probabilities = (logits / temperature).softmax(-1)
     if top_p < 1.0:
         ordered, order = probabilities.sort(-1, descending=True)

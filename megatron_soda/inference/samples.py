@@ -1,4 +1,5 @@
-"""Samples: candidates of one prompt, judged, and the best and the median of them kept; and the way a run took."""
+"""Samples: draws candidates for a prompt, judges them, and keeps the best and the median; also shows a run's
+progress."""
 
 import itertools
 from typing import Any
@@ -13,14 +14,14 @@ from .sample import Sampled
 from .studio import Studio
 from .task import Prompt, Task
 
-PROGRESS_SECONDS = 3.0  # of a sample of an earlier checkpoint
+PROGRESS_SECONDS = 3.0  # of a sample from an earlier checkpoint
 
 
 def take_sample(studio: Studio, task: Task, name: str, row: dict[str, Any], seed: int, pace: float | None) -> dict:
-    """An entry of samples.json, whose wav files are written. `name`: what theirs begin with. `pace`: seconds a letter
-    of speech takes in these data, None if that is not known."""
+    """Writes a sample's wav files and returns its entry for samples.json. `name`: prefix of their names. `pace`:
+    seconds of speech per letter in these data, None if unknown."""
     codec, prompt = studio.codec, studio.prompt(task, row, studio.longest)
-    own_text = prompt.text not in (None, row["text"])  # then the recording says something else
+    own_text = prompt.text not in (None, row["text"])  # then the recording does not match
     candidates = studio.draw(studio.model.model, prompt, studio.recipe.generate.candidates, seed)
     again = codec.decode([row["codes"]])[0]
     audio: dict[str, str] = {}
@@ -85,7 +86,7 @@ def _ended(result: Sampled) -> bool:
 
 
 def progress(studio: Studio, tasks: list[str], held_out: HeldOut) -> list[dict[str, Any]]:
-    """One short sample of each task from earlier checkpoints and from this one: the same prompt, the same draw."""
+    """One short sample per task from earlier checkpoints and from this one, with the same prompt and random draw."""
     entries: list[tuple[dict[str, Any], Prompt, str]] = []
     longest = min(studio.longest, round(PROGRESS_SECONDS * studio.frame_rate))
     for name in tasks:
@@ -98,7 +99,7 @@ def progress(studio: Studio, tasks: list[str], held_out: HeldOut) -> list[dict[s
         entry |= {"prompt_text": prompt.text, "reference_text": None, "output_text": None, "note": "", "audio": {}}
         entries.append((entry, prompt, name))
     ours = (studio.model.step, studio.model.model)
-    # One by one: the earlier models are one network that is loaded again and again.
+    # One by one: the earlier models share one network that is reloaded each time.
     for step, network in itertools.chain(earlier_models(studio.recipe, studio.model), [ours]) if entries else []:
         for entry, prompt, name in entries:
             wave = studio.hear(studio.draw(network, prompt, 1, studio.recipe.seed)[0])

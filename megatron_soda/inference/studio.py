@@ -1,4 +1,4 @@
-"""What all samples of a run share: prompts to tokens, tokens to sound, sound to files."""
+"""What all samples of a run share: turning prompts into tokens, tokens into sound, and sound into files."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from ..vocab import TokenSpace
 from .sample import Constraint, Sampled, sample
 from .task import Material, Prompt, Task
 
-TEXT_AND_MARKERS = 64  # tokens of the context that are kept free of sound
+TEXT_AND_MARKERS = 64  # tokens of the context reserved for other than sound
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Studio:
         self.frame_rate = self.codec.sample_rate / self.codec.samples_per_frame  # Hz
         self.context = int(self.model.model.config.max_position_embeddings)  # tokens
         fitting = (self.context - TEXT_AND_MARKERS) // self.model.space.codebooks
-        # Frames of an utterance, and of what is generated.
+        # Frames in an utterance, and in what is generated.
         self.longest = max(1, min(round(self.recipe.generate.max_seconds * self.frame_rate), fitting))
 
     def prompt(self, task: Task, row: dict[str, Any], longest: int) -> Prompt:
@@ -38,7 +38,7 @@ class Studio:
         return task.prompt(Material(row, self.model.space, encode, longest, self.frame_rate, settings))
 
     def draw(self, network: Any, prompt: Prompt, count: int, seed: int) -> list[Sampled]:
-        """`count` continuations by `network`, a Qwen3ForCausalLM of the model's token space."""
+        """`count` continuations by `network`, a Qwen3ForCausalLM with the model's token space."""
         chosen = self.recipe.generate
         return sample(
             network,
@@ -53,17 +53,17 @@ class Studio:
         )
 
     def hear(self, result: Sampled) -> np.ndarray:
-        """float32 (samples,): the last audio span, the prompt's frames included."""
+        """float32 (samples,): the last audio span, including the prompt's frames."""
         codes = generated_codes(result.ids, self.model.space)
         return self.codec.decode([codes])[0] if len(codes) else np.zeros(0, np.float32)
 
     def read(self, result: Sampled, prompt: Prompt) -> str:
-        """The text that was generated."""
+        """The generated text."""
         generated = result.ids[len(prompt.ids) :]
         return self.model.text.decode(token for token in generated if token < self.model.space.text_size)
 
     def original(self, row: dict[str, Any]) -> np.ndarray:
-        """float32 (samples,): the recording, or its codes made audible if it is no longer where it was."""
+        """float32 (samples,): the recording, or its decoded codes if the file is gone."""
         from ..audio.reading import read_audio
         from ..audio.sound import BadAudio
 
@@ -73,14 +73,14 @@ class Studio:
             return self.codec.decode([row["codes"]])[0]
 
     def save(self, name: str, wave: np.ndarray) -> str:
-        """Writes NAME.wav and returns the file's name."""
+        """Writes NAME.wav and returns the file name."""
         with atomic_path(self.out / f"{name}.wav") as temporary:
             soundfile.write(temporary, np.clip(wave, -1, 1), self.codec.sample_rate, format="WAV", subtype="PCM_16")
         return f"{name}.wav"
 
 
 def generated_codes(ids: list[int], space: TokenSpace) -> np.ndarray:
-    """int16 (frames, codebooks): the whole frames of the last audio span of `ids`."""
+    """int16 (frames, codebooks): the complete frames of the last audio span in `ids`."""
     ids_array = np.array(ids)
     start = int(np.flatnonzero(ids_array == space.audio_start)[-1]) + 1
     span = ids_array[start:]

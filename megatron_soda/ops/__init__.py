@@ -1,8 +1,8 @@
-"""Kernels for packed audio codes, windows, batches, packing and checks: C++ and CUDA where built, else torch.
+"""Kernels for packed audio codes, windows, batches, packing and checks: C++ and CUDA where built, otherwise torch.
 
-Every function checks its arguments, then calls the op of csrc/ that does it (torch.ops.megatron_soda), or the function
-of the same name in `reference`, which gives the same values (of damaged tables, perhaps another error).
-`library.why_absent` says why csrc is not used.
+Every function checks its arguments, then calls the op in csrc/ (torch.ops.megatron_soda) or the function of the same
+name in `reference`, which gives the same values (or perhaps a different error for damaged tables). `library.why_absent`
+says why csrc is not used.
 
 Wrong types raise TypeError; wrong shapes, devices or values raise ValueError. Tensors must be contiguous. The first
 four functions take CPU or CUDA tensors, the others CPU tensors.
@@ -23,7 +23,7 @@ __all__ = [
     "unpack_frames",
 ]
 
-_PREFIX = "megatron_soda: "  # begins the message of every error that csrc raises
+_PREFIX = "megatron_soda: "  # prefix of every error message that csrc raises
 _ID_LIMIT = 2**31
 CAPACITY_LIMIT = 2**24
 
@@ -33,8 +33,8 @@ library.load()
 def pack_frames(codes: Tensor, bits: int) -> Tensor:
     """Codes int16 or int32 (frames, slots) -> uint8 (frames, ceil(slots * bits / 8)).
 
-    Code k of a frame stands at bits [k * bits, (k + 1) * bits) of the frame, least significant first; every frame
-    begins at a byte. `bits` is 1 to 24. ValueError names the first code outside [0, 2**bits).
+    Code k occupies bits [k * bits, (k + 1) * bits) of its frame, least significant first; every frame begins at a byte.
+    `bits` is 1 to 24. Raises ValueError for a code outside [0, 2**bits), naming the first.
     """
     _tensor("codes", codes, (torch.int16, torch.int32), 2)
     _between("bits", bits, 1, 24)
@@ -49,7 +49,7 @@ def unpack_frames(packed: Tensor, slots: int, bits: int) -> Tensor:
 
 
 class Stream:
-    """A compact token stream: text tokens (all that is no audio code) with runs of whole audio frames between them.
+    """A compact token stream: text tokens (everything but audio codes) with runs of whole audio frames between them.
 
     text     uint8 (groups, text_bits)  ids of `text_bits` bits, packed as by `pack_frames` in frames of 8
     frames   uint8 (frames, ceil(slots * bits / 8))  packed as by `pack_frames`
@@ -57,8 +57,7 @@ class Stream:
     firsts   int64 (runs + 1,)  the first frame of each run; the last is the number of frames
 
     Run i has frames firsts[i] .. firsts[i + 1] - 1, so slots times as many tokens. Code c of slot k is the id
-    audio_base + entries * k + c. What the tables hold is not looked at before it is needed: they may be huge, and of
-    damaged files.
+    audio_base + entries * k + c. Tables are only read where needed: they may be huge, and come from damaged files.
     """
 
     def __init__(
@@ -82,7 +81,7 @@ class Stream:
         _width("text", text, 8, text_bits)
         if len(starts) != len(firsts) or not len(starts):
             raise ValueError(
-                f"starts and firsts must be equally long, 1 at least; they have {len(starts)} and {len(firsts)} entries"
+                f"starts and firsts must be equally long, at least 1; they have {len(starts)} and {len(firsts)} entries"
             )
         _between("audio_base", audio_base, 0, _ID_LIMIT)
         _between("entries", entries, 0, _ID_LIMIT)
@@ -94,8 +93,8 @@ class Stream:
     def windows(self, begins: Tensor, length: int) -> Tensor:
         """int32 ids (windows, length): window w is tokens begins[w], begins[w] + 1, .. begins: int64 (windows,).
 
-        Only the part of the tables that the windows need is read. ValueError names the window if it leaves the stream
-        or if the tables lead outside `text` or `frames`.
+        Reads only the part of the tables that the windows need. Raises ValueError, naming the window, if it leaves the
+        stream or if the tables lead outside `text` or `frames`.
         """
         _tensor("begins", begins, (torch.int64,), 1, self._tables[0].device)
         _between("length", length, 1, 2**31 - 1)
@@ -111,7 +110,7 @@ def build_batch(
     reset_positions: bool,
     label_weights: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """Windows of ids -> the tensors of `data.batch.Batch`, in its order.
+    """Turns windows of ids into the tensors of `data.batch.Batch`, in its order.
 
     ids      int32 (sequences, length + 1)
     counts   int64 (sequences,)  labels from this position on have loss weight 0
@@ -121,8 +120,8 @@ def build_batch(
 
     Returns tokens, labels int64, loss_weight float32, class_id, segment_id, position_id int64, all (sequences, length),
     and cu_seqlens int32 (segments + 1,). A segment starts with each sequence and after each `eos`; position_id counts
-    from the start of the segment if `reset_positions`, else of the sequence. ValueError tells the least and the largest
-    id if one lies outside [0, vocabulary), or that a class has no weight.
+    from the start of the segment if `reset_positions`, otherwise of the sequence. Raises ValueError if an id is outside
+    [0, vocabulary), giving the smallest and largest, or if a class has no weight.
     """
     _tensor("ids", ids, (torch.int32,), 2)
     _tensor("counts", counts, (torch.int64,), 1, ids.device)
@@ -132,28 +131,28 @@ def build_batch(
     if len(ids) < 1 or ids.shape[1] < 2:
         raise ValueError(f"ids must be (sequences, length + 1), 1 sequence and length 1 at least, not {_shape(ids)}")
     if len(counts) != len(ids):
-        raise ValueError(f"counts must be ({len(ids)},), one for every sequence of ids, not {_shape(counts)}")
+        raise ValueError(f"counts must be ({len(ids)},), one per sequence of ids, not {_shape(counts)}")
     if len(ids) * ids.shape[1] >= 2**30:
-        raise ValueError(f"ids must have fewer than 2**30 elements; it is {_shape(ids)}")
+        raise ValueError(f"ids must have fewer than 2**30 elements, not {_shape(ids)}")
     if label_weights is not None:
         _tensor("label_weights", label_weights, (torch.float32,), 2, ids.device)
         if label_weights.shape != (len(ids), ids.shape[1] - 1):
             raise ValueError(
-                f"label_weights must be ({len(ids)}, {ids.shape[1] - 1}), one for every label of ids, not "
+                f"label_weights must be ({len(ids)}, {ids.shape[1] - 1}), one per label of ids, not "
                 f"{_shape(label_weights)}"
             )
     return _run("build_batch", ids, counts, classes, weights, eos, bool(reset_positions), label_weights)
 
 
 def best_fit(lengths: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
-    """Best-fit decreasing: documents into bins of `capacity` (1 to 2**24).
+    """Best-fit decreasing: packs documents into bins of `capacity` (1 to 2**24).
 
-    lengths int32 or int64 (n,) -> order int64 (n,), offsets int64 (bins + 1,): bin b has documents
-    order[offsets[b] : offsets[b + 1]], in the order in which they were placed.
+    lengths int32 or int64 (n,) -> order int64 (n,), offsets int64 (bins + 1,): bin b has documents order[offsets[b] :
+    offsets[b + 1]], in the order they were placed.
 
-    Documents are placed longest first, equal ones in their order; each goes into the bin with the least room left that
-    still takes it (of several, the one that came to this room last), or else opens a bin. ValueError names the first
-    document whose length is not in 1 .. capacity.
+    Documents are placed longest first, equally long ones in order. Each goes into the bin with the least remaining room
+    that fits it (of several, the one that reached this room last), or opens a new bin. Raises ValueError for a length
+    outside 1 .. capacity, naming the first such document.
     """
     _tensor("lengths", lengths, (torch.int32, torch.int64), 1, torch.device("cpu"))
     _between("capacity", capacity, 1, CAPACITY_LIMIT)
@@ -171,8 +170,8 @@ def first_illegal(ids: Tensor, offsets: Tensor, kinds: Tensor, step: Tensor, sta
     kinds    int8 (vocabulary,)  the kind of every id, in [0, n_kinds)
     step     int8 (states, n_kinds)  the next state, or negative where the kind is illegal
 
-    -1: the document is legal and ends in state `end`. Else the index, within the document, of the first illegal token
-    (an id outside the vocabulary is illegal), or the document's length if it ends in another state.
+    -1: the document is legal and ends in state `end`. Otherwise, the index within the document of the first illegal
+    token (an id outside the vocabulary is illegal), or the document's length if it ends in another state.
     """
     cpu = torch.device("cpu")
     _tensor("ids", ids, (torch.int32,), 1, cpu)
@@ -183,7 +182,7 @@ def first_illegal(ids: Tensor, offsets: Tensor, kinds: Tensor, step: Tensor, sta
     if not 1 <= states <= 127 or not 1 <= n_kinds <= 127:
         raise ValueError(f"step must be (states, n_kinds), each 1 to 127, not {_shape(step)}")
     if int(step.max()) >= states:
-        raise ValueError(f"step holds state {int(step.max())}, there are {states} states")
+        raise ValueError(f"step holds state {int(step.max())}, but there are {states} states")
     if len(kinds) and not 0 <= int(kinds.min()) <= int(kinds.max()) < n_kinds:
         raise ValueError(f"kinds must lie in [0, {n_kinds}), found {int(kinds.min())} to {int(kinds.max())}")
     _between("start", start, 0, states - 1)
@@ -192,7 +191,7 @@ def first_illegal(ids: Tensor, offsets: Tensor, kinds: Tensor, step: Tensor, sta
 
 
 def hash_documents(ids: Tensor, offsets: Tensor) -> Tensor:
-    """A 64-bit hash of the content of every document ids[offsets[d] : offsets[d + 1]] -> int64 (documents,).
+    """A 64-bit hash of every document ids[offsets[d] : offsets[d + 1]] -> int64 (documents,).
 
     ids int32 (tokens,); offsets int64 (documents + 1,), never falling, within 0 .. tokens. With s = SplitMix64's output
     function the hash is s(sum over positions p of s(id + ((p + 1) << 32)) xor the length), modulo 2**64.
@@ -203,7 +202,7 @@ def hash_documents(ids: Tensor, offsets: Tensor) -> Tensor:
 
 
 def _run(name: str, first: Tensor, *rest):
-    """The op where csrc has it for the tensor's device, else the reference."""
+    """The op, if csrc has it for the tensor's device, otherwise the reference."""
     op = library.find(name, first.device.type)
     if op is None:
         return getattr(reference, name)(first, *rest)
@@ -223,7 +222,7 @@ def _shape(tensor: Tensor) -> str:
 def _tensor(
     name: str, value: Tensor, dtypes: tuple[torch.dtype, ...], dimensions: int, device: torch.device | None = None
 ) -> None:
-    """`device` None: any that the ops can run on."""
+    """`device` None: any device that the ops can run on."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, not {type(value).__name__}")
     if value.dtype not in dtypes:
@@ -236,7 +235,7 @@ def _tensor(
     if value.dim() != dimensions:
         raise ValueError(f"{name} must have {dimensions} dimension{'s'[: dimensions - 1]}, not shape {_shape(value)}")
     if not value.is_contiguous():
-        raise ValueError(f"{name} must be contiguous, not of strides {value.stride()}")
+        raise ValueError(f"{name} must be contiguous, not strided {value.stride()}")
 
 
 def _integer(name: str, value: int) -> None:
@@ -261,6 +260,6 @@ def _width(name: str, packed: Tensor, slots: int, bits: int) -> None:
 def _offsets(offsets: Tensor, tokens: int) -> None:
     _tensor("offsets", offsets, (torch.int64,), 1, torch.device("cpu"))
     if not len(offsets):
-        raise ValueError("offsets must have one entry at least, not be empty")
+        raise ValueError("offsets must have at least one entry")
     if int(offsets[0]) < 0 or int(offsets[-1]) > tokens or bool((offsets[1:] < offsets[:-1]).any()):
         raise ValueError(f"offsets must never fall and lie within 0 to {tokens}, the number of ids")

@@ -1,4 +1,5 @@
-"""The library of csrc/: loads it once, and knows why it is absent. Nothing here raises: without it, torch code runs."""
+"""The library built from csrc/: loads it once, and records why it is absent. Nothing here raises: without it, torch
+code runs."""
 
 import ctypes
 from collections.abc import Callable
@@ -7,16 +8,16 @@ from pathlib import Path
 
 import torch
 
-VERSION = 2  # what csrc/cpu/ops.cpp says; raised there and here whenever an op changes its meaning or its arguments
+VERSION = 2  # as in csrc/cpu/ops.cpp; incremented in both whenever an op changes its meaning or its arguments
 CPU_OPS = "pack_frames unpack_frames expand_windows build_batch best_fit first_illegal hash_documents set_simd".split()
 REBUILD = "pip install --no-build-isolation -e . (in the source tree, with a C++ compiler)"
 
 path = Path(__file__).resolve().parent.parent / "_csrc.abi3.so"
-why_absent: str | None = "not loaded yet"  # None: the library is there and its ops are used
+why_absent: str | None = "not loaded yet"  # None: the library is loaded and its ops are used
 
 
 def load() -> None:
-    """Loads the library, and sets `why_absent`. Does nothing if it is loaded."""
+    """Loads the library and sets `why_absent`. Does nothing if it is already loaded."""
     global why_absent
     if why_absent is None:
         return
@@ -34,7 +35,7 @@ def load() -> None:
 
 
 def _note() -> str:
-    """What setup.py wrote down: why the library, or its CUDA kernels, were not built."""
+    """setup.py's note on why the library, or its CUDA kernels, were not built."""
     try:
         return path.with_name("_csrc.txt").read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
@@ -42,7 +43,7 @@ def _note() -> str:
 
 
 def describe() -> str:
-    """What does the work of csrc/ here and, if that is less than it could be, why: for people to read."""
+    """Describes, for users, what does csrc's work here, and why if that is less than possible."""
     if why_absent is not None:
         return f"torch code does the work of csrc: {why_absent}"
     if has_cuda():
@@ -51,7 +52,7 @@ def describe() -> str:
 
 
 def _why(error: str) -> str:
-    """The loader's words in one short line. A symbol that is missing tells that it was built for another torch."""
+    """The loader's message in one short line. A missing symbol means that it was built for another torch."""
     last = error.splitlines()[-1] if error else "it cannot be loaded"
     last = last.replace(f"{path}: ", "")
     if "undefined symbol" in last:
@@ -77,24 +78,24 @@ def _version() -> int | None:
 def _has(name: str, key: str) -> bool:
     try:
         return torch._C._dispatch_has_kernel_for_dispatch_key(f"megatron_soda::{name}", key)
-    except RuntimeError:  # there is no op of this name
+    except RuntimeError:  # there is no such op
         return False
 
 
 @cache
 def find(name: str, device: str) -> Callable | None:
-    """The native op for tensors of a device type ("cpu", "cuda"), or None if it must be done in torch."""
+    """The native op for a device type ("cpu", "cuda"), or None if torch must do it."""
     if why_absent is not None or not _has(name, device.upper()):
         return None
     return getattr(torch.ops.megatron_soda, name)
 
 
 def has_cuda() -> bool:
-    """Whether the library has the CUDA kernels, too."""
+    """Whether the library also has the CUDA kernels."""
     return why_absent is None and _has("unpack_frames", "CUDA")
 
 
 def set_simd(on: bool) -> None:
-    """Lets the CPU kernels use vector instructions where the CPU has them (the default), or keeps them from it."""
+    """Allows (the default) or forbids the CPU kernels to use vector instructions."""
     if why_absent is None:
         torch.ops.megatron_soda.set_simd(on)

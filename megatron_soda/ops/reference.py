@@ -1,6 +1,6 @@
-"""What the ops of csrc/ do, in torch, numpy and Python: used where csrc is not built, and what its tests compare with.
+"""The ops of csrc/ in torch, numpy and Python: used where csrc is not built, and as the reference in its tests.
 
-The arguments were checked by the functions of the package. The first four work on any device.
+The package's functions have already checked the arguments. The first four functions work on any device.
 """
 
 from bisect import bisect_left, insort
@@ -38,7 +38,7 @@ def _codes(plane: Tensor, frame: Tensor, bit: Tensor, bits: int) -> Tensor:
     """int32 codes at bit `bit` of the frames that begin at byte `frame` of the plane; the two are broadcast."""
     byte, last = frame + (bit >> 3), max(len(plane) - 1, 0)
     code = plane[byte].long()
-    for i in range(1, (bits + 14) // 8):  # bits of what lies behind the last byte are masked, whatever is read for them
+    for i in range(1, (bits + 14) // 8):  # bits beyond the last byte are masked, whatever is read for them
         code = code | plane[(byte + i).clamp(max=last)].long() << 8 * i
     return (code >> (bit & 7) & (2**bits - 1)).int()
 
@@ -128,7 +128,7 @@ def best_fit(lengths: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
         raise ValueError(f"lengths[{document}] is {int(lengths[document])}, not in 1 to {capacity}")
     sizes = lengths.numpy()
     bins: list[list[int]] = []
-    stacks: dict[int, list[int]] = {}  # room left -> the bins that have it, the latest at the end
+    stacks: dict[int, list[int]] = {}  # room left -> the bins with that much room, the latest at the end
     rooms: list[int] = []  # the keys of `stacks`, sorted
     for document in np.argsort(-sizes.astype(np.int64), kind="stable").tolist():
         size = int(sizes[document])
@@ -153,15 +153,15 @@ def best_fit(lengths: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
 
 def first_illegal(ids: Tensor, offsets: Tensor, kinds: Tensor, step: Tensor, start: int, end: int) -> Tensor:
     states, n_kinds = step.shape
-    table = np.full((states + 1, n_kinds + 1), states, np.int64)  # the last state is that of an error, the last kind
-    table[:-1, :-1] = np.where(step.numpy() < 0, states, step.numpy())  # that of an id outside the vocabulary
+    table = np.full((states + 1, n_kinds + 1), states, np.int64)  # the last state is the error state, the last kind
+    table[:-1, :-1] = np.where(step.numpy() < 0, states, step.numpy())  # that of ids outside the vocabulary
     tokens, bounds = ids.numpy(), offsets.numpy()
     lengths = np.diff(bounds)
     found = np.full(len(lengths), -1, np.int64)
     state = np.full(len(lengths), start)
     alive = np.flatnonzero(lengths)
     position = 0
-    while len(alive):  # all documents, a token a round
+    while len(alive):  # all documents, one token per round
         token = tokens[bounds[alive] + position]
         known = (token >= 0) & (token < len(kinds))
         kind = np.full(len(token), n_kinds)
@@ -181,7 +181,7 @@ def hash_documents(ids: Tensor, offsets: Tensor) -> Tensor:
     position = np.arange(1, stop - begin + 1) - np.repeat(bounds[:-1] - begin, lengths)
     tokens = ids.numpy()[begin:stop].astype(np.uint32).astype(np.uint64)
     sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(_splitmix64(tokens + (position.astype(np.uint64) << 32)))])
-    total = sums[bounds[1:] - begin] - sums[bounds[:-1] - begin]  # wraps around, as is meant
+    total = sums[bounds[1:] - begin] - sums[bounds[:-1] - begin]  # wraps around, as intended
     return torch.from_numpy(_splitmix64(total ^ lengths.astype(np.uint64)).view(np.int64))
 
 

@@ -1,7 +1,7 @@
-"""Context parallelism: which tokens of a sequence a rank has, and who may look at whom.
+"""Context parallelism: which tokens of a sequence each rank holds, and what they attend to.
 
-A sequence is cut into twice as many pieces as there are ranks; rank r has pieces r and 2 R - 1 - r, so that every rank
-has early tokens, which look at little, and late ones. With one rank it has all, and nothing is copied.
+A sequence is cut into twice as many pieces as there are ranks. Rank r holds pieces r and 2 R - 1 - r, so that every
+rank has early tokens, which attend to little, and late ones. A single rank holds everything, and nothing is copied.
 """
 
 from dataclasses import fields, replace
@@ -14,13 +14,13 @@ from ..data.batch import Batch
 
 
 def places(length: int, ranks: int, rank: int, device: torch.device | None = None) -> Tensor:
-    """int64 (length / ranks,): the places in the sequence of the tokens that `rank` has, in its order."""
+    """int64 (length / ranks,): the positions in the sequence of the tokens that `rank` holds, in its order."""
     pieces = torch.arange(length, device=device).view(2 * ranks, -1)
     return torch.cat([pieces[rank], pieces[2 * ranks - 1 - rank]])
 
 
 def cut(batch: Batch) -> Batch:
-    """The part of a batch that this rank has. `cu_seqlens` stays that of the whole."""
+    """This rank's part of a batch. `cu_seqlens` remains that of the whole batch."""
     ranks = parallel_state.get_context_parallel_world_size()
     if ranks == 1:
         return batch
@@ -30,9 +30,9 @@ def cut(batch: Batch) -> Batch:
 
 
 def attention_mask(segment_id: Tensor) -> Tensor:
-    """Segments (batch, length) of whole sequences -> bool (batch, 1, queries, keys): causal, inside one's document.
+    """Segments (batch, length) of whole sequences -> bool (batch, 1, queries, keys): causal, within the document.
 
-    Queries are this rank's; keys are everyone's, in the order in which they are gathered.
+    Queries are this rank's; keys are all ranks', in the order in which they are gathered.
     """
     ranks, length = parallel_state.get_context_parallel_world_size(), segment_id.shape[1]
     if ranks == 1:

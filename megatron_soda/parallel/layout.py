@@ -1,11 +1,12 @@
-"""Does a layout divide the model, the batch and the processes? Imports no engine: it is asked before that is loaded."""
+"""Checks that a layout divides the model, the batch and the processes. Runs before the engine is loaded, so imports
+none of it."""
 
 from ..config import Recipe
 from ..errors import SodaError
 
 
 def check_layout(recipe: Recipe, world_size: int) -> int:
-    """The data-parallel size, or a SodaError that names what does not divide."""
+    """Returns the data-parallel size, or raises SodaError, naming what does not divide."""
     m, w, t, length = recipe.model, recipe.parallel, recipe.training, recipe.data.sequence_length
 
     def divides(parallel: str, size: int, key: str, value: int) -> None:
@@ -17,7 +18,7 @@ def check_layout(recipe: Recipe, world_size: int) -> int:
     divides("pipeline", w.pipeline, "model.num_layers", m.num_layers)
     divides("virtual_pipeline", w.virtual_pipeline, "model.num_layers / pipeline", m.num_layers // w.pipeline)
     if w.virtual_pipeline > 1 and w.pipeline == 1:
-        raise SodaError("parallel.virtual_pipeline cuts pipeline stages: it needs parallel.pipeline of 2 or more")
+        raise SodaError("parallel.virtual_pipeline splits pipeline stages: it needs parallel.pipeline of 2 or more")
     if w.sequence and w.tensor == 1:
         raise SodaError("parallel.sequence works between tensor-parallel ranks: it needs parallel.tensor of 2 or more")
     if w.context > 1 and length % (2 * w.context):
@@ -27,7 +28,7 @@ def check_layout(recipe: Recipe, world_size: int) -> int:
     size = w.tensor * w.pipeline * w.context
     if world_size % size:
         raise SodaError(
-            f"{world_size} processes cannot be laid out as parallel.tensor={w.tensor} x parallel.pipeline={w.pipeline}"
+            f"{world_size} processes cannot be arranged as parallel.tensor={w.tensor} x parallel.pipeline={w.pipeline}"
             f" x parallel.context={w.context}: start a multiple of {size} (torchrun --nproc-per-node)"
         )
     data_parallel = world_size // size
@@ -48,11 +49,12 @@ def check_layout(recipe: Recipe, world_size: int) -> int:
 
 
 def _check_fp8_shapes(recipe: Recipe) -> None:
-    """Every dimension of an FP8 matrix product must be a multiple of 16, or 128 with scales by block, on every rank."""
+    """On every rank, each dimension of an FP8 matrix product must be a multiple of 16, or of 128 with blockwise
+    scaling."""
     m, w, t, length = recipe.model, recipe.parallel, recipe.training, recipe.data.sequence_length
     if recipe.precision.bf16_layers > m.num_layers // w.pipeline:
         raise SodaError(
-            f"precision.bf16_layers={recipe.precision.bf16_layers} do not fit into a stage of "
+            f"precision.bf16_layers={recipe.precision.bf16_layers} do not fit into a stage with "
             f"{m.num_layers // w.pipeline} layers"
         )
     unit = 128 if recipe.precision.fp8_recipe == "blockwise" else 16
@@ -75,5 +77,5 @@ def _check_fp8_shapes(recipe: Recipe) -> None:
             would_do = f"{lower} or {upper}" if lower else f"{upper}"
             raise SodaError(
                 f"precision.dtype=fp8 ({recipe.precision.fp8_recipe}): {what} is {value}, and must be a "
-                f"multiple of {unit} on each of {parts} rank(s): {would_do} would do"
+                f"multiple of {unit} on each of {parts} rank(s): {would_do} would work"
             )

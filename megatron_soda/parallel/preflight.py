@@ -1,9 +1,9 @@
-"""A wrong launch ends here, at once and with a message, and not in a hang.
+"""Makes a wrong launch end at once with a message instead of hanging.
 
-check_rendezvous()             in a process of torchrun, before torch is loaded: can node 0 be found?
-compare_ranks(recipe, device)  before megatron-core makes its groups: were all ranks started alike, each on its device?
-check_groups(facts, device)    after that, before the first step: do sums come out right in every group?
-python -m megatron_soda.parallel.preflight    what examples/pretrain/launch.sh asks before it starts torchrun
+check_rendezvous() in a torchrun process, before torch is loaded: can node 0 be found? compare_ranks(recipe, device)
+before megatron-core makes its groups: were all ranks started alike, each on its device? check_groups(facts, device)
+after that, before the first step: do sums come out right in every group? python -m megatron_soda.parallel.preflight
+what examples/pretrain/launch.sh asks before it starts torchrun
 """
 
 import argparse
@@ -29,21 +29,21 @@ if TYPE_CHECKING:
 
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "megatron-soda")
 AXES = ("tensor", "pipeline", "context", "data")
-LONGEST_TABLE = 16  # ranks that have a line each; more are shown by host
+LONGEST_TABLE = 16  # most ranks that get a line each; more are shown by host
 
 
 # ---- before torch is loaded
 
 
 def check_rendezvous() -> None:
-    """SodaError if torchrun's MASTER_ADDR and MASTER_PORT are missing, or name no host and no port."""
+    """Raises SodaError if torchrun's MASTER_ADDR or MASTER_PORT is missing or invalid."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         resolve(os.environ.get("MASTER_ADDR", ""))
         check_port(os.environ.get("MASTER_PORT", ""))
 
 
 def resolve(address: str) -> list[str]:
-    """The IP addresses of MASTER_ADDR; SodaError if there are none."""
+    """The IP addresses of MASTER_ADDR. Raises SodaError if there are none."""
     if not address:
         raise SodaError(
             f"MASTER_ADDR is not set on host {socket.gethostname()}. Set it to the name or address of node 0, or start "
@@ -65,12 +65,12 @@ def check_port(port: str) -> int:
 
 
 def check_reachable(address: str, nodes: int, first: bool) -> None:
-    """SodaError if, with several nodes, this one would look for node 0, or wait for the others, on itself."""
+    """Raises SodaError if, with several nodes, this one would look for node 0, or wait for the others, on itself."""
     addresses = resolve(address)
     host = socket.gethostname()
     if nodes == 1:
         return
-    # Node 0 may know itself by a loopback address (Debian's 127.0.1.1), the others may not know it so.
+    # Node 0 may use a loopback address for itself (Debian's 127.0.1.1), but the others must not.
     if all(map(_is_loopback, addresses)) and (not first or address == "localhost" or address in addresses):
         raise SodaError(
             f"MASTER_ADDR={address} is host {host} itself ({', '.join(addresses)}), and there are {nodes} nodes. "
@@ -90,12 +90,12 @@ def check_reachable(address: str, nodes: int, first: bool) -> None:
 
 
 def check_free(port: int) -> None:
-    """SodaError if node 0 cannot listen on the port, with the process that has it where that can be found out."""
+    """Raises SodaError if node 0 cannot listen on the port, naming the process that holds it if possible."""
     two = socket.has_dualstack_ipv6()
     try:
         socket.create_server(
             ("", port), family=socket.AF_INET6 if two else socket.AF_INET, dualstack_ipv6=two
-        ).close()  # torch's store listens on all addresses, too
+        ).close()  # torch's store also listens on all addresses
     except OSError as error:
         host = socket.gethostname()
         if error.errno == errno.EADDRINUSE:
@@ -107,7 +107,7 @@ def check_free(port: int) -> None:
 
 
 def _holder(port: int) -> str:
-    """` by process 17 (python)`, or nothing if this user may not know."""
+    """` by process 17 (python)`, or empty if this user may not see it."""
     import psutil
 
     try:
@@ -124,7 +124,7 @@ def _own_addresses(host: str) -> list[str]:
     try:
         return [str(found[4][0]) for found in socket.getaddrinfo(host, None)]
     except OSError:
-        return ["127.0.0.1"]  # what gloo takes then
+        return ["127.0.0.1"]  # what gloo uses then
 
 
 def _is_loopback(address: str) -> bool:
@@ -157,9 +157,9 @@ def main() -> int:
 
 
 def compare_ranks(recipe: Recipe, device: "torch.device") -> list[dict[str, Any]]:
-    """What every rank is, in their order. SodaError, on all of them, if they differ or two share a device.
+    """Facts about every rank, in order. Raises SodaError on all ranks if they differ or two share a device.
 
-    Asks over gloo also where the ranks have NCCL: that would fail on a shared device before we could name it.
+    Uses gloo even where ranks have NCCL, which would fail on a shared device before we could name it.
     """
     import torch
     import torch.distributed as dist
@@ -173,7 +173,7 @@ def compare_ranks(recipe: Recipe, device: "torch.device") -> list[dict[str, Any]
         for name in [*PACKAGES, "python"]
         if (line := _difference(name, [fact["versions"][name] for fact in facts], hosts))
     ]
-    if len({fact["recipe"] for fact in facts}) > 1:  # all ranks see the same facts, so all take part in this
+    if len({fact["recipe"] for fact in facts}) > 1:  # all ranks see the same facts, so all of them get here
         recipes = [json.loads(text) for text in gather(json.dumps(_flat(recipe)), cpu, gloo)]
         keys = dict.fromkeys(key for of_rank in recipes for key in of_rank)
         lines += [line for key in keys if (line := _difference(key, [of_rank.get(key) for of_rank in recipes], hosts))]
@@ -200,9 +200,9 @@ def compare_ranks(recipe: Recipe, device: "torch.device") -> list[dict[str, Any]
 
 
 def check_groups(facts: list[dict[str, Any]], device: "torch.device") -> str:
-    """Adds up known numbers in every group, and returns the rank map as a table. `facts`: compare_ranks's.
+    """Sums known numbers in every group, and returns the rank map as a table. `facts`: from compare_ranks.
 
-    SodaError, on all ranks, for sums that are wrong.
+    Raises SodaError on all ranks if a sum is wrong.
     """
     from megatron.core import parallel_state as state
 
@@ -228,27 +228,27 @@ def check_groups(facts: list[dict[str, Any]], device: "torch.device") -> str:
         if ranks:
             raise SodaError(
                 f"an all-reduce over the {name} group gave a wrong sum on {_who(ranks, [f['host'] for f in facts])}. "
-                "What these hosts send each other is damaged: leave them out, and test them (nccl-tests)."
+                "Data between these hosts gets corrupted: exclude them, and test them (nccl-tests)."
             )
     return rank_map(facts)
 
 
 @contextlib.contextmanager
 def together(device: "torch.device") -> Iterator[None]:
-    """What goes wrong inside on some rank is a SodaError on all of them, which would wait for that rank otherwise."""
+    """An error inside on any rank becomes a SodaError on all of them, which would otherwise wait for that rank."""
     problem = ""
     try:
         yield
     except (SodaError, OSError) as error:
         try:
             problem = user_message(error)
-        except OSError:  # of no kind that it has words for
+        except OSError:  # of a kind it has no message for
             problem = str(error)
     share_problem(problem, device)
 
 
 def share_problem(problem: str, device: "torch.device") -> None:
-    """SodaError on all ranks if one has a problem to tell; empty: none."""
+    """Raises SodaError on all ranks if any has a problem (empty: none)."""
     import torch
     import torch.distributed as dist
 
@@ -264,7 +264,7 @@ def share_problem(problem: str, device: "torch.device") -> None:
 
 
 def compare_stores(stores: dict[str, Any], device: "torch.device") -> None:
-    """SodaError, on all ranks, if they do not see the same stores. `stores`: what each is, by name."""
+    """Raises SodaError on all ranks if they do not see the same stores. `stores`: identifying facts by name."""
     told = [json.loads(t) for t in gather(json.dumps([socket.gethostname(), stores], sort_keys=True), device)]
     hosts = [host for host, _ in told]
     lines = [_difference(name, [seen.get(name) for _, seen in told], hosts) for name in stores]
@@ -276,7 +276,7 @@ def compare_stores(stores: dict[str, Any], device: "torch.device") -> None:
 
 
 def rank_map(facts: list[dict[str, Any]]) -> str:
-    """The table: a line for every rank, or for every host if they are many."""
+    """The table: one line per rank, or per host if there are many ranks."""
     hosts = list(dict.fromkeys(fact["host"] for fact in facts))
     versions = ", ".join(f"{name} {version or 'none'}" for name, version in facts[0]["versions"].items())
     if len(facts) <= LONGEST_TABLE:
@@ -304,7 +304,7 @@ def _facts(recipe: Recipe, device: "torch.device") -> dict[str, Any]:
         "host": socket.gethostname(),
         "local_rank": int(os.environ.get("LOCAL_RANK", "0")),
         "device": torch.cuda.get_device_name(device) if cuda else "cpu",
-        # Not the index: where every process sees one device alone, each calls its own 0.
+        # Not the index: if every process sees only its own device, each calls it 0.
         "device_id": str(torch.cuda.get_device_properties(device).uuid) if cuda else "",
         "versions": _versions(),
         "recipe": hashlib.sha256(json.dumps(_flat(recipe), sort_keys=True).encode()).hexdigest(),
@@ -330,7 +330,7 @@ def _flat(recipe: Recipe) -> dict[str, Any]:
 
 
 def gather(text: str, device: "torch.device", group: Any = None) -> list[str]:
-    """The text of every rank, in their order. It goes as bytes, so nothing that another process sent is unpickled."""
+    """Every rank's text, in order. Sent as bytes, so nothing from another process is unpickled."""
     import torch
     import torch.distributed as dist
 
@@ -347,12 +347,12 @@ def gather(text: str, device: "torch.device", group: Any = None) -> list[str]:
 
 
 def _adds_up(group: Any, device: "torch.device") -> bool:
-    """Does an all-reduce give the sum that it must, over just the ranks that the group should have?"""
+    """Whether an all-reduce gives the right sum, over exactly the ranks that the group should have."""
     import torch
     import torch.distributed as dist
 
     ranks = dist.get_process_group_ranks(group)
-    numbers = torch.arange(1, 9, device=device)  # integers: their sum is exact in any order
+    numbers = torch.arange(1, 9, device=device)  # integers, whose sum is exact in any order
     total = numbers * (dist.get_rank() + 1)
     dist.all_reduce(total, group=group)
     return bool(torch.equal(total, numbers * sum(rank + 1 for rank in ranks)))

@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 from . import cpu
 
-warnings.filterwarnings("ignore", module=r"megatron\.")  # on settings that are not ours to change
-warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # megatron-core's calls
+warnings.filterwarnings("ignore", module=r"megatron\.")  # about settings that are not ours to change
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # caused by megatron-core
 cpu.install()
 
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402
@@ -28,12 +28,12 @@ from ..errors import SodaError  # noqa: E402
 from . import megatron, preflight, watch  # noqa: E402
 from .layout import check_layout  # noqa: E402
 
-facts: list[dict[str, Any]] = []  # of every rank, as `init` found them
+facts: list[dict[str, Any]] = []  # of every rank, as found by `init`
 megatron.adapt()
 
 
 def init(recipe: Recipe) -> torch.device:
-    """Starts the process group (torchrun's, or one process alone) and lays out the ranks. Returns the device.
+    """Starts the process group (torchrun's, or a single process) and lays out the ranks. Returns the device.
 
     Raises SodaError if the layout does not divide the model or the processes, and if the ranks were not started alike.
     """
@@ -44,13 +44,13 @@ def init(recipe: Recipe) -> torch.device:
         if local_rank >= torch.cuda.device_count():
             raise SodaError(
                 f"process {local_rank} of this host has no device: there are {torch.cuda.device_count()}. Start one "
-                "process a device (torchrun --nproc-per-node, NPROC_PER_NODE of launch.sh)."
+                "process per device (torchrun --nproc-per-node, or NPROC_PER_NODE for launch.sh)."
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-        if "OMP_NUM_THREADS" not in os.environ:  # torch would take all cores of the machine, also those not ours
+        if "OMP_NUM_THREADS" not in os.environ:  # torch would use all cores of the machine, even those not ours
             cores = len(os.sched_getaffinity(0))
             torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     if not dist.is_initialized():
@@ -60,17 +60,17 @@ def init(recipe: Recipe) -> torch.device:
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
         if world_size > 1:
             watch.start(store.clone(), rank, world_size)
-    # Before the groups: ranks that want other ones than their peers would wait forever.
+    # Before creating groups: ranks that expect different groups would wait forever.
     facts[:] = preflight.compare_ranks(recipe, device)
     layout(recipe)
     return device
 
 
 def rendezvous_store(world_size: int) -> Any:
-    """Where the ranks of this attempt find each other.
+    """The store through which the ranks of this attempt find each other.
 
-    torchrun keeps one store for all its attempts (`--max-restarts`), so that a second one would find the addresses of
-    processes that are gone: each attempt has a part of the store for itself.
+    torchrun keeps one store for all attempts (`--max-restarts`), in which a second attempt would find the addresses of
+    dead processes, so each attempt gets its own part of the store.
     """
     if world_size == 1:
         return HashStore()
@@ -80,8 +80,8 @@ def rendezvous_store(world_size: int) -> Any:
 
 @contextlib.contextmanager
 def locked(folder: Path, device: torch.device) -> Iterator[None]:
-    """The folder, made if need be, is this job's alone: the first rank holds the lock. SodaError, on all ranks, if
-    another process has it."""
+    """Locks the folder, created if needed, for this job; the first rank holds the lock. Raises SodaError on all ranks
+    if another process has it."""
     with contextlib.ExitStack() as held:
         refused = ""
         if is_first():
@@ -97,7 +97,7 @@ def locked(folder: Path, device: torch.device) -> Iterator[None]:
 
 
 def layout(recipe: Recipe) -> None:
-    """(Re)makes megatron-core's groups for the recipe's layout on the running process group."""
+    """(Re)creates megatron-core's groups for the recipe's layout on the running process group."""
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     p = recipe.parallel

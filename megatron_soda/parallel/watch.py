@@ -1,13 +1,13 @@
-"""A rank that is gone ends the job within a minute and by name, not after the half hour that gloo waits.
+"""When a rank is gone, ends the job within a minute and names it, instead of after gloo's half hour.
 
-Every rank has a thread that writes into the rendezvous store, again and again, that it lives and where its main thread
-is. Rank 0 looks at all of them, the others look at rank 0. There are two ways to be gone:
+A thread on every rank keeps writing to the rendezvous store that the rank is alive and where its main thread is. Rank 0
+watches all the others, and they watch rank 0. There are two ways to be gone:
 
 - No sign of life for `SILENCE` seconds (a stopped process, a dead host, a cut cable): the job ends.
-- Signs of life, but no main thread has moved for `SILENCE` seconds (a disk that does not answer): a warning says where
-  every rank is, and after ten times as long the job ends.
+- Signs of life, but no main thread has moved for `SILENCE` seconds (an unresponsive disk): a warning says where every
+rank is, and after ten times as long the job ends.
 
-A rank that starts, validates or saves may take `PATIENCE`. Clocks of different hosts are never compared.
+A rank that is starting, validating or saving may take `PATIENCE`. Clocks of different hosts are never compared.
 """
 
 import contextlib
@@ -28,14 +28,14 @@ from ..log import log
 SILENCE = float(os.environ.get("SODA_WATCH_SECONDS", "60"))
 PATIENCE = 10 * SILENCE
 _SLOW = ("starting", "validate", "save", "ending")
-_COLLECTIVES = ("torch/distributed/", "megatron/core/")  # a main thread that is in there waits for others
+_COLLECTIVES = ("torch/distributed/", "megatron/core/")  # a main thread in one of these is waiting for others
 
 
 class Place:
     """Where the main thread of this process is."""
 
     def __init__(self) -> None:
-        self.step = 0  # the last that this process has done
+        self.step = 0  # the last thing this process did
         self.part, self.moved, self.longest = "starting", time.monotonic(), 0.0
 
     def move(self, part: str) -> None:
@@ -59,23 +59,24 @@ class Place:
 
     @property
     def patience(self) -> float:
-        """Seconds that this part of the work may take: ten times the slowest part of a step so far is no fault yet."""
+        """Seconds that this part of the work may take, at least ten times the slowest part of a step so far."""
         return PATIENCE if self.slow else max(SILENCE, 10 * self.longest)
 
 
-place = Place()  # a process is one rank
+place = Place()  # one rank per process
 
 
 class Watch:
-    """The thread of a rank, which ends the process if it must. `store` is for nothing else: a wait blocks it."""
+    """A rank's watching thread, which ends the process if necessary. `store` is used for nothing else, because waiting
+    blocks it."""
 
     def __init__(self, store: Any, rank: int, world: int) -> None:
         self.store, self.rank, self.world = PrefixStore("watch", store), rank, world
         self.host, self.main = socket.gethostname(), threading.main_thread().ident
         self.beats, self.warned = 0, -1.0
         self.ticked = self.awake = time.monotonic()  # the last tick, and the first one after a pause of the process
-        self.reports: dict[int, dict[str, Any]] = {}  # the last of each rank that is looked at
-        self.heard: dict[int, float] = {}  # when it came, on our clock
+        self.reports: dict[int, dict[str, Any]] = {}  # the latest report of each watched rank
+        self.heard: dict[int, float] = {}  # when it arrived, on our clock
         self.over = threading.Event()
         self.threads = [threading.Thread(target=run, daemon=True, name="watch") for run in (self._run, self._guard)]
 
@@ -84,7 +85,7 @@ class Watch:
             thread.start()
 
     def stop(self) -> None:
-        """The work is done: nobody is to wait for this rank any more."""
+        """The work is done: nobody should wait for this rank any more."""
         self.over.set()
         self.threads[0].join(SILENCE)
 
@@ -92,14 +93,14 @@ class Watch:
         while not self.over.wait(SILENCE / 12):
             try:
                 self.tick(time.monotonic())
-            except RuntimeError:  # the store is gone, and with it what could be known
+            except RuntimeError:  # the store is gone, and all information with it
                 return
         with contextlib.suppress(RuntimeError):
             self._publish(time.monotonic(), done=True)
 
     def _guard(self) -> None:
-        """A store that does not answer blocks the other thread: node 0 has it, and is what is gone then. Training goes
-        on without the store (torchrun alone may have been stopped), as long as the main thread does."""
+        """A store that does not answer blocks the other thread. The store is on node 0, so node 0 is gone. Training
+        continues without the store (perhaps only torchrun was suspended) as long as the main thread makes progress."""
         last = awake = time.monotonic()
         while not self.over.wait(SILENCE / 12):
             now = time.monotonic()
@@ -109,13 +110,13 @@ class Watch:
             if waited > SILENCE and still > place.patience:
                 text = (
                     f"node 0 ({os.environ.get('MASTER_ADDR', 'unknown')}) has not answered for {waited:.0f} s, and "
-                    f"nothing goes on here: it was stopped, or cannot be reached.{self._here()}"
+                    f"nothing is progressing here: it was suspended, or cannot be reached.{self._here()}"
                 )
                 self._end({"rank": self.rank, "host": self.host, "message": text})
 
     def tick(self, now: float) -> None:
-        """Gives a sign of life and looks at those of others."""
-        if now - self.ticked > SILENCE / 3:  # this process was stopped itself, or the store was
+        """Gives a sign of life and checks those of others."""
+        if now - self.ticked > SILENCE / 3:  # this process itself was suspended, or the store was
             self.heard.clear()
             self.awake = now
         self.ticked = now
@@ -123,7 +124,7 @@ class Watch:
         still = now - max(place.moved, self.awake)
         cause = self.cause()
         if cause:
-            if still > SILENCE / 6:  # else the main thread has noticed, and ends by itself
+            if still > SILENCE / 6:  # otherwise the main thread has noticed, and ends by itself
                 self._end(cause)
             return
         self._listen(now)
@@ -161,18 +162,18 @@ class Watch:
     def _about_silent(self, report: dict[str, Any], now: float) -> str:
         return (
             f"rank {report['rank']} ({report['host']}, process {report['pid']}) has given no sign of life for "
-            f"{now - self.heard[report['rank']]:.0f} s: it was stopped or killed, or its host cannot be reached. It "
+            f"{now - self.heard[report['rank']]:.0f} s: it was suspended or killed, or its host cannot be reached. It "
             f"was last seen at {_describe(report)}."
         )
 
     def _here(self) -> str:
         return (
-            f" Rank {self.rank} ({self.host}) is at {_describe(self._report())}. The same command goes on from the "
+            f" Rank {self.rank} ({self.host}) is at {_describe(self._report())}. The same command resumes from the "
             "last checkpoint."
         )
 
     def _about_stuck(self, seconds: float) -> None:
-        """The odd ones out are named first: those that are in no collective, then the fewest."""
+        """The odd ones out come first: ranks in no collective, then the smallest groups."""
         groups: dict[str, list[dict[str, Any]]] = {}
         for report in [self._report(), *self.reports.values()]:
             groups.setdefault(_describe(report), []).append(report)
@@ -181,7 +182,7 @@ class Watch:
             names = [f"{report['rank']} ({report['host']})" for report in sorted(reports, key=lambda r: r["rank"])]
             more = f" and {len(names) - 4} more" if len(names) > 4 else ""
             texts.append(f"Rank{'s' if len(names) > 1 else ''} {', '.join(names[:4])}{more}: {text}.")
-        message = f"nothing has gone on for {seconds:.0f} s. {' '.join(texts)}"
+        message = f"nothing has progressed for {seconds:.0f} s. {' '.join(texts)}"
         if seconds > 10 * place.patience:
             self._end(self.fail(message))
         elif self.warned != place.moved:
@@ -189,12 +190,12 @@ class Watch:
             log.warning(message)
 
     def fail(self, message: str) -> dict[str, Any]:
-        """Tells all ranks why this one ends. Returns the first failure of the job: this one, or another rank's."""
+        """Tells all ranks why this one is ending. Returns the job's first failure, which may be another rank's."""
         mine = {"rank": self.rank, "host": self.host, "message": message}
         return json.loads(self.store.compare_set("end", "", json.dumps(mine)))
 
     def cause(self, seconds: float = 0) -> dict[str, Any] | None:
-        """The first failure of the job, if one is told of within so many seconds."""
+        """The job's first failure, if one is reported within the given seconds."""
         until = time.monotonic() + seconds
         while not self.store.check(["end"]):
             if time.monotonic() >= until:
@@ -203,17 +204,17 @@ class Watch:
         return json.loads(self.store.get("end"))
 
     def speaks(self, cause: dict[str, Any]) -> bool:
-        """Is it for this rank to print it? Once on every host is enough."""
+        """Whether this rank should print it. Once per host is enough."""
         return cause["rank"] == self.rank or (cause["host"] != self.host and os.environ.get("LOCAL_RANK", "0") == "0")
 
     def _end(self, cause: dict[str, Any]) -> None:
-        """Ends this process from outside its main thread, which hangs."""
+        """Ends this process from outside its hanging main thread."""
         text = f"error on rank {cause['rank']} ({cause['host']}): {cause['message']}"
         if self.speaks(cause):
             say(text)
         tell_torchrun(text)
         if cause["rank"] == self.rank:
-            time.sleep(SILENCE / 6)  # the others look at the store, too
+            time.sleep(SILENCE / 6)  # the others also check the store
         os._exit(2)
 
 
@@ -240,7 +241,8 @@ def _describe(report: dict[str, Any]) -> str:
 
 
 def _where(thread: int | None) -> str:
-    """`waiting in all_reduce (trainer.py:190, any_rank)`: what this thread does, and our line that made it do so."""
+    """`waiting in all_reduce (trainer.py:190, any_rank)`: what this thread is doing, and the line of ours that led
+    there."""
     frame = sys._current_frames().get(thread or 0)
     if frame is None:
         return "at its end"

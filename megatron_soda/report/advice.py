@@ -1,6 +1,6 @@
-"""In plain words: how good the model is, what more training or data would buy, and the commands to go on with.
+"""Says in plain words how good the model is, what more training or data would gain, and which commands to run next.
 
-Everything is computed from the run's own figures, and said as such.
+Everything is computed from the run's own figures, and presented as such.
 """
 
 from typing import Any
@@ -8,19 +8,19 @@ from typing import Any
 from .reading import as_dict, as_list, last
 from .words import big, finite
 
-LITTLE, SOME = 0.02, 0.2  # of the unigram's surprise that the model has taken away
-GAP = 0.25  # nats between validation and training from which more data would help more than more steps
-FLAT = 0.02  # nats in the second half of a run from which on more steps buy nothing that one would notice
+LITTLE, SOME = 0.02, 0.2  # shares of the unigram's surprise that the model has removed
+GAP = 0.25  # gap in nats between validation and training above which more data helps more than more steps
+FLAT = 0.02  # nats gained in the second half of a run below which more steps make no noticeable difference
 
 
 def quality(nll: dict, grammar: dict, listed: list[Any]) -> list[str]:
-    """What the figures say of the model, in sentences."""
+    """What the figures say about the model, in sentences."""
     found = []
     row = nll["all"]
     if row and row["change"] is not None and row["baseline"]:
         share = -row["change"] / row["baseline"]
         if share < LITTLE:
-            means = "It has learned next to nothing from context yet"
+            means = "It has learned almost nothing from context yet"
         elif share < SOME:
             means = "It knows how the sounds of speech follow one another, but hardly what words are: expect babble"
         else:
@@ -31,27 +31,27 @@ def quality(nll: dict, grammar: dict, listed: list[Any]) -> list[str]:
         )
     rows = {row["name"]: row for row in grammar["rows"]}
     if (ended := rows.get("ended_by_itself")) and ended["of"]:
-        found.append(f"{ended['value']:,} of {ended['of']:,} generated documents came to an end by themselves.")
+        found.append(f"{ended['value']:,} of {ended['of']:,} generated documents ended on their own.")
     judged = [as_dict(sample) for sample in listed if as_dict(sample).get("candidates")]
     heard = [sample for sample in judged if "model" in as_dict(sample.get("audio"))]
     drawn = sum(int(finite(sample.get("candidates")) or 0) for sample in heard)
     if drawn:
         good = sum(int(finite(sample.get("good")) or 0) for sample in heard)
         found.append(
-            f"{good} of {drawn} sounds drawn from it are plausible by length, level, silence and end (which does not "
-            "say that they are words)."
+            f"{good} of {drawn} sampled sounds are plausible by length, level, silence and end (which does not "
+            "mean that they are words)."
         )
     return found
 
 
 def prospects(train: list[dict], valid: list[dict], data: dict) -> list[str]:
-    """What more steps or more data would buy, from the loss curves of this run alone."""
+    """What more steps or more data would gain, judging only by this run's loss curves."""
     losses = [(float(p["step"]), loss) for p in valid if (loss := finite(p.get("valid_loss"))) is not None]
     found = []
     tokens, held = last(train, "tokens"), finite(as_dict(data.get("tokens")).get("train"))
     passes = tokens / held if tokens and held else None
     if passes:
-        found.append(f"It was trained on {big(tokens or 0)} tokens, {passes:.1f} times what there is to train on.")
+        found.append(f"It was trained on {big(tokens or 0)} tokens, {passes:.1f} times the training data.")
     if len(losses) >= 3:
         step, end = losses[-1]
         half = min(losses[:-1], key=lambda point: abs(point[0] - step / 2))
@@ -59,28 +59,26 @@ def prospects(train: list[dict], valid: list[dict], data: dict) -> list[str]:
         if gain > FLAT:
             found.append(
                 f"From step {half[0]:,.0f} to {step:,.0f} the validation loss fell by {gain:.2f} nats, some of it as "
-                "the learning rate fell. A run of twice the steps can be expected to win no more than that again."
+                "the learning rate fell. Doubling the steps can be expected to gain at most as much again."
             )
         else:
             found.append(
                 f"From step {half[0]:,.0f} to {step:,.0f} the validation loss changed by {-gain:+.2f} nats: more steps "
-                "of the same would buy next to nothing."
+                "of the same would gain almost nothing."
             )
         recent = [x for p in train[-max(1, len(train) // 10) :] if (x := finite(p.get("loss"))) is not None]
         if recent and (gap := end - sum(recent) / len(recent)) > GAP:
             found.append(
                 f"It does better by {gap:.2f} nats on what it was trained on than on other recordings: more data would "
-                "buy more than more steps."
+                "gain more than more steps."
             )
         elif passes and passes < 1.5:
-            found.append(
-                "It has not seen the data often enough to know them by heart: more steps are what to try first."
-            )
+            found.append("It has not seen the data often enough to memorise them: try more steps first.")
     return found
 
 
 def commands(train: list[dict], has_text: bool, trained: bool) -> list[tuple[str, str]]:
-    """(what for, the command); RUN stands for the folder of the page."""
+    """(purpose, command); RUN stands for the page's folder."""
     if not trained:
         return [("Train it", "soda train RUN")]
     steps = last(train, "step") or 0

@@ -1,4 +1,4 @@
-"""The token classes of a run: their names in order, and their colours."""
+"""A run's token classes: their names in order, and their colours."""
 
 import re
 
@@ -25,7 +25,7 @@ def class_order(name: str) -> tuple[int, int, str]:
 
 
 def class_colours(names: list[str]) -> dict[str, dict[str, str]]:
-    """A CSS variable and its light and dark value for every class; the acoustic ones run through one hue."""
+    """A CSS variable with a light and a dark value for every class; the acoustic ones are shades of one hue."""
     acoustic = [name for name in names if class_order(name)[0] == 3]
     colours: dict[str, dict[str, str]] = {}
     for index, name in enumerate(names):

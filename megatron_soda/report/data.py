@@ -1,4 +1,4 @@
-"""The data section: what was prepared, in which languages and splits, and what was left out."""
+"""The data section: what was prepared, in which languages and splits, and what was rejected."""
 
 from collections import Counter
 from typing import Any

@@ -1,4 +1,4 @@
-"""The results section: the rows of every suite that was run, as a table against a baseline or as bars."""
+"""The results section: the rows of every suite, as a table against a baseline or as bars."""
 
 from typing import Any
 
@@ -9,14 +9,14 @@ from .words import finite, flatten
 
 
 def by_suite(evaluation: dict[str, Any], warnings: list[str]) -> dict[str, dict[str, Any]]:
-    """A part of the page per suite by its name: first those in eval.json, in its order, then those without a result."""
+    """The parts of the page by suite: first those in eval.json, in its order, then those without a result."""
     names = [name for name in evaluation if name in SUITES]
     names += [name for name in SUITES.names() if name not in names]
     return {name: part(SUITES[name], as_dict(evaluation.get(name)), warnings) for name in names}
 
 
 def part(suite: Suite, result: dict[str, Any], warnings: list[str]) -> dict[str, Any]:
-    """What the page shows of one suite. A result that the suite itself cannot read is a warning."""
+    """What the page shows for one suite. A result that the suite itself cannot read becomes a warning."""
     rows, rest = [], result
     try:
         if result:
@@ -30,8 +30,8 @@ def part(suite: Suite, result: dict[str, Any], warnings: list[str]) -> dict[str,
 
 
 def compared(rows: list[Row]) -> list[dict[str, Any]]:
-    """Rows of a table against the baseline. `change` is the value minus the baseline, negative where it is better;
-    percents are lengths of bars."""
+    """Rows of a table against the baseline. `change` is the value minus the baseline, negative if better; percents are
+    bar lengths."""
     values = [value for row in rows for value in (finite(row.value), finite(row.baseline)) if value is not None]
     return [compared_row(row, max(values, default=1.0) or 1.0) for row in rows]
 
@@ -56,7 +56,7 @@ def compared_row(row: Row, top: float) -> dict[str, Any]:
 
 
 def shares(rows: list[Row]) -> list[dict[str, Any]]:
-    """Counts out of a total and shares with bars, other figures without; without those that are no numbers."""
+    """Counts and shares with bars, other figures without. Values that are not numbers are left out."""
     found = []
     for row in rows:
         if (value := finite(row.value)) is None:
@@ -86,7 +86,7 @@ def difference(value: float | None, baseline: float | None) -> float | None:
 
 
 def likelihood(nll: dict[str, Any]) -> dict[str, Any]:
-    """The NLL suite's rows as the top of the page and the charts use them: `classes`, and the two totals by name."""
+    """The NLL suite's rows as used by the header and the charts: `classes`, and the two totals by name."""
     totals = {row["name"]: row for row in nll["rows"] if row["total"]}
     classes = [row for row in nll["rows"] if not row["total"]]
     return {"classes": classes, "all": totals.get("all"), "acoustic_mean": totals.get("acoustic_mean")}

@@ -1,4 +1,4 @@
-"""The top of the page: the name of the model, the verdict, the short facts and the tiles of key figures."""
+"""The top of the page: the model's name, the verdict, short facts, and tiles with key figures."""
 
 import math
 import re
@@ -16,7 +16,7 @@ def title(evaluation: dict, recipe: str, run: Path) -> str:
 
 
 def verdict(nll: dict[str, Any], trained: bool) -> tuple[str, str]:
-    """One line that says how the run came out, and its tone: good, mixed, bad or none."""
+    """A one-line verdict on the run, and its tone: good, mixed, bad or none."""
     compared = [row for row in nll["classes"] if row["change"] is not None]
     won = [row for row in compared if row["change"] < 0]
     if not compared:
@@ -51,7 +51,7 @@ def header(evaluation: dict, facts: dict, data: dict, train: list[dict]) -> list
 
 
 def tiles(train: list[dict], valid: list[dict], nll: dict, grammar: dict, data: dict) -> list[dict[str, str]]:
-    """The key figures: name, value, and a word on what it means."""
+    """The key figures: name, value, and a short explanation."""
     found: list[dict[str, str]] = []
 
     def tile(name: str, value: str, note: str) -> None:

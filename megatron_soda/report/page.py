@@ -1,7 +1,7 @@
-"""Builds the report page of a run from whatever the run folder holds so far.
+"""Builds a run's report page from whatever the run folder holds so far.
 
-A missing or damaged piece never stops the page: the section says what is missing, and the top of the page lists
-what could not be read. Only a folder that is no run at all is an error.
+A missing or damaged piece never stops the page: the section says what is missing, and the top of the page lists what
+could not be read. Only a folder that is not a run at all is an error.
 """
 
 from pathlib import Path
@@ -30,7 +30,7 @@ PAPER = {
     "id": "arXiv 2602.16687",
     "url": "https://arxiv.org/abs/2602.16687",
 }
-EVALUATION_KEYS = ("model", "step", "split", "documents", "export", "data")  # beside the suites' names
+EVALUATION_KEYS = ("model", "step", "split", "documents", "export", "data")  # in addition to the suites' names
 
 
 def build_report(run: Path) -> Path:

@@ -1,7 +1,7 @@
-"""Pictures and sound for the report: matplotlib charts as inline SVG, log-mel spectrograms as PNG, clips as WAV.
+"""Images and sound for the report: matplotlib charts as inline SVG, log-mel spectrograms as PNG, clips as WAV.
 
-Charts carry no colours of their own. They are drawn in stand-in colours that are then replaced by CSS variables
-of the page, so that one drawing serves the light and the dark scheme and the printer.
+Charts have no colours of their own. They are drawn in stand-in colours, which are then replaced by the page's CSS
+variables, so that one drawing works in the light and dark schemes and in print.
 """
 
 import base64
@@ -24,17 +24,17 @@ from PIL import Image
 
 INK, MUTED, GRID = "#010101", "#010102", "#010103"
 STAND_INS = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--grid)"}
-MOST_POINTS = 500  # in one line; longer runs are averaged down, or the page would grow with the run
+MOST_POINTS = 500  # points per line; longer runs are averaged down, or the page would grow with the run
 
 MELS, TOP_HERTZ, RANGE_DB = 80, 8000.0, 70.0
 PIXELS_WIDE = 1200
-MOST_SECONDS = 60  # of a clip that are shown and played
-MOST_SAMPLES = 8_000_000  # over all channels, that are decoded of it
+MOST_SECONDS = 60  # of a clip to show and play
+MOST_SAMPLES = 8_000_000  # over all channels to decode from it
 
 
 @dataclass
 class Line:
-    """One line of a chart. `colour` is the name of a CSS variable of the page, as in "--c0"."""
+    """One line in a chart. `colour` is the name of one of the page's CSS variables, such as "--c0"."""
 
     label: str
     x: Sequence[float]
@@ -46,12 +46,12 @@ class Line:
 
 @dataclass
 class Chart:
-    title: str  # read aloud by screen readers; the visible heading belongs to the page
+    title: str  # read by screen readers; the visible heading is part of the page
     lines: list[Line]
     level: float | None = None  # a dashed horizontal line, such as a baseline
     y_name: str = ""
     log_y: bool = False
-    top: float | None = None  # where the y axis ends, for lines whose start lies far above the rest
+    top: float | None = None  # the upper end of the y axis, for lines that start far above the rest
     size: tuple[int, int] = (1000, 340)
     colours: dict[str, str] = field(default_factory=dict, repr=False)
 
@@ -135,7 +135,7 @@ def dress(axes: Axes, chart: Chart) -> None:
 
 
 def inline(svg: str, chart: Chart, key: str) -> Markup:
-    """Turns matplotlib's SVG file into an element of the page: no XML head, own ids, colours of the page."""
+    """Turns matplotlib's SVG file into an element of the page: no XML header, unique ids, the page's colours."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
@@ -155,7 +155,7 @@ def inline(svg: str, chart: Chart, key: str) -> Markup:
 
 
 def thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """At most MOST_POINTS points: the means of equal runs of neighbours."""
+    """At most MOST_POINTS points, each the mean of equally many neighbours."""
     if x.size <= MOST_POINTS:
         return x, y
     parts = np.array_split(np.arange(x.size), MOST_POINTS)
@@ -188,7 +188,7 @@ def short(value: float) -> str:
 class Clip(NamedTuple):
     samples: np.ndarray  # mono, float32, within -1 to 1
     rate: int
-    whole: float = 0.0  # seconds of the file, if these samples are only its beginning
+    whole: float = 0.0  # seconds of the whole file, if these samples are only its beginning
 
     @property
     def seconds(self) -> float:
@@ -196,7 +196,7 @@ class Clip(NamedTuple):
 
 
 def read_clip(path: Path) -> Clip:
-    """The first MOST_SECONDS of a file, and fewer of one with many channels: the page holds all that is read."""
+    """The first MOST_SECONDS of a file, fewer if it has many channels, because the page embeds everything read."""
     facts = soundfile.info(path)
     most = min(MOST_SECONDS * facts.samplerate, MOST_SAMPLES // max(1, facts.channels))
     samples, rate = soundfile.read(path, frames=most, dtype="float32", always_2d=True)
@@ -205,7 +205,7 @@ def read_clip(path: Path) -> Clip:
 
 
 def wav_uri(clip: Clip) -> str:
-    """The clip as a data URI. 16-bit WAV: every browser plays it, and it adds no loss to a comparison of codecs."""
+    """The clip as a data URI. 16-bit WAV: every browser plays it, and it is lossless, so codecs can be compared."""
     buffer = io.BytesIO()
     soundfile.write(buffer, clip.samples, clip.rate, format="WAV", subtype="PCM_16")
     return "data:audio/wav;base64," + base64.b64encode(buffer.getvalue()).decode()
@@ -224,7 +224,7 @@ def log_mel(clip: Clip) -> np.ndarray:
 
 
 def mel_filters(rate: int, size: int) -> np.ndarray:
-    """Triangular filters, evenly spaced on the mel scale from 0 to TOP_HERTZ for every sampling rate alike."""
+    """Triangular filters, evenly spaced on the mel scale from 0 to TOP_HERTZ at every sampling rate."""
     edges = 700 * (10 ** (np.linspace(0, hertz_to_mel(TOP_HERTZ), MELS + 2) / 2595) - 1)
     bins = np.fft.rfftfreq(size, 1 / rate)
     low, middle, high = edges[:-2, None], edges[1:-1, None], edges[2:, None]

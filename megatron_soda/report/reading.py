@@ -10,7 +10,7 @@ from .words import finite, plural
 
 
 def load(run: Path, name: str, warnings: list[str]) -> Any:
-    """The JSON file `name` of the run, or None where there is none; a damaged one is reported on the page."""
+    """The run's JSON file `name`, or None if it does not exist; a damaged one is reported on the page."""
     if not (run / name).exists():
         return None
     try:
@@ -22,7 +22,8 @@ def load(run: Path, name: str, warnings: list[str]) -> Any:
 
 
 def read_metrics(path: Path, warnings: list[str]) -> tuple[list[dict], list[dict]]:
-    """Training and validation points in order of step. Of a step written twice (a resumed run) the last counts."""
+    """Training and validation points in step order. If a step was written twice (a resumed run), the last one
+    counts."""
     if not path.is_file():
         return [], []
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -55,14 +56,14 @@ def read_metrics(path: Path, warnings: list[str]) -> tuple[list[dict], list[dict
 
 
 def warn_of_stale(run: Path, warnings: list[str]) -> None:
-    """Says which results are of another model than the one in RUN/hf now."""
+    """Reports results from a different model than the one now in RUN/hf."""
     exported = as_dict(load(run, "hf/soda.json", [])).get("key")
     evaluated = as_dict(load(run, "eval.json", [])).get("export")
     spoken = {as_dict(sample).get("export") for sample in as_list(load(run, "samples/samples.json", []))} - {None}
     if exported and evaluated not in (None, exported):
-        warnings.append("The evaluation is of an earlier export of this run: run soda evaluate again.")
+        warnings.append("The evaluation is from an earlier export of this run: run soda evaluate again.")
     if exported and not spoken <= {exported}:
-        warnings.append("Some samples are of an earlier export of this run: run soda generate again.")
+        warnings.append("Some samples are from an earlier export of this run: run soda generate again.")
 
 
 def as_dict(value: Any) -> dict[str, Any]:

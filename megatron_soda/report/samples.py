@@ -1,4 +1,4 @@
-"""The samples section: every sample with its sounds, its spectrograms and its texts, compared word by word."""
+"""The samples section: every sample with its sounds, spectrograms and texts, compared word by word."""
 
 import difflib
 import re
@@ -13,13 +13,13 @@ from .reading import as_dict
 from .words import finite, plain, plural, span
 
 MOST_CARDS = 60
-PROGRESS = ("On the way", "The same prompt and the same draw, by the checkpoints that the run has kept.")
+PROGRESS = ("On the way", "The same prompt and random draw at each checkpoint that the run has kept.")
 TRACKS = {
     "original": ("Original", "the recording"),
-    "codec": ("Codec", "the recording turned into tokens and back: the best the model could sound"),
+    "codec": ("Codec", "the recording turned into tokens and back: the best that the model could sound"),
     "prompt": ("Prompt", "what the model was given"),
-    "model": ("Model", "what the model produced: the best of what was drawn"),
-    "median": ("Model, median", "the middle one of what was drawn"),
+    "model": ("Model", "what the model produced: the best candidate"),
+    "median": ("Model, median", "the median candidate"),
 }
 
 
@@ -36,7 +36,7 @@ def samples(run: Path, listed: list[Any], warnings: list[str]) -> list[dict[str,
 
 
 def words_of(task: str) -> tuple[str, str]:
-    """The heading of a task and a sentence on it; a task that this version does not have is its name."""
+    """A task's heading and description; for a task that this version lacks, just its name."""
     if task == "progress":
         return PROGRESS
     return (TASKS[task].title, TASKS[task].meaning) if task in TASKS else (plain(task).capitalize(), "")
@@ -81,7 +81,8 @@ def card(folder: Path, sample: dict[str, Any]) -> dict[str, Any]:
 
 
 def doubts(sample: dict[str, Any], key: str, clip: Clip, clips: dict[str, Clip]) -> list[str]:
-    """Why a sound of the model is hardly speech: as it was judged when it was drawn, else by what can be heard."""
+    """Why a generated sound is unlikely to be speech: the verdict from when it was drawn, or else from the sound
+    itself."""
     if key not in ("model", "median"):
         return []
     judged = as_dict(as_dict(sample.get("verdicts")).get(key)).get("problems")
@@ -101,21 +102,21 @@ def note(sample: dict[str, Any]) -> str:
 
 
 def clip_or_reason(folder: Path, name: str) -> Clip | str:
-    """The clip, or in words why there is none."""
+    """The clip, or a message why there is none."""
     path = (folder / name).resolve()
     if not path.is_relative_to(folder.resolve()):
-        return f"{name} lies outside the samples folder and is not shown."
+        return f"{name} is outside the samples folder and is not shown."
     if not path.is_file():
         return f"{name} is missing."
     try:
         clip = plots.read_clip(path)
     except (plots.soundfile.SoundFileError, OSError, ValueError):
-        return f"{name} is no sound file that could be read."
+        return f"{name} could not be read as a sound file."
     return clip if len(clip.samples) else f"{name} is empty."
 
 
 def texts(sample: dict[str, Any]) -> dict[str, Any]:
-    """The texts of a sample; reference and output word by word where they are meant to agree."""
+    """A sample's texts; reference and output compared word by word if they should agree."""
     prompt, reference, output = (sample.get(f"{key}_text") for key in ("prompt", "reference", "output"))
     median = sample.get("median_text")
     found = {"prompt": prompt, "reference": None, "output": None, "median": None, "agreement": ""}
@@ -129,7 +130,7 @@ def texts(sample: dict[str, Any]) -> dict[str, Any]:
 
 
 def compared(reference: str, output: str) -> tuple[list, list, str]:
-    """Both texts in pieces marked "same" or "differs", and how much of the reference was found again."""
+    """Both texts in pieces marked "same" or "differs", and how much of the reference was matched."""
     words = " " in reference.strip()
     left, right = (re.findall(r"\S+\s*" if words else r"\S\s*", text) for text in (reference, output))
     bare = [[re.sub(r"[\W_]+", "", part.lower()) or part.strip() for part in parts] for parts in (left, right)]
@@ -139,7 +140,7 @@ def compared(reference: str, output: str) -> tuple[list, list, str]:
         mark = "same" if kind == "equal" else "differs"
         agreed += (b - a) if kind == "equal" else 0
         for into, part in zip(pieces, ("".join(left[a:b]), "".join(right[c:d])), strict=True):
-            marked = part if mark == "same" else part.rstrip()  # the space after a marked word stays unmarked
+            marked = part if mark == "same" else part.rstrip()  # the space after a marked word is not marked
             into += [(sort, text) for sort, text in ((mark, marked), ("same", part[len(marked) :])) if text]
     unit = "word" if words else "character"
-    return *pieces, f"{agreed} of {plural(len(left), unit)} of the reference found again in order"
+    return *pieces, f"{agreed} of {plural(len(left), unit)} of the reference matched in order"

@@ -1,4 +1,4 @@
-"""The section on times: how long every stage took, and its parts."""
+"""The times section: how long every stage and its parts took."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The training section: the charts of the loss, of every token class, and of how the run went."""
+"""The training section: charts of the loss, of every token class, and of the run itself."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from .plots import Chart, Line
 from .reading import as_dict
 from .words import finite, plain
 
-START = 0.05  # of the steps: what counts as the start of a run
+START = 0.05  # share of the steps that counts as the start of a run
 SIDE_CHARTS = {
     "learning_rate": ("Learning rate", ""),
     "grad_norm": ("Gradient norm", ""),
@@ -18,7 +18,7 @@ SIDE_CHARTS = {
 
 
 def charts(train: list[dict], valid: list[dict], colours: dict, nll: dict) -> dict[str, Any]:
-    """All charts, drawn; the big ones twice, for wide and for narrow screens."""
+    """Draws all charts; the big ones twice, for wide and for narrow screens."""
     baseline = {row["name"]: row["baseline"] for row in nll["classes"]}
     loss = [
         Line("training", *series(train, "loss"), "--accent", smooth=True),
@@ -59,8 +59,8 @@ def charts(train: list[dict], valid: list[dict], colours: dict, nll: dict) -> di
 
 
 def cut_start(lines: list[Line], level: float | None = None) -> tuple[float | None, str]:
-    """Where the axis should end, and what to say of it, if the first steps would squeeze all the rest: they alone are
-    cut, so that no later spike is hidden. (None, "") where they fit."""
+    """Where to end the axis, with a note, if the first steps would squeeze everything else. Only they are cut, so that
+    no later spike is hidden. (None, "") if they fit."""
     points = [(x, y) for line in lines for x, y in zip(line.x, line.y, strict=True)]
     until = START * max((x for x, _ in points), default=0.0)
     later = [y for x, y in points if x > until]
@@ -72,11 +72,11 @@ def cut_start(lines: list[Line], level: float | None = None) -> tuple[float | No
     peak, step = max(first)
     if peak <= high + 0.3 * spread:
         return None, ""
-    return high + 0.1 * spread, f"The start is cut off: {peak:.3g} at step {step:,.0f} lies above the axis."
+    return high + 0.1 * spread, f"The start is cut off: {peak:.3g} at step {step:,.0f} is above the axis."
 
 
 def series(points: list[dict], *path: str) -> tuple[list[float], list[float]]:
-    """Steps and values of what lies at `path` in every point that has it."""
+    """Steps and values of `path` in every point that has it."""
     steps: list[float] = []
     values: list[float] = []
     for point in points:
@@ -103,7 +103,7 @@ def both_widths(spoken: str, lines: list[Line], key: str) -> dict[str, Any]:
 
 
 def spoken_range(*lines: tuple[Any, Any]) -> str:
-    """The start and end of every line in words, for those who do not see the chart."""
+    """The start and end of every line in words, for readers who cannot see the chart."""
     words = [
         f"{name} from {values[0]:.3f} to {values[-1]:.3f} nats"
         for name, (_, values) in zip(("training", "validation"), lines, strict=False)

@@ -1,4 +1,4 @@
-"""How values read on the page: numbers, lengths of time, names, and nested facts as labelled rows."""
+"""Formats values for the page: numbers, durations, names, and nested facts as labelled rows."""
 
 import json
 import math
@@ -34,17 +34,17 @@ def number(value: Any) -> str:
 
 
 def fixed(value: Any) -> str:
-    """With three decimals, for columns that are compared."""
+    """With three decimals, for columns to compare."""
     return f"{value:,.3f}" if finite(value) is not None else number(value)
 
 
 def exact(value: Any) -> str:
-    """The same in full, for the attribute of a <data> element."""
+    """The same at full precision, for the attribute of a <data> element."""
     return json.dumps(value) if isinstance(value, int | float) else str(value)
 
 
 def big(value: float, digits: int = 3) -> str:
-    """1234567 is 1.23 M; `digits` are those shown at least where there is a fraction."""
+    """1234567 becomes 1.23 M; `digits` is the minimum number of digits shown if there is a fraction."""
     for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= limit:
             scaled = value / (1e3 if unit == "k" else limit)
@@ -53,7 +53,7 @@ def big(value: float, digits: int = 3) -> str:
 
 
 def span(seconds: float | None) -> str:
-    """A length of time in the two units that matter."""
+    """A duration in its two largest units."""
     if seconds is None:
         return "–"
     if seconds < 10:
@@ -71,7 +71,7 @@ def span(seconds: float | None) -> str:
 
 
 def plain(name: Any) -> str:
-    """acoustic_3 is acoustic 3."""
+    """acoustic_3 becomes acoustic 3."""
     return str(name).replace("_", " ")
 
 
@@ -91,7 +91,7 @@ def flatten(value: Any, name: str = "") -> list[tuple[str, Any]]:
 
 
 def groups(facts: dict[str, Any]) -> list[tuple[str, list[tuple[str, Any]]]]:
-    """Scalars first under no heading, then each nested part under its own."""
+    """Scalars first without a heading, then each nested part under its own."""
     nested = {key: part for key, part in facts.items() if isinstance(part, dict | list) and part}
     plain_facts = [(key, part) for key, part in facts.items() if key not in nested]
     named = [(key, flatten(part)) for key, part in nested.items()]
@@ -99,7 +99,7 @@ def groups(facts: dict[str, Any]) -> list[tuple[str, list[tuple[str, Any]]]]:
 
 
 def public(value: Any) -> Any:
-    """Without what means something to the program alone: keys and fingerprints by which it knows its own files."""
+    """Without keys and fingerprints, which only mean something to the program."""
     if isinstance(value, dict):
         return {key: public(part) for key, part in value.items() if not str(key).endswith(INTERNAL)}
     return [public(part) for part in value] if isinstance(value, list) else value

@@ -1,10 +1,10 @@
-"""Cautious AdamW (arXiv 2411.16085), as Levanter has it: the optimizer of the paper's code.
+"""Cautious AdamW (arXiv 2411.16085) as in Levanter, the optimizer of the paper's code.
 
-An element's update is zero where it would go against the gradient, and what is left of a matrix's update is divided by
-the share of elements that are left. megatron-core keeps Q, K and V in one tensor, gate and up in another, and cuts
-tensors between tensor-parallel ranks and the ranks of the distributed optimizer; the shares are those of the model's
-own matrices all the same, so the layout changes nothing. Levanter stacks all layers, so there a matrix is, say, the Q
-of every layer: `optimizer.cautious_mask=stacked`.
+An element's update is dropped if it would go against the gradient, and the rest of the matrix's update is divided by
+the share of elements that remain. megatron-core keeps Q, K and V in one tensor, gate and up in another, and splits
+tensors over tensor-parallel ranks and the distributed optimizer's ranks. The shares are computed for the model's own
+matrices nevertheless, so the layout changes nothing. Levanter stacks all layers, so a matrix there is, say, the Q of
+every layer: `optimizer.cautious_mask=stacked`.
 """
 
 import re
@@ -23,7 +23,7 @@ from ..vocab import TokenSpace
 
 
 class CautiousAdamW(torch.optim.AdamW):
-    """Every parameter needs an attribute `runs`, from Matrices.describe, and the optimizer itself `matrices`."""
+    """Every parameter needs an attribute `runs`, from Matrices.describe; the optimizer itself needs `matrices`."""
 
     matrices: "Matrices"
 
@@ -64,18 +64,18 @@ class CautiousAdamW(torch.optim.AdamW):
         return ((group, p) for group in self.param_groups for p in group["params"] if p.grad is not None)
 
 
-Run = tuple[slice, Tensor]  # of a flat piece: rows of one length, and of which matrix each row is
+Run = tuple[slice, Tensor]  # for a flat piece: rows of one length, and the matrix of each row
 
 
 def rows(piece: Tensor, runs: list[Run]) -> Iterable[tuple[Tensor, Tensor]]:
-    """(rows, length) of each run, a view of the piece, and the matrix of each row."""
+    """For each run, a view of the piece as (rows, length), and the matrix of each row."""
     flat = piece.view(-1)
     return ((flat[run].view(len(matrix), -1), matrix) for run, matrix in runs)
 
 
 def runs_of(matrix: Tensor, length: int, start: int, stop: int) -> list[Run]:
-    """The runs of elements [start, stop) of a tensor whose rows have `length` elements and belong to `matrix` each: the
-    end of a row, whole rows, and the beginning of a row, as far as there are any."""
+    """The runs in elements [start, stop) of a tensor whose rows have `length` elements and belong to `matrix`: the end
+    of a row, whole rows, and the beginning of a row, where they exist."""
     first = min(-(-start // length) * length, stop)
     last = max(stop // length * length, first)
     edges = [(a, b) for a, b in ((start, first), (first, last), (last, stop)) if a < b]
@@ -83,16 +83,16 @@ def runs_of(matrix: Tensor, length: int, start: int, stop: int) -> list[Run]:
 
 
 class Matrices:
-    """Which matrices a model has, and of which each element is that this rank updates.
+    """The model's matrices, and the matrix of each element that this rank updates.
 
-    sizes: int64, by matrix; vocabulary padding, which has no gradient, is left out. groups: the process groups between
-    which a matrix may be cut.
+    sizes: int64, by matrix, without vocabulary padding, which has no gradient. groups: the process groups over which a
+    matrix may be split.
     """
 
     def __init__(self, recipe: Recipe, ddp: list[DistributedDataParallel], space: TokenSpace, device: Any) -> None:
         rank, ranks = parallel_state.get_tensor_model_parallel_rank(), recipe.parallel.tensor
         stacked = recipe.optimizer.cautious_mask == "stacked"
-        elements: dict[str, int] = {}  # of this stage's matrices
+        elements: dict[str, int] = {}  # for this stage's matrices
         found = []
         for chunk in ddp:
             parameters: Any = chunk.module.named_parameters()
@@ -113,27 +113,28 @@ class Matrices:
         if recipe.parallel.distributed_optimizer:
             self.groups.append(parallel_state.get_data_parallel_group(with_context_parallel=True))
         if stacked and recipe.parallel.pipeline > 1:
-            # A tied embedding is in the first stage and in the last: there twice, counted twice.
+            # A tied embedding is in the first and in the last stage, so it is counted twice on both sides.
             self.groups.append(parallel_state.get_pipeline_model_parallel_group())
             stages = [{}] * recipe.parallel.pipeline
             dist.all_gather_object(stages, elements, group=self.groups[-1])
         number = {name: i for i, name in enumerate(sorted({name for stage in stages for name in stage}))}
         sizes = [sum(stage.get(name, 0) for stage in stages) for name in number]
         self.sizes = torch.tensor(sizes, dtype=torch.int64, device=device)
-        self.of = {  # of a parameter: the matrix of each row, and whether this rank's part of it is counted
+        self.of = {  # for a parameter: the matrix of each row, and whether this rank's part is counted
             parameter: (torch.tensor([number[kind] for kind in kinds])[row].to(device), counted)
             for parameter, kinds, row, counted in found
         }
 
     def describe(self, piece: Any, parameter: Any, start: int) -> None:
-        """Tells a piece that Adam updates, elements from `start` of a parameter of the model, what it is of."""
+        """Tells a piece that Adam updates, the elements of a model parameter from `start` on, which matrices it belongs
+        to."""
         matrix, piece.is_counted = self.of[parameter]
         piece.runs = runs_of(matrix, parameter.numel() // len(matrix), start, start + piece.numel())
 
 
 def split(name: str, parameter: Tensor, m: Model) -> tuple[list[str], Tensor]:
-    """The matrices in a tensor, by name, and of which of them each row is (one row, if there is only one matrix)."""
-    if name.endswith("linear_qkv.weight"):  # by query group: its queries' rows, the key's, the value's
+    """The matrices in a tensor, by name, and the matrix of each row (a single row if there is only one matrix)."""
+    if name.endswith("linear_qkv.weight"):  # by query group: the rows of its queries, key and value
         lengths = torch.tensor([m.num_attention_heads // m.num_query_groups, 1, 1]) * m.head_dim
         group = torch.arange(3).repeat_interleave(lengths)
         return [f"{name}/{part}" for part in "qkv"], group.repeat(len(parameter) // len(group))

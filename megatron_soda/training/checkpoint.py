@@ -1,9 +1,9 @@
-"""Checkpoints in megatron-core's torch_dist format: RUN/checkpoints/step_00000250, read back at any layout.
+"""Checkpoints in megatron-core's torch_dist format: RUN/checkpoints/step_00000250, readable at any layout.
 
-A checkpoint is written under a temporary name, synced to the disk, and renamed when every rank is done: the rename is
-what makes it the newest. In it, beside the tensors and their index (checkpoint_files.py, checkpoint_index.py):
+A checkpoint is written under a temporary name, synced to disk, and renamed once every rank is done; the rename makes it
+the newest. Besides the tensors and their index (checkpoint_files.py, checkpoint_index.py), it contains:
 
-checkpoint.json  the step, what data is used up, and of what model, vocabulary and optimizer it is
+checkpoint.json the step, the data used so far, and the model, vocabulary and optimizer
 manifest.json    bytes and SHA-256 of every other file; a checkpoint that does not agree with it is not used
 """
 
@@ -39,16 +39,16 @@ def folder_of(run: Path, step: int) -> Path:
 
 
 def saved_steps(run: Path) -> list[int]:
-    """Steps that have a checkpoint, whole or damaged, rising."""
+    """Steps that have a checkpoint, intact or damaged, in ascending order."""
     names = [folder.name[5:] for folder in (run / "checkpoints").glob("step_*") if folder.is_dir()]
     return sorted(int(name) for name in names if name.isdigit())
 
 
 def newest_whole(run: Path, before: int | None = None) -> Path | None:
-    """The newest checkpoint (`before` a step) that agrees with its manifest. None if there is none.
+    """The newest checkpoint (`before` a step) that matches its manifest. None if there is no checkpoint.
 
-    Those above it that do not are named. All ranks call this; each reads its share of the files. SodaError if there are
-    checkpoints, and all are damaged.
+    Newer ones that do not match are reported. All ranks call this; each reads its share of the files. Raises SodaError
+    if there are checkpoints but all are damaged.
     """
     steps = saved_steps(run)
     if dist.is_initialized():
@@ -76,14 +76,14 @@ def newest_whole(run: Path, before: int | None = None) -> Path | None:
 
 
 def damage(folder: Path) -> list[str]:
-    """What does not agree with the manifest; the same list on every rank."""
+    """What does not match the manifest; the same list on every rank."""
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     problems = _listed_wrong(folder)
     for index, (name, (size, digest)) in enumerate(sorted(_manifest(folder).items()) if not problems else ()):
         if index % ranks == rank:
             try:
                 if (folder / name).stat().st_size != size or sha256(folder / name) != digest:
-                    problems.append(f"{name} has other bytes than were written")
+                    problems.append(f"{name} has changed since it was written")
             except (OSError, SodaError) as error:
                 problems.append(f"{name} cannot be read ({error})")
     if ranks == 1:
@@ -94,7 +94,7 @@ def damage(folder: Path) -> list[str]:
 
 
 def _listed_wrong(folder: Path) -> list[str]:
-    """What is wrong with the manifest, and with names and sizes of the files in it: quick to find out."""
+    """What is wrong with the manifest, and with the names and sizes of its files; quick to check."""
     try:
         manifest = _manifest(folder)
         problems = [
@@ -103,7 +103,7 @@ def _listed_wrong(folder: Path) -> list[str]:
         for name, (size, _) in sorted(manifest.items()):
             path = folder / name
             if Path(name).name != name:
-                problems.append(f"manifest.json names a file elsewhere: {name!r}")
+                problems.append(f"manifest.json names a file in another folder: {name!r}")
             elif not path.is_file():
                 problems.append(f"{name} is missing")
             elif path.stat().st_size != size:
@@ -118,14 +118,15 @@ def _manifest(folder: Path) -> dict[str, tuple[int, str]]:
 
 
 def identity(folder: Path) -> str:
-    """Which checkpoint it is, by its content and wherever it lies: the hash of its manifest, which has every file's.
+    """Identifies a checkpoint by content, wherever it is: the hash of its manifest, which has the hash of every file.
     Empty if it has none."""
     path = folder / "manifest.json"
     return sha256(path) if path.is_file() else ""
 
 
 def manifest_of(folder: Path, known: Entries | None = None) -> Entries:
-    """Bytes and SHA-256 of all files but the manifest, synced to the disk. `known`: those of files that are already."""
+    """Bytes and SHA-256 of all files except the manifest, which are synced to disk. `known`: those of files already
+    synced."""
     entries = dict(known or {})
     for path in sorted(folder.iterdir()):
         if path.name not in (*entries, "manifest.json"):
@@ -135,28 +136,29 @@ def manifest_of(folder: Path, known: Entries | None = None) -> Entries:
 
 
 def describe(recipe: Recipe, space: TokenSpace) -> dict[str, Any]:
-    """What must agree between a checkpoint and a recipe."""
+    """What must match between a checkpoint and a recipe."""
     sizes = {k: v for k, v in asdict(recipe.model).items() if k not in _NOT_OF_THE_MODEL}
     optimizer = {
         "name": recipe.optimizer.name,
         "distributed": recipe.parallel.distributed_optimizer,
-        # The distributed optimizer keeps float32 weights in any case; the plain one's state has another form in bf16.
+        # The distributed optimizer always keeps float32 weights; the plain one's state has a different form in bf16.
         "half": recipe.precision.dtype != "fp32" and not recipe.parallel.distributed_optimizer,
-        # Nor does it tell torch's Adam and a fused one the same count of steps.
+        # Nor does it give torch's Adam and a fused one the same step count.
         "torch": recipe.parallel.distributed_optimizer or choose_adam(recipe.optimizer.name == "cautious")[2],
     }
     return {"model": sizes, "space": space.to_dict(), "optimizer": optimizer}
 
 
 def read_description(folder: Path, model: Model, space: TokenSpace, optimizer: dict | None = None) -> dict[str, Any]:
-    """checkpoint.json; SodaError if it is of another model, vocabulary or (if given) optimizer, naming what differs."""
+    """Reads checkpoint.json. Raises SodaError for a different model, vocabulary or (if given) optimizer, naming what
+    differs."""
     saved = read_json(folder / "checkpoint.json")
     sizes = {k: v for k, v in asdict(model).items() if k not in _NOT_OF_THE_MODEL}
     for part, values in (("model", sizes), ("space", space.to_dict()), ("optimizer", optimizer or {})):
         for key, value in values.items():
             if saved.get(part, {}).get(key) != value:
                 raise SodaError(
-                    f"{folder}: a checkpoint of another {_PARTS[part]}: its {part}.{key} is "
+                    f"{folder}: a checkpoint of a different {_PARTS[part]}: its {part}.{key} is "
                     f"{saved.get(part, {}).get(key)}, the recipe's is {value}. Use another `run` folder, or the recipe "
                     "it was made with."
                 )
@@ -167,9 +169,8 @@ _PARTS = {"model": "model", "space": "vocabulary", "optimizer": "optimizer"}
 
 
 class Saver:
-    """Writes checkpoints, while training goes on if `checkpoint.async_save`, and forgets old ones. All ranks call all.
-
-    `origin`: the checkpoint that training went on from, here or in another run.
+    """Writes checkpoints, in the background if `checkpoint.async_save`, and removes old ones. All ranks call every
+    method. `origin`: the checkpoint that training continued from, in this run or another.
     """
 
     def __init__(
@@ -178,17 +179,18 @@ class Saver:
         self.run, self.models, self.optimizer, self.description = Path(recipe.run), models, optimizer, description
         self.keep_last, self.keep_every = recipe.checkpoint.keep_last, recipe.checkpoint.keep_every
         self.asynchronous = recipe.checkpoint.async_save
-        self.final: Path | None = None  # of the checkpoint under way
+        self.final: Path | None = None  # of the checkpoint in progress
         self.state: dict[str, Any] = {}
         self.save: checkpoint_files.Save | None = None
         self.origin = origin.resolve() if origin else None
-        self.written: set[int] = set()  # steps whose checkpoints are ours, and whole
+        self.written: set[int] = set()  # steps whose checkpoints are ours and intact
         if dist.get_rank() == 0:
-            for leftover in (self.run / "checkpoints").glob(".step_*"):  # of a run that was killed
+            for leftover in (self.run / "checkpoints").glob(".step_*"):  # left by a killed run
                 shutil.rmtree(leftover, ignore_errors=True)
 
     def start(self, step: int, state: dict[str, Any]) -> None:
-        """Begins the checkpoint of `step` finished steps, after the one before. `state` is the same on every rank."""
+        """Starts the checkpoint after `step` finished steps, once the previous one is complete. `state` is the same on
+        every rank."""
         self.finish()
         self.final = folder_of(self.run, step)
         self.state = {**self.description, "step": step, **state}
@@ -200,7 +202,7 @@ class Saver:
             self.finish()
 
     def poll(self) -> None:
-        """Goes on with what is under way, if every rank is ready to; returns at once if not."""
+        """Continues the checkpoint in progress if every rank is ready; returns at once if not."""
         if self.save is None:
             return
         waiting = torch.tensor([float(self.save.busy())], device=next(self.models[0].parameters()).device)
@@ -209,7 +211,7 @@ class Saver:
             self.finish()
 
     def finish(self) -> None:
-        """Waits until the checkpoint under way is durable."""
+        """Waits until the checkpoint in progress is durable."""
         if self.save is None:
             return
         with self._readable_errors():
@@ -227,11 +229,11 @@ class Saver:
         self._temporary.mkdir(parents=True)
 
     def _appear(self, entries: Entries) -> None:
-        """The tensors of every rank are on the disk: adds what describes them, and renames."""
+        """Once every rank's tensors are on disk: adds their description and renames."""
         assert self.final is not None
         write_json(self._temporary / "checkpoint.json", self.state)
         write_json(self._temporary / "manifest.json", manifest_of(self._temporary, entries))
-        _remove(self.final)  # a damaged one of this step
+        _remove(self.final)  # a damaged one for this step
         os.replace(self._temporary, self.final)
         sync_folder(self.final.parent)
         self._forget(self.state["step"])
@@ -250,7 +252,7 @@ class Saver:
                 _remove(folder)
 
     def _on_first(self, work: Callable[..., None], *arguments: Any) -> None:
-        """Has the first rank do something that all wait for; what goes wrong there is an error on all."""
+        """Has the first rank do something that all wait for; a failure there is an error on all."""
         failed = [""]
         if dist.get_rank() == 0:
             try:
@@ -273,13 +275,13 @@ class Saver:
                 shutil.rmtree(self._temporary, ignore_errors=True)
             final, self.final, self.save = self.final, None, None
             raise SodaError(
-                f"{final}: cannot write the checkpoint: {error}. Those before it are whole; the same command goes on "
+                f"{final}: cannot write the checkpoint: {error}. Earlier ones are intact; the same command resumes "
                 "from the newest of them."
             ) from None
 
 
 def load(folder: Path, models: list, optimizer: MegatronOptimizer | None) -> None:
-    """Reads weights, and Adam's state if an optimizer is given, at whatever layout the ranks now have."""
+    """Reads weights, and Adam's state if an optimizer is given, at the ranks' current layout."""
     if optimizer is not None:
         prepare_load(optimizer)
     loaded = checkpoint_files.load(sharded_state(models, optimizer, loading=True), folder)
@@ -294,7 +296,7 @@ def load(folder: Path, models: list, optimizer: MegatronOptimizer | None) -> Non
 
 
 def sharded_state(models: list, optimizer: MegatronOptimizer | None, *, loading: bool) -> dict[str, Any]:
-    """What torch_dist saves: every tensor under its name in the whole model, so that any layout finds it.
+    """What torch_dist saves: every tensor under its name in the whole model, so that any layout can find it.
 
     Transformer Engine's extra state (the histories of delayed FP8 scaling) is left out: local layers have none, and it
     is a pickle. After a resume these histories start over.
@@ -309,9 +311,9 @@ def sharded_state(models: list, optimizer: MegatronOptimizer | None, *, loading:
 
 
 def _remove(folder: Path) -> None:
-    """Renames it first: a half-removed folder must not look like a checkpoint."""
+    """Renames it first, because a half-removed folder must not look like a checkpoint."""
     doomed = folder.with_name(f".{folder.name}.old")
-    with contextlib.suppress(OSError):  # it is not there; or it cannot be removed now, but perhaps the next time
+    with contextlib.suppress(OSError):  # it does not exist, or cannot be removed now, but perhaps next time
         os.replace(folder, doomed)
     shutil.rmtree(doomed, ignore_errors=True)
 

@@ -1,8 +1,8 @@
 """The files of a checkpoint: megatron-core's torch_dist tensors, written by threads and read through our own index.
 
-megatron-core says which tensors a rank saves and loads. Its `save` and `load` are not called: they differ between its
-versions in what they do with everything else. Nor is its writer: it forks processes or starts a manager, which a signal
-to the process group kills, breaking the checkpoint, and which outlive a trainer that is killed.
+megatron-core determines which tensors a rank saves and loads. Its `save` and `load` are not used, because its versions
+differ in what they do with everything else. Nor is its writer: it forks processes or starts a manager, which are killed
+by a signal to the process group, breaking the checkpoint, and which outlive a killed trainer.
 """
 
 import copy
@@ -48,14 +48,14 @@ Entries = dict[str, tuple[int, str]]  # file name: bytes, SHA-256
 
 
 class Save:
-    """Tensors on their way to `folder`, which is empty. All ranks make one, and all call `finish`.
+    """Saves tensors to `folder`, which is empty. All ranks create one, and all call `finish`.
 
     With `background` the tensors are copied first, so training may change them while they are written.
     """
 
     def __init__(self, state: dict[str, Any], folder: Path, background: bool) -> None:
-        parts: Any = save_preprocess(state)  # what has shards, and what has none
-        # Adam's count of steps is in the common part, and the next step raises it in place.
+        parts: Any = save_preprocess(state)  # what has shards, and what does not
+        # Adam's step count is in the common part, and the next step increments it in place.
         self._writer = Writer(folder, copy.deepcopy(parts[1]), copy=background)
         flat, _, _ = megatron_torch._replace_state_dict_keys_with_sharded_keys(parts[0], keep_only_main_replica=True)
         planner = megatron_torch.MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
@@ -69,8 +69,8 @@ class Save:
         return self._thread.is_alive()
 
     def finish(self) -> Entries:
-        """Waits for every rank's files, and writes the index. What all ranks wrote, the same on each.
-        Raises WriteError, on every rank, if one of them could not."""
+        """Waits for every rank's files and writes the index. Returns what all ranks wrote, the same on each. Raises
+        WriteError on every rank if one of them failed."""
         self._thread.join()
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, self._writer.failure or self._writer.entries)
@@ -84,9 +84,9 @@ class Save:
 
 
 class Writer(FileSystemWriterAsync):
-    """Writes one rank's files with threads of this process; `entries` and `failure` say how that went.
+    """Writes one rank's files with threads of this process; `entries` and `failure` hold the outcome.
 
-    `common` is what is not a tensor. With `copy`, tensors that are on the CPU are copied as well.
+    `common` is everything that is not a tensor. With `copy`, tensors already on the CPU are copied too.
     """
 
     def __init__(self, folder: Path, common: dict[str, Any], copy: bool) -> None:
@@ -98,7 +98,7 @@ class Writer(FileSystemWriterAsync):
         self._results: list[Any] = []
 
     def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
-        """Decides which tensors go to which file, and brings them to the CPU."""
+        """Decides which tensors go to which file, and moves them to the CPU."""
         for items in filter(None, _split_by_size_and_type(self.thread_count, plan.items)):
             name = f"{plan.storage_data.prefix}{len(self._files)}.distcp"
             self._files.append((name, [(item, _to_cpu(item, planner, self.copy)) for item in items]))
@@ -117,7 +117,7 @@ class Writer(FileSystemWriterAsync):
         except Exception as error:  # Save.finish raises it on every rank
             self.failure = _why(error, Path(self.path))
         finally:
-            self._files = []  # a copy of the whole state is let go
+            self._files = []  # releases a copy of the whole state
 
     def _write_file(self, name: str, tensors: list[Any]) -> tuple[str, tuple[int, str], list[Any]]:
         results = []
@@ -127,7 +127,7 @@ class Writer(FileSystemWriterAsync):
                     results.append(
                         _write_item(self.transforms, stream, tensor, item, name, SerializationFormat.TORCH_SAVE)
                     )
-                except RuntimeError as error:  # torch's, which hides why the stream would not take more
+                except RuntimeError as error:  # torch's, which hides why the stream refused more
                     raise (stream.failure or error) from None
             file.flush()
             os.fsync(file.fileno())
@@ -145,7 +145,7 @@ class Writer(FileSystemWriterAsync):
 
 
 class _Checked(io.RawIOBase):
-    """A file that is written from start to end: counts and checksums what it takes, and keeps why it failed."""
+    """A file written sequentially: counts and checksums its content, and records why it failed."""
 
     def __init__(self, file: Any) -> None:
         self.file, self.size, self.digest = file, 0, hashlib.sha256()
@@ -172,21 +172,21 @@ class _Checked(io.RawIOBase):
 def _to_cpu(item: WriteItem, planner: SavePlanner, copy: bool) -> Tensor:
     tensor = planner.resolve_data(item)
     if not isinstance(tensor, Tensor):
-        raise ValueError(f"a checkpoint holds tensors alone, and not {item.index.fqn}")
+        raise ValueError(f"a checkpoint can only hold tensors, not {item.index.fqn}")
     tensor = tensor.detach()
-    part = tensor.numel() * tensor.itemsize < tensor.untyped_storage().size()  # torch.save would write the whole
+    part = tensor.numel() * tensor.itemsize < tensor.untyped_storage().size()  # torch.save would write all of it
     if tensor.device.type == "cpu":
         return tensor.clone() if copy or part else tensor
     return tensor.to("cpu", non_blocking=True)
 
 
 class WriteError(OSError):
-    """Its text says why, and is for the user."""
+    """Its message gives the reason, for the user."""
 
 
 @contextmanager
 def readable_errors(folder: Path) -> Iterator[None]:
-    """What goes wrong while `folder` is written becomes WriteError, a full disk by name."""
+    """Turns errors while writing `folder` into WriteError, and recognises a full disk."""
     try:
         yield
     except (torch.OutOfMemoryError, SodaError, WriteError):
@@ -203,7 +203,7 @@ def _why(error: BaseException, folder: Path) -> str:
     except OSError:
         free = None
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in text
-    # torch's C++ writer, which common.pt goes through, only says at which byte it stopped.
+    # torch's C++ writer, used for common.pt, only says at which byte it stopped.
     if full or (free is not None and free < 1 << 20):
         return f"the disk is full{'' if free is None else f' ({free / 2**20:.1f} MiB left)'}. Free some space"
     return text
@@ -213,9 +213,9 @@ def _why(error: BaseException, folder: Path) -> str:
 
 
 def load(state: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Fills a sharded state dict from a checkpoint, at whatever layout the ranks now have. All ranks call this.
+    """Fills a sharded state dict from a checkpoint, at the ranks' current layout. All ranks call this.
 
-    Raises SodaError if the index or the tensors are not what this state needs.
+    Raises SodaError if the index or the tensors do not fit this state.
     """
     original = torch.load
 
@@ -230,7 +230,7 @@ def load(state: dict[str, Any], folder: Path) -> dict[str, Any]:
             merge(common, local)
             sharded, _ = extract_sharded_base(sharded)
         metadata = determine_global_metadata(sharded)[1]
-        with _together(folder):  # the first rank alone looks at it
+        with _together(folder):  # only the first rank checks it
             validate_sharding_integrity(metadata)
         with _together(folder):
             merge(common, megatron_torch.TorchDistLoadShardedStrategy().load(sharded, folder))
@@ -242,13 +242,13 @@ def load(state: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 @contextmanager
 def _together(folder: Path) -> Iterator[None]:
-    """What goes wrong inside on some rank is a SodaError on all of them, which would wait for that rank otherwise."""
+    """An error inside on any rank becomes a SodaError on all of them, which would otherwise wait for that rank."""
     failure: BaseException | None = None
     try:
         yield
     except torch.OutOfMemoryError:
         raise
-    except (CheckpointException, Exception) as error:  # whatever torch and megatron-core raise on a stranger's bytes
+    except (CheckpointException, Exception) as error:  # whatever torch and megatron-core raise for foreign bytes
         failure = error
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, failure and _why_not_loaded(failure, folder))

@@ -33,7 +33,8 @@ _DTYPES = {
 
 
 def write_index(folder: Path, metadata: Metadata, common: dict[str, Any]) -> None:
-    """index.json out of torch's Metadata and what is no sharded tensor (plain values, and scalar tensors)."""
+    """Writes index.json from torch's Metadata and everything that is not a sharded tensor (plain values and scalar
+    tensors)."""
     described: dict[str, Any] = metadata.state_dict_metadata
     places: dict[str, list[dict[str, Any]]] = {name: [] for name in described}
     for place, stored in metadata.storage_data.items():
@@ -59,17 +60,17 @@ def write_index(folder: Path, metadata: Metadata, common: dict[str, Any]) -> Non
 
 
 def read_index(folder: Path) -> tuple[Metadata, dict[str, Any]]:
-    """Metadata and the common state from index.json. SodaError if it is missing, or describes what cannot be."""
+    """Reads Metadata and the common state from index.json. Raises SodaError if it is missing or not valid."""
     path = folder / INDEX
     if not path.is_file() and (folder / ".metadata").is_file():
         raise SodaError(
             f"{folder}: has no {INDEX}; an older version of megatron_soda or another program wrote it. If you trust "
-            f"it, for its index can run code: python tools/index_checkpoint.py {folder}"
+            f"it (this runs code in its pickles): python tools/index_checkpoint.py {folder}"
         )
     try:
         index = read_json(path)
         if index["format"] != _FORMAT:
-            raise ValueError(f"format {index['format']}, and {_FORMAT} is known here")
+            raise ValueError(f"format {index['format']}, not {_FORMAT}")
         sizes = {file.name: file.stat().st_size for file in folder.glob("__*_*.distcp") if file.is_file()}
         tensors, storage = {}, {}
         for name, entry in index["tensors"].items():
@@ -96,23 +97,23 @@ def _tensor(entry: dict[str, Any]) -> TensorStorageMetadata:
 
 
 def _place(chunk: dict[str, Any], sizes: dict[str, int]) -> _StorageInfo:
-    """Where a chunk lies, in one of the folder's own files: no other name is known here."""
+    """Where a chunk is, in one of the folder's own files; no other names are accepted."""
     name, (start, length) = chunk["file"], _numbers([chunk["start"], chunk["bytes"]])
     if name not in sizes:
-        raise ValueError(f"a file {name!r} that is not there")
+        raise ValueError(f"a file {name!r} that does not exist")
     if start + length > sizes[name]:
-        raise ValueError(f"{name} has {sizes[name]} bytes, and should have {start + length} or more")
+        raise ValueError(f"{name} has {sizes[name]} bytes, but needs at least {start + length}")
     return _StorageInfo(name, start, length)
 
 
 def _numbers(values: Any) -> list[int]:
     if not isinstance(values, list) or not all(type(v) is int and 0 <= v < 1 << 62 for v in values):
-        raise ValueError(f"{values!r}, and not a list of sizes")
+        raise ValueError(f"{values!r} instead of a list of sizes")
     return values
 
 
 def _encode(value: Any) -> Any:
-    """Plain values to JSON; what JSON does not have is written as an object with the key "": its kind."""
+    """Plain values as JSON; what JSON lacks becomes an object whose key "" gives its kind."""
     if isinstance(value, dict):
         if all(isinstance(key, str) and key for key in value):
             return {key: _encode(v) for key, v in value.items()}
@@ -125,7 +126,7 @@ def _encode(value: Any) -> Any:
         return {"": "scalar", "dtype": str(value.dtype).removeprefix("torch."), "value": value.item()}
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise TypeError(f"a {type(value).__name__} has no place in {INDEX}")
+    raise TypeError(f"a {type(value).__name__} cannot be stored in {INDEX}")
 
 
 def _decode(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The stores that a run trains and validates on, and whether they are those that its checkpoint was trained on."""
+"""The stores a run trains and validates on, and checks that they are the ones its checkpoint was trained on."""
 
 import os
 import zlib
@@ -17,7 +17,7 @@ from ..parallel import preflight, ranks
 from ..vocab import TokenSpace
 from .origin import Origin
 
-_READ_WHOLE = 1 << 30  # bytes: up to here every byte of a store is checked at start, above it samples are
+_READ_WHOLE = 1 << 30  # bytes: up to this size, every byte of a store is checked at startup; above it, samples are
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Stores:
 
     @property
     def made_by(self) -> dict[str, str]:
-        """Fingerprints of the codec and the tokenizer; Mixture has checked that the corpora agree on them."""
+        """Fingerprints of the codec and the tokenizer; Mixture has checked that all corpora share them."""
         return {kind: value for store in self.train.values() for kind, value in store.made_by.items()}
 
     def all(self) -> list[Store]:
@@ -39,8 +39,8 @@ class Stores:
 
 
 def open_stores(recipe: Recipe, device: torch.device) -> Stores:
-    """All ranks call this. SodaError, on all of them, if one cannot read a store or sees another one than the others,
-    and if bytes of a store were changed since it was written."""
+    """All ranks call this. Raises SodaError on all of them if one cannot read a store or sees a different one, or if a
+    store's bytes have changed since it was written."""
     with preflight.together(device):
         named = recipe.data.corpora or {"train": str(recipe.data_folder / "train")}
         stores = Stores({name: Store(path) for name, path in named.items()}, Store(recipe.data_folder / "valid"))
@@ -56,27 +56,27 @@ def open_stores(recipe: Recipe, device: torch.device) -> Stores:
 
 
 def _identity(store: Store) -> dict[str, str]:
-    """Which store it is, and a checksum of samples of its bytes."""
+    """Identifies a store, with a checksum over samples of its bytes."""
     samples = [sampled_checksum(path) for _, path in sorted(store.files.items())]
     found = {"fingerprint": store.fingerprint, "format": store.format, "sampled": "-".join(samples)}
     return {**found, **store.made_by}
 
 
 def _difference(was: dict[str, str], now: dict[str, str]) -> str:
-    """Empty if both are of the same ids, in whatever format; else words that go before `than ..`."""
+    """Empty if both hold the same ids, in whatever format; otherwise the difference, before `from the one ..`."""
     for kind in ("codec", "tokenizer"):
         if was.get(kind) != now.get(kind):
-            return f"made by another {kind} ({now.get(kind)}, was {was.get(kind)})"
+            return f"made with a different {kind} ({now.get(kind)}, was {was.get(kind)})"
     if was["fingerprint"] != now["fingerprint"]:
-        return f"another store (fingerprint {now['fingerprint']}, was {was['fingerprint']})"
+        return f"a different store (fingerprint {now['fingerprint']}, was {was['fingerprint']})"
     if was["format"] == now["format"] and was["sampled"] != now["sampled"]:
-        return "a store with other bytes, though its .json is the same (see `soda validate`),"
+        return "a store with different bytes, though its .json is the same (see `soda validate`),"
     return ""
 
 
 def _changed_bytes(store: Store) -> str:
-    """What of a small store is not as it was written; a large one is left to `soda validate`."""
-    written = store.meta.get("files") or {}  # early stores have none
+    """What has changed in a small store since it was written; large ones are left to `soda validate`."""
+    written = store.meta.get("files") or {}  # early stores have no checksums
     if sum(path.stat().st_size for path in store.files.values()) > _READ_WHOLE:
         return ""
     for suffix, path in store.files.items():
@@ -89,19 +89,19 @@ def _changed_bytes(store: Store) -> str:
 
 
 class Source(Samples, Protocol):
-    """The stream of training samples. Sample n is the same on every rank and at every layout; `str` says what it is."""
+    """The stream of training samples. Sample n is the same on every rank and at every layout; `str` describes the
+    stream."""
 
-    length: int  # tokens of a sample
+    length: int  # tokens per sample
 
     def consumed(self, sample: int) -> dict[str, int]:
-        """How many of the first `sample` samples each corpus gave."""
+        """How many of the first `sample` samples came from each corpus."""
         ...
 
 
 class Corpora:
-    """`source` is what training eats, `valid` what is validated on, `description` what of this belongs in a checkpoint.
-
-    SodaError if the data or their order are not those of the steps that are done."""
+    """`source` provides training samples, `valid` the validation data, and `description` what a checkpoint records
+    about them. Raises SodaError if the data or their order do not match the steps already trained."""
 
     def __init__(self, recipe: Recipe, stores: Stores, origin: Origin) -> None:
         d = recipe.data
@@ -110,7 +110,7 @@ class Corpora:
         self.valid = Windows(stores.valid, d.sequence_length, recipe.seed)
         wanted = recipe.training.valid_windows
         self.valid_count = min(wanted, self.valid.count)
-        self.notes: list[str] = []  # what the user should hear of
+        self.notes: list[str] = []  # messages for the user
         if self.valid_count < wanted:
             self.notes.append(
                 f"validation is over the {self.valid_count} windows that {stores.valid.path} has, not over "
@@ -119,7 +119,7 @@ class Corpora:
         self.made_by = {**origin.saved.get("made_by", {}), **stores.made_by}
         order = {"seed": recipe.seed, "sequence_length": d.sequence_length, "align_windows": d.align_windows}
         now = {n: {**_identity(s), "tokens": s.size, **order} for n, s in stores.train.items()}
-        # What is no longer in the mix has been used up all the same, and may come back.
+        # Corpora no longer in the mix have still been used, and may come back.
         self.description: dict[str, Any] = {
             "corpora": {**_saved_corpora(origin), **now},
             "valid": _identity(stores.valid),
@@ -132,8 +132,8 @@ class Corpora:
         return self.stores.space
 
     def _check_same(self, recipe: Recipe, origin: Origin) -> None:
-        """The steps behind us must have used up what the recipe says they have, or data would be lost or repeated; and
-        the model must know what the ids mean."""
+        """The finished steps must have used what the recipe says they did, or data would be lost or repeated, and the
+        ids must mean what the model has learned."""
         if origin.folder is None:
             return
         saved, samples = origin.saved, origin.first_sample(origin.step)
@@ -141,60 +141,63 @@ class Corpora:
             raise SodaError(
                 f"the checkpoint of step {saved['step']} has seen {saved['samples']} samples, and by this recipe "
                 f"it would be {samples}: training.global_batch_size={recipe.training.global_batch_size} is not what it "
-                "was. Set it back, or branch a new run off: training.branch_from"
+                "was. Set it back, or branch off a new run: training.branch_from"
             )
         used = (saved["consumed"], self.source.consumed(samples))
         before, now = ({name: count for name, count in of.items() if count} for of in used)
         if before != now:
             raise SodaError(
                 f"the shares of steps that are done were changed: by data.mix, step {saved['step']} has used up "
-                f"{now} samples, but the checkpoint says {before}. Leave the stages that are done as they were, and "
+                f"{now} samples, but the checkpoint says {before}. Leave finished stages as they were, and "
                 f"add one with from_step: {saved['step']} or later"
             )
         for name, store in self.stores.train.items():
-            if before.get(name):  # of the others nothing can be repeated
+            if before.get(name):  # the others cannot be repeated
                 self._check_corpus(name, origin)
             store.check_made_by(saved.get("made_by", {}), f"the model ({origin.folder})", recipe.data.accept)
         if "valid" not in saved.get("data", {}):
             self.notes.append(
-                f"{origin.folder} does not say which stores it was trained on (it was written by an earlier version): "
-                "those of the recipe are taken unseen."
+                f"{origin.folder} does not say which stores it was trained on (an earlier version wrote it): "
+                "the recipe's stores are used unchecked."
             )
             return
         problem = _difference(saved["data"]["valid"], self.description["valid"])
         if not problem:
             return
-        told = f"{self.stores.valid.path} is {problem} than {origin.folder} was validated on: losses do not compare"
+        told = (
+            f"{self.stores.valid.path} is {problem} from the one that {origin.folder} used: losses are not comparable"
+        )
         if origin.kind == "branched" or "validation" in recipe.data.accept:
             self.notes.append(f"{told}.")
             return
         raise SodaError(
-            f"{told}, and documents of the one may be in the training data of the other. Put it back, or say that you "
-            "know: data.accept=[validation]"
+            f"{told}, and the new one may contain documents that were trained on. Restore it, or accept "
+            "it: data.accept=[validation]"
         )
 
     def _check_corpus(self, name: str, origin: Origin) -> None:
-        """The windows that are used up must be the first ones in the order that this recipe gives."""
+        """The used windows must be the first ones in the recipe's order."""
         now: dict[str, Any] = self.description["corpora"][name]
-        was = {**now, **_saved_corpora(origin).get(name, {})}  # an earlier version did not say all of it
+        was = {**now, **_saved_corpora(origin).get(name, {})}  # an earlier version did not record all of it
         saved = f"when the checkpoint of step {origin.step} was written"
         for key, setting in _ORDER.items():
             if was[key] != now[key]:
                 raise SodaError(
-                    f"{setting} was {was[key]} {saved}, and is {now[key]}: corpus {name} would be cut into other "
-                    f"windows or come in another order, and nobody could say which are used up. {_WAYS_OUT}"
+                    f"{setting} was {was[key]} {saved}, and is {now[key]}: corpus {name} would be cut into different "
+                    f"windows or be read in a different order, so used data could not be skipped. {_WAYS_OUT}"
                 )
         problem = _difference(was, now)
         if was["tokens"] != now["tokens"]:
-            problem = f"another store ({now['tokens']:,} tokens, was {was['tokens']:,})"
+            problem = f"a different store ({now['tokens']:,} tokens, was {was['tokens']:,})"
         if problem:
             raise SodaError(
-                f"corpus {name}: {self.stores.train[name].path} is {problem} than {origin.folder} was trained on: data "
-                f"would be repeated or left out. {_WAYS_OUT}"
+                f"corpus {name}: {self.stores.train[name].path} is {problem} from the one that {origin.folder} was "
+                f"trained on: data would be repeated or left out. {_WAYS_OUT}"
             )
 
     def overwritten(self) -> str:
-        """What was done to a store since the run began; empty: nothing. Costs a few calls of stat, unless it was."""
+        """What happened to a store since the run began; empty: nothing. Costs a few calls of stat, unless something
+        did."""
         for store in self.stores.all():
             stamp, identity = self._seen[store.path]
             if (now := _stamp(store)) == stamp:
@@ -216,17 +219,17 @@ _ORDER = {
     "align_windows": "data.align_windows",
 }  # of checkpoint.json: settings
 _WAYS_OUT = (
-    "Set it back. To go on from this checkpoint with other data, give them a name of their own in data.corpora and "
-    "branch off in a run folder of its own (training.branch_from)."
+    "Set it back. To continue from this checkpoint with other data, give them a new name in data.corpora and "
+    "branch off in a new run folder (training.branch_from)."
 )
 
 
 def _saved_corpora(origin: Origin) -> dict[str, dict[str, Any]]:
-    """By name, what the checkpoint says of the corpora it was trained on."""
+    """By name, what the checkpoint records about the corpora it was trained on."""
     data = origin.saved.get("data", {})
     if "corpora" in data:
         return data["corpora"]
-    order = {key: data[setting] for key, setting in _ORDER.items() if setting in data}  # an earlier version's
+    order = {key: data[setting] for key, setting in _ORDER.items() if setting in data}  # from an earlier version
     return {name: {"tokens": tokens, **order} for name, tokens in data.get("tokens", {}).items()}
 
 
@@ -242,14 +245,14 @@ def _stamp(store: Store) -> list[tuple[int, int, int] | None]:
 
 
 def _open_mixture(recipe: Recipe, stores: Stores, origin: Origin) -> Mixture:
-    """The training data as a stream of samples, from the recipe's corpora in their shares."""
+    """The training data as a stream of samples from the recipe's corpora, by their shares."""
     d, branch = recipe.data, origin.branch
     corpora = {
-        # Corpora of one size must not go through their windows in the same order: they may be of the same documents.
+        # Corpora of the same size must not use their windows in the same order: they may have the same documents.
         name: Windows(store, d.sequence_length, recipe.seed + zlib.crc32(name.encode()), d.align_windows)
         for name, store in stores.train.items()
     }
-    # Stages are counted from step 0 of the run branched off, so that the same mix goes on with the same samples.
+    # Stages are counted from step 0 of the original run, so that the same mix continues with the same samples.
     stages = [Stage(origin.first_sample(stage.from_step), stage.shares) for stage in d.mix]
     if stages and d.mix[0].from_step > branch.step:
         raise SodaError(

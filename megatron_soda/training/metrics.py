@@ -1,4 +1,5 @@
-"""Where the numbers of a run go: RUN/metrics.jsonl and TensorBoard always, Weights & Biases if the recipe names it."""
+"""Writes a run's numbers: to RUN/metrics.jsonl and TensorBoard always, to Weights & Biases if the recipe asks for
+it."""
 
 import contextlib
 import importlib
@@ -19,7 +20,7 @@ from ..config import Recipe
 from ..errors import SodaError
 from ..files import reading, to_json, write_text
 
-# Dense BF16 TFLOP/s of one device, by a part of its name (NVIDIA's data sheets). FP8 runs are measured against it too.
+# Dense BF16 TFLOP/s of one device, by part of its name (NVIDIA's data sheets). FP8 runs are measured against this too.
 PEAK_TFLOPS = {
     "H100 PCIe": 756.0,
     "H100": 989.0,
@@ -33,19 +34,19 @@ PEAK_TFLOPS = {
 
 
 def peak_tflops(recipe: Recipe, device_name: str) -> float | None:
-    """Of one device: the recipe's, else the table's; None for a device that is in neither (a CPU)."""
+    """For one device: from the recipe, otherwise from the table; None for a device in neither (a CPU)."""
     if recipe.logging.peak_tflops:
         return recipe.logging.peak_tflops
     return next((peak for name, peak in PEAK_TFLOPS.items() if name in device_name), None)
 
 
 def mfu(flops_per_token: int, tokens_per_second: float, devices: int, peak: float | None) -> float | None:
-    """Model FLOPs utilisation: flops_per_token * tokens_per_second / (devices * peak), a share of 1."""
+    """Model FLOPs utilisation: flops_per_token * tokens_per_second / (devices * peak), as a fraction."""
     return flops_per_token * tokens_per_second / (devices * peak * 1e12) if peak else None
 
 
 def memory_gib() -> float:
-    """The most memory so far, GiB: of the CUDA device, or resident of this process."""
+    """Peak memory so far in GiB: of the CUDA device, or this process's resident memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
@@ -53,7 +54,8 @@ def memory_gib() -> float:
 
 
 def check_wandb(recipe: Recipe) -> None:
-    """SodaError if Weights & Biases is asked for and is not installed, or has no login: before the model is built."""
+    """Raises SodaError, before the model is built, if Weights & Biases is requested but not installed, or has no
+    login."""
     if not recipe.logging.wandb_project:
         return
     where = f"logging.wandb_project={recipe.logging.wandb_project}"
@@ -70,7 +72,7 @@ def check_wandb(recipe: Recipe) -> None:
 
 
 def _has_login() -> bool:
-    """As wandb looks for one: in the environment, then in netrc."""
+    """Looks where wandb does: in the environment, then in netrc."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
@@ -87,12 +89,12 @@ def _has_login() -> bool:
 def _installed(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None
-    except ValueError:  # a module without a spec, or one that was forbidden
+    except ValueError:  # a module without a spec, or a blocked one
         return False
 
 
 class Metrics:
-    """One rank writes. On resume, lines of later steps are dropped."""
+    """One rank writes. On resume, lines for later steps are dropped."""
 
     def __init__(self, recipe: Recipe, step: int) -> None:
         run = Path(recipe.run)
@@ -102,7 +104,7 @@ class Metrics:
             with reading(self.path):
                 lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
             for line in lines:
-                # What is no such line is the last one of a run that was killed, or damage.
+                # Anything else is the last line of a killed run, or damage.
                 with contextlib.suppress(SodaError), reading(self.path):
                     if json.loads(line)["step"] <= step:
                         kept.append(line)
@@ -119,7 +121,7 @@ class Metrics:
                 self.wandb = importlib.import_module("wandb").init(
                     project=project, name=recipe.name, id=identity, dir=str(run), resume="allow"
                 )
-            except Exception as error:  # wandb raises many kinds: a wrong key, no network, no such project
+            except Exception as error:  # wandb raises many kinds of errors: wrong key, no network, no such project
                 raise SodaError(
                     f"logging.wandb_project={project}: Weights & Biases does not start ({error}). WANDB_MODE=offline "
                     "keeps the numbers in the run folder."

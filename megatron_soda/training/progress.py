@@ -1,4 +1,4 @@
-"""How far training is: a bar on a terminal, and lines in a file."""
+"""Training progress: a bar on a terminal, lines in a file."""
 
 import sys
 import time
@@ -12,7 +12,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class TrainingProgress:
-    """Use it as a context manager. Without `shown` (ranks that are not the first) it says nothing."""
+    """Use it as a context manager. Without `shown` (on all ranks but the first) it prints nothing."""
 
     def __init__(self, step: int, steps: int, shown: bool) -> None:
         self.steps, self.shown, self.terminal = steps, shown, sys.stdout.isatty()
@@ -32,8 +32,8 @@ class TrainingProgress:
         self.bar.update(self.task, completed=step)
 
     def log(self, step: int, loss: float | None, tokens_per_second: float) -> None:
-        """The numbers of a step that was logged. In a file a line is written for it, though not more than one in ten
-        seconds, and for the last step always."""
+        """The numbers of a logged step. In a file, each gets a line, but at most one every ten seconds; the last step
+        always gets one."""
         note = f"loss {'none' if loss is None else f'{loss:.3f}'}  {tokens_per_second:,.0f} tokens/s"
         self.bar.update(self.task, note=note)
         now = time.monotonic()

@@ -1,4 +1,4 @@
-"""The learning rate of a step (paper, section 4; decay legs: section 5.5), to the step as Levanter has it."""
+"""The learning rate at each step (paper, section 4; decay legs: section 5.5), exactly as in Levanter."""
 
 import math
 from collections.abc import Mapping
@@ -8,12 +8,12 @@ from typing import Any
 def learning_rate(
     step: int, *, schedule: str, steps: int, peak: float, warmup_share: float, decay_share: float, branched_at: int = 0
 ) -> float:
-    """The rate of step `step` (0-based) of `steps`. With a warm-up the first step has rate 0: it only fills Adam's
-    moments. A decay begins with a step at the peak, and the step after the last one would have rate 0.
+    """The rate at step `step` (0-based) of `steps`. With a warm-up, the first step has rate 0 and only fills Adam's
+    moments. A decay begins with a step at the peak and would reach 0 one step after the last.
 
-    wsd: linear warm-up, constant, linear decay to 0. cosine: linear warm-up, then half a cosine to 0. decay: from the
-    peak to 0, linearly, over the steps since `branched_at`, where the run left the one it branched off. Shares are of
-    the steps since then, cut to whole steps.
+    wsd: linear warm-up, constant, linear decay to 0. cosine: linear warm-up, then half a cosine to 0. decay: linear
+    from the peak to 0 over the steps since `branched_at`, where the run branched off. Shares refer to the steps since
+    then, rounded down to whole steps.
     """
     step, steps = max(0, step - branched_at), steps - branched_at
     warmup, decay = int(warmup_share * steps), int(decay_share * steps)
@@ -30,14 +30,14 @@ def learning_rate(
 
 
 def rate_at(step: int, settings: Mapping[str, Any], branched_at: int = 0) -> float:
-    """`learning_rate` by the settings of a recipe's `training`."""
+    """`learning_rate` with a recipe's settings."""
     names = ("schedule", "steps", "warmup_share", "decay_share")
     shape = {name: settings[name] for name in names}
     return learning_rate(step, peak=settings["learning_rate"], branched_at=branched_at, **shape)
 
 
 def stable_steps(settings: Mapping[str, Any], branched_at: int = 0) -> range:
-    """After which steps a run stands at its peak rate: where a checkpoint can be trained on from. Only wsd has such."""
+    """The steps after which a run is at its peak rate, where checkpoints can be continued from. Only wsd has any."""
     if settings["schedule"] != "wsd":
         return range(0)
     steps = settings["steps"] - branched_at

@@ -1,4 +1,4 @@
-"""The settings that a checkpoint was trained with: recorded in it, and compared when a run goes on from it."""
+"""The settings a checkpoint was trained with: recorded in it, and compared when a run continues from it."""
 
 from operator import attrgetter
 from pathlib import Path
@@ -26,7 +26,7 @@ KEYS = {  # checkpoint.json's name: the recipe's key
     "precision": "precision.dtype",
     "cautious_mask": "optimizer.cautious_mask",
 }
-_JUMP = 1.1  # times the rate before
+_JUMP = 1.1  # times the previous rate
 
 
 def settings_of(recipe: Recipe) -> dict[str, Any]:
@@ -34,13 +34,13 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
 
 
 def compare_settings(recipe: Recipe, origin: Origin) -> list[str]:
-    """What has changed since the checkpoint, a line each. SodaError if the learning rate would jump up in the middle of
-    a run: after a decay that undoes what it reached."""
+    """What has changed since the checkpoint, one line each. Raises SodaError if the learning rate would jump up in the
+    middle of a run, because after a decay that undoes its effect."""
     if origin.folder is None:
         return []
     was, now = origin.saved.get("training"), settings_of(recipe)
     if was is None:
-        return [f"{origin.folder} does not say with which settings it was trained (an earlier version wrote it)."]
+        return [f"{origin.folder} does not record its training settings (an earlier version wrote it)."]
     changed = [name for name in KEYS if was.get(name) != now[name]]
     notes = [
         f"{KEYS[name]} was {was.get(name)} up to step {origin.step}, and is {now[name]} from now on."
@@ -62,13 +62,13 @@ def compare_settings(recipe: Recipe, origin: Origin) -> list[str]:
 
 
 def ways_on(recipe: Recipe, branch: Branch, was: dict[str, Any]) -> str:
-    """How to train longer than the schedule `was`, by which the run was trained so far."""
+    """How to train longer than `was`, the schedule used so far."""
     run, steps = Path(recipe.run), was["steps"]
     if was["schedule"] == "wsd" and not int(was["decay_share"] * (steps - branch.step)):
         return "To train longer, raise training.steps."
     saved = checkpoint.saved_steps(run)
     if was["schedule"] == "decay":
-        start = f"make the leg again from where it began ({branch.origin})"
+        start = f"redo the leg from where it began ({branch.origin})"
         settings = {"branch_from": branch.origin, "schedule": "decay", "steps": 2 * steps - branch.step}
     elif stable := [step for step in saved if step in stable_steps(was, branch.step)]:
         start = "branch off the last checkpoint before the decay, at the peak rate"
@@ -80,6 +80,4 @@ def ways_on(recipe: Recipe, branch: Branch, was: dict[str, Any]) -> str:
     keys = [f"run={run}-longer", *(f"{KEYS.get(name, f'training.{name}')}={value}" for name, value in settings.items())]
     if not recipe.data.path:
         keys.append(f"data.path={recipe.data_folder}")
-    return (
-        f"To train longer, {start}, in a run folder of its own, by these settings (docs/training.md): {' '.join(keys)}"
-    )
+    return f"To train longer, {start}, in a new run folder, with these settings (docs/training.md): {' '.join(keys)}"

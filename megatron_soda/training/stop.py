@@ -1,10 +1,10 @@
-"""What asks a training process to stop: SIGTERM, SIGINT, SIGHUP, and the end of the torchrun that started it.
+"""Requests to stop a training process: SIGTERM, SIGINT, SIGHUP, and the end of the torchrun that started it.
 
-While a process starts there is nothing to save: it says so and ends. Once it takes steps the request is heard at the
-end of a step, by all ranks together, and the run is saved. A thread listens, since Python runs handlers in the main
-thread, and that may wait deep inside a collective, or for hosts that never come.
+During startup there is nothing to save: the process says so and ends. Later, all ranks together act on the request at
+the end of a step and save the run. A thread listens, because Python runs handlers in the main thread, which may be
+stuck inside a collective or waiting for hosts that never come.
 
-Imports no torch: it begins before that is loaded.
+Does not import torch, because it starts before torch is loaded.
 """
 
 import contextlib
@@ -17,11 +17,11 @@ from collections.abc import Iterator
 from ..errors import say
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-_LOOK = 1.0  # seconds between two looks at the parent
+_LOOK = 1.0  # seconds between checks of the parent
 
 
 class Stop:
-    """A request to stop, which this process may get at any time."""
+    """A request to stop, which may arrive at any time."""
 
     def __init__(self) -> None:
         self.request = threading.Event()
@@ -29,7 +29,7 @@ class Stop:
         self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else 0  # torchrun
 
     def listen(self, pipe: int) -> None:
-        poll = select.poll()  # select() refuses descriptors from 1024 on, and a process of many ranks has more
+        poll = select.poll()  # select() refuses descriptors from 1024 on, and with many ranks a process has more
         poll.register(pipe, select.POLLIN)
         while True:
             if poll.poll(_LOOK * 1000):
@@ -58,7 +58,7 @@ class Stop:
         self.request.wait(seconds)
 
     def _say(self, text: str) -> None:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # once on each host
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # once per host
             say(text)
 
 
@@ -67,9 +67,10 @@ _current: Stop | None = None
 
 @contextlib.contextmanager
 def listening() -> Iterator[Stop]:
-    """Signals are requests to stop while this is open; inside another `listening`, the requests are that one's.
+    """Turns signals into requests to stop; inside another `listening`, they go to the outer one.
 
-    A signal that the caller had ignored (nohup) stays ignored, unless torchrun passes it on: it kills what lives on.
+    A signal that the caller ignores (nohup) stays ignored, unless torchrun forwards it, because torchrun kills
+    survivors.
     """
     global _current
     if _current is not None:
@@ -101,8 +102,7 @@ def listening() -> Iterator[Stop]:
 
 
 def _leave_closed_outputs() -> None:
-    """To write to a terminal that was closed, or to a pipe that nobody reads, would be an error before the checkpoint
-    is saved."""
+    """Writing to a closed terminal or pipe would be an error before the checkpoint is saved."""
     for descriptor in (1, 2):
         poll = select.poll()
         poll.register(descriptor, select.POLLOUT)

@@ -1,4 +1,4 @@
-"""A run: where it begins, its steps, and how it ends. All ranks do the same; the first one also logs."""
+"""A run: where it starts, its steps, and how it ends. All ranks do the same; the first one also logs."""
 
 import math
 import os
@@ -30,10 +30,11 @@ from .stop import listening
 
 
 def train(recipe: Recipe) -> bool:
-    """Runs the recipe from its newest whole checkpoint to its last step. False if it was asked to stop before.
+    """Runs the recipe from its newest intact checkpoint to its last step. Returns False if it was asked to stop
+    earlier.
 
-    Raises SodaError for a layout or data that do not fit, a checkpoint of another model, vocabulary or optimizer,
-    ranks that disagree, a run folder that another process trains in, and a loss that is not finite.
+    Raises SodaError for an unsuitable layout or data, a checkpoint of a different model, vocabulary or optimizer, ranks
+    that disagree, a run folder in use by another process, and a loss that is not finite.
     """
     began = time.monotonic()
     device = ranks.init(recipe)
@@ -65,7 +66,7 @@ _MOST_RETURNS = 3
 
 
 class Trainer:
-    """Takes the steps from `origin` on. `corpora` has the stream of training samples and what is validated on."""
+    """Takes the steps from `origin` on. `corpora` provides the training samples and the validation data."""
 
     def __init__(self, recipe: Recipe, corpora: Corpora, origin: Origin, device: torch.device, began: float) -> None:
         self.recipe, self.t, self.run_folder, self.began = recipe, recipe.training, Path(recipe.run), began
@@ -76,7 +77,7 @@ class Trainer:
         models, optimizer = self.engine.models, self.engine.optimizer.inner
         origin.load(models, optimizer)
         self.saver = checkpoint.Saver(recipe, models, optimizer, self._description(), origin.folder)
-        dist.barrier()  # nobody writes into the run folder before everybody has read it
+        dist.barrier()  # no rank may write to the run folder before all have read it
         self.device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         self.peak = peak_tflops(recipe, self.device_name)
         with preflight.together(device):
@@ -84,17 +85,17 @@ class Trainer:
         self.flops = train_flops(recipe.model, corpora.space, self.source.length)
         self.skipped: int = origin.saved.get("skipped_steps", 0)
         self.validated = -1, torch.zeros(2, 1)  # after which step, and the loss sums
-        self.returns: list[int] = []  # checkpoints that were given up, since the steps after them were not finite
-        self.mark, self.marked = time.monotonic(), self.step  # when the last metrics were written, and at which step
+        self.returns: list[int] = []  # checkpoints given up because the steps after them were not finite
+        self.mark, self.marked = time.monotonic(), self.step  # when metrics were last written, and at which step
         self.progress = TrainingProgress(self.step, self.t.steps, self.metrics is not None)
 
     def _description(self) -> dict[str, Any]:
-        """What every checkpoint of this run says of itself."""
+        """What every checkpoint of this run records about itself."""
         model = checkpoint.describe(self.recipe, self.corpora.space)
         return {**model, "data": self.corpora.description, "made_by": self.corpora.made_by, "training": self.settings}
 
     def announce(self, lines: list[str], notes: list[str]) -> None:
-        """Records what this run is, and says it, `lines` and `notes` too."""
+        """Records and logs what this run is, including `lines` and `notes`."""
         if self.metrics is None:
             return
         recipe, engine = self.recipe, self.engine
@@ -118,7 +119,7 @@ class Trainer:
             log.info(f"note: {note}")
 
     def run(self) -> bool:
-        """Whether the last step was reached; if not, it was asked to stop, and has saved."""
+        """Returns whether the last step was reached; if not, it was asked to stop, and has saved."""
         stopping = False
         try:
             with listening() as stop, self.progress:
@@ -142,7 +143,7 @@ class Trainer:
         return self.end()
 
     def train_step(self) -> StepResult:
-        """One optimizer step; `self.step` counts those that are done."""
+        """One optimizer step; `self.step` counts finished ones."""
         first_sample = self.origin.first_sample(self.step)
         result = self.engine.train_step(self.source, first_sample, self.rate(self.step))
         self.step += 1
@@ -151,7 +152,7 @@ class Trainer:
         return result
 
     def guard(self, result: StepResult) -> bool:
-        """Whether the step was finite. If not, training went back to an earlier checkpoint, or this is a SodaError."""
+        """Whether the step was finite. If not, goes back to an earlier checkpoint or raises SodaError."""
         if result.skipped or (math.isfinite(result.loss or 0.0) and math.isfinite(result.grad_norm)):
             self.progress.advance(self.step)
             return True
@@ -185,13 +186,14 @@ class Trainer:
         self.progress.log(self.step, result.loss, speed)
 
     def any_rank(self, asked: bool) -> bool:
-        """Whether any rank was asked to stop: all learn of it at the same step."""
+        """Whether any rank was asked to stop; all ranks find out at the same step."""
         flag = torch.tensor([float(asked)], device=self.engine.device)
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag.item())
 
     def check_stores(self, stopping: bool) -> None:
-        """SodaError, on all ranks, if a store was overwritten under the run; before anything is logged or saved."""
+        """Raises SodaError on all ranks if a store was overwritten during the run, before anything is logged or
+        saved."""
         if not (self._due(self.recipe.logging.log_every) or self._due(self.recipe.checkpoint.save_every) or stopping):
             return
         try:
@@ -199,8 +201,7 @@ class Trainer:
         except SodaError as error:
             self.saver.finish()
             raise SodaError(
-                f"step {self.step}: {error} Put the store back as it was and run again: it goes on from the last "
-                "checkpoint."
+                f"step {self.step}: {error} Restore the store and run again: training resumes from the last checkpoint."
             ) from None
 
     def validate(self) -> None:
@@ -215,7 +216,7 @@ class Trainer:
             self.metrics.write(self.step, {"valid_loss": loss_of(sums), "valid_nll": nll_vector(sums, names)})
 
     def save(self, stopping: bool) -> None:
-        """Goes on with a checkpoint under way, and begins one every `checkpoint.save_every` steps and before a stop."""
+        """Continues a checkpoint in progress, and starts one every `checkpoint.save_every` steps and before a stop."""
         with self.engine.seconds.of("save"):
             self.saver.poll()
             if self._due(self.recipe.checkpoint.save_every) or stopping:
@@ -225,7 +226,7 @@ class Trainer:
         if self.metrics:
             record_timing(self.run_folder, "train", {"seconds": time.monotonic() - self.began}, add=True)
             if self.step < self.t.steps:
-                log.info(f"Stopped at step {self.step}, saved. The same command goes on from there.")
+                log.info(f"Stopped at step {self.step} and saved. The same command resumes from there.")
         return self.step >= self.t.steps
 
     def rate(self, step: int) -> float:
@@ -235,12 +236,12 @@ class Trainer:
         return self.step % every == 0 or self.step == self.t.steps
 
     def _save(self) -> None:
-        """Saves nothing that has blown up: weights can be finite, and too large for a finite loss."""
+        """Refuses to save a diverged state: weights can be finite, yet too large for a finite loss."""
         at, sums = self.validated
         if at != self.step:
             sums = self.engine.validate(self.corpora.valid, 1)
         if not (self.engine.is_finite() and bool(torch.isfinite(sums).all())):
-            self._blown_up(f"parameters or the validation loss ({loss_of(sums)}) are not finite; this is not saved")
+            self._blown_up(f"parameters or the validation loss ({loss_of(sums)}) are not finite, so this is not saved")
             return
         self._set_aside()
         samples = self.origin.first_sample(self.step)
@@ -256,8 +257,8 @@ class Trainer:
         )
 
     def _blown_up(self, what: str) -> None:
-        """Goes back to the checkpoint before the one that training began from, if that one may be to blame; else a
-        SodaError. The loop goes on from `self.step`."""
+        """Goes back to the checkpoint before the one that training started from, if that one may be to blame; otherwise
+        raises SodaError. The loop continues from `self.step`."""
         self.saver.finish()  # what is being written is from before, and finite
         told = f"step {self.step}: {what}."
         at_start = self.origin.folder is not None and self.step - self.started <= _FIRST_STEPS
@@ -271,7 +272,7 @@ class Trainer:
         if not at_start:
             saved = checkpoint.saved_steps(self.run_folder)
             on = (
-                f"it goes on from the checkpoint of step {saved[-1]}"
+                f"it resumes from the checkpoint of step {saved[-1]}"
                 if saved
                 else "nothing was saved, so it starts from the beginning"
             )
@@ -280,7 +281,7 @@ class Trainer:
             raise SodaError(f"{told} Branch off an earlier checkpoint than {self.origin.folder}, or with {lower}.")
         tried = ", ".join(map(str, sorted([*self.returns, self.started])))
         raise SodaError(
-            f"{told} So it went after each checkpoint that was tried ({tried}). Run again with {lower}; if that does "
+            f"{told} It happened after each checkpoint that was tried ({tried}). Run again with {lower}; if that does "
             "not help, start from the beginning in another run folder."
         )
 
@@ -288,7 +289,7 @@ class Trainer:
         saved = read_json(folder / "checkpoint.json")
         if self.metrics:
             log.warning(
-                f"{told} The checkpoint of step {self.started}, from which training went on, may be to blame: going "
+                f"{told} The checkpoint of step {self.started}, from which training resumed, may be to blame: going "
                 f"back to that of step {saved['step']}."
             )
             self.metrics.close()
@@ -301,7 +302,7 @@ class Trainer:
         self.engine.seconds.take()
 
     def _set_aside(self) -> None:
-        """Renames the checkpoints that were given up: the one before them was good, and nobody should use them."""
+        """Renames the checkpoints that were given up, so that nobody uses them: the one before them was good."""
         for step in self.returns:
             folder = checkpoint.folder_of(self.run_folder, step)
             if ranks.is_first() and folder.is_dir():

@@ -198,7 +198,7 @@ def test_ogg_pages(tmp_path, kind):
     at = starts[-2]
     cases = {
         "pages are missing": whole[: starts[-3]] + whole[at:],
-        "a page whose checksum is wrong": whole[: at + 60] + bytes([whole[at + 60] ^ 1]) + whole[at + 61 :],
+        "a page with a wrong checksum": whole[: at + 60] + bytes([whole[at + 60] ^ 1]) + whole[at + 61 :],
         "bytes between its pages": whole[:at] + bytes(600) + whole[at:],
         "cut off": whole[: starts[-1]],
     }

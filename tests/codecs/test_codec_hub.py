@@ -287,7 +287,7 @@ def test_folders_that_are_no_model_are_refused(folder, tmp_path):
     title = CLASSES[name].title
     with pytest.raises(SodaError, match="local folder with " + title):
         load_codec(name, tmp_path)
-    with pytest.raises(SodaError, match="is no local folder and"):
+    with pytest.raises(SodaError, match="is not a local folder and"):
         load_codec(name, tmp_path / "missing")
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(SodaError, match=f"'gpt2', not {title}"):

@@ -99,8 +99,8 @@ def test_stores_on_the_command_line(monkeypatch, capsys, tmp_path):
         (("validate", str(tmp_path / "nothing")), "not a folder"),
         (("validate", "."), "no recipe.yaml in it"),
         (("convert-store", "/", "compact"), "no recipe.yaml in it"),
-        (("inspect", "."), "not the name of a store"),
-        (("validate", store, "seed=1"), "settings go with a recipe"),
+        (("inspect", "."), "not a store's name"),
+        (("validate", store, "seed=1"), "settings only apply to a recipe"),
     ):
         assert soda(monkeypatch, *arguments) == 2
         assert message in capsys.readouterr().err
@@ -211,7 +211,7 @@ def test_a_signal_ends_a_command_with_a_sentence(monkeypatch, capsys, tmp_path, 
     assert cleaned == [command]
     said = capsys.readouterr().err
     assert "Interrupted after" in said
-    assert ("goes on from here" in said) == (command == "prepare")
+    assert ("to resume" in said) == (command == "prepare")
     assert "Traceback" not in said
 
 

@@ -179,7 +179,7 @@ def test_another_space_or_magic(tmp_path):
     (tmp_path / "s.spans").write_bytes(whole)
     write_store(tmp_path / "t", documents(3, space=TokenSpace(64, 1, 2, 4, 32)), TokenSpace(64, 1, 2, 4, 32), "compact")
     shutil.copy(tmp_path / "t.json", tmp_path / "s.json")
-    with pytest.raises(SodaError, match="they are of two stores"):
+    with pytest.raises(SodaError, match="they belong to two different stores"):
         Store(tmp_path / "s")
     (tmp_path / "s.json").write_text('{"format": "zip", "space": {}}')
     with pytest.raises(SodaError, match="no token space and format"):
@@ -224,7 +224,7 @@ def test_conversion_both_ways(tmp_path, capsys):
     assert {name.split(".")[1] for name in contents(tmp_path / "x")} == set(COMPACT)
     shutil.rmtree(tmp_path / "x")
     assert contents(tmp_path) == before
-    with pytest.raises(SodaError, match="no format"):
+    with pytest.raises(SodaError, match="not a store format"):
         convert_stores(tmp_path, [], "zip", None)
 
 
@@ -232,11 +232,11 @@ def test_conversions_take_care(tmp_path, capsys):
     folder = tmp_path / "x[bold]y"
     write_data(folder)
     before = contents(folder)
-    with pytest.raises(SodaError, match="there is a store already"):
+    with pytest.raises(SodaError, match="a store already exists there"):
         convert_stores(folder, ["train"], "compact", folder / "valid")
-    with pytest.raises(SodaError, match=r"is a folder; name the store in it, such as .*/x\[bold\]y/train"):
+    with pytest.raises(SodaError, match=r"is a folder; name a store in it, such as .*/x\[bold\]y/train"):
         convert_stores(folder, ["train"], "compact", folder)
-    with pytest.raises(SodaError, match="not the name of a store"):
+    with pytest.raises(SodaError, match="not a store's name"):
         convert_stores(Path(), ["."], "compact", None)
     with locked(folder), pytest.raises(SodaError, match="another soda is at work"):
         convert_stores(folder, [], "compact", None)

@@ -355,7 +355,7 @@ def test_nemo(tmp_path: Path) -> None:
     jsonl(tmp_path / "manifest.json", *rows)
     with pytest.raises(SodaError, match=r"manifest.jsonl and manifest.json; keep one"):
         read(tmp_path)
-    with pytest.raises(SodaError, match="nothing here is of a known layout"):
+    with pytest.raises(SodaError, match="nothing here has a known layout"):
         read(put(tmp_path / "other.json", "[1]"))
 
 

@@ -269,7 +269,7 @@ def test_nothing_to_use(tmp_path):
     with pytest.raises(SodaError):
         prepare(recipe(tmp_path / "run", tmp_path / "nowhere"))
     one = write_speech(tmp_path / "one", 1)
-    with pytest.raises(SodaError, match="too little to split"):
+    with pytest.raises(SodaError, match="too little usable input to split"):
         prepare(recipe(tmp_path / "run", one))
     malformed = [f"<|begin_of_text|>{i}" for i in range(20)]
     pq.write_table(pa.table({"text": malformed}), tmp_path / "c.parquet")
@@ -368,7 +368,7 @@ def test_units_are_used_again_without_encoding(prepared, speech, tmp_path, monke
     assert summary["utterances"] == 12
     first = sorted((prepared / "units").glob("*.parquet"))[0]
     (tmp_path / "link.parquet").symlink_to(first)
-    with pytest.raises(SodaError, match="stands in another shard too"):
+    with pytest.raises(SodaError, match="is in another shard too"):
         prepare(
             recipe(tmp_path / "twice", speech, f"prepare.units=[{prepared}/units/*.parquet,{tmp_path}/link.parquet]")
         )

@@ -405,7 +405,7 @@ def test_pairs_named_by_a_glob(tmp_path: Path) -> None:
     assert [u.id for u in both(tmp_path / "*/x.wav", "pairs")] == ["a/x", "b/x"]
     assert [u.id for u in both(tmp_path, "pairs")] == ["a/x", "a/y", "b/x"]
     put(tmp_path / "a/notes.md", "x")
-    assert read(tmp_path / "a/*")[1] == {"notes.md": "of no known layout"}
+    assert read(tmp_path / "a/*")[1] == {"notes.md": "not a known layout"}
     assert list(read(tmp_path / "a/*", "pairs")[1]) == ["notes.md"]
 
 

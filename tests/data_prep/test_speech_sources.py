@@ -451,7 +451,7 @@ def test_no_network(archive: Archive, tmp_path: Path) -> None:
     (archive.folder / "fail-update").unlink()
     message = failure(tmp_path / "speech", ["en"])
     assert "Unable to locate" in message
-    assert "No source of this system's apt has it" in message
+    assert "None of this system's apt sources has it" in message
     assert "a network?" not in message
 
 
@@ -459,7 +459,7 @@ def test_no_network(archive: Archive, tmp_path: Path) -> None:
 def test_missing_programs(archive: Archive, tmp_path: Path, program: str) -> None:
     (archive.folder / program).unlink()
     message = failure(tmp_path / "speech", ["en"])
-    assert message.startswith(f"{program} is not on this machine")
+    assert message.startswith(f"{program} is not installed on this machine")
     assert "--speech DIR" in message
 
 
@@ -470,7 +470,7 @@ def test_other_failures(archive: Archive, tmp_path: Path) -> None:
     assert "cannot be made" in failure(tmp_path / "file", ["en"])
     (archive.folder / "dpkg-deb").write_text(f"#!{sys.executable}\nimport sys; sys.exit('no space left on device')")
     assert "no space left on device" in failure(tmp_path / "speech", ["en"])
-    with pytest.raises(SodaError, match="not there or not whole"):
+    with pytest.raises(SodaError, match="missing or incomplete"):
         asterisk.read(tmp_path / "speech", ["en"])
 
 
@@ -482,7 +482,7 @@ def test_damaged_transcripts(archive: Archive, tmp_path: Path) -> None:
     with pytest.raises(SodaError, match="fetch it again"):
         asterisk.read(tmp_path, ["en"])
     packed.write_bytes(b"\x1f\x8bhalf")  # cut short is seen at once, and fetching mends it
-    with pytest.raises(SodaError, match="not whole; fetch them first"):
+    with pytest.raises(SodaError, match="incomplete; fetch them first"):
         asterisk.read(tmp_path, ["en"])
     asterisk.fetch(tmp_path, ["en"])
     assert asterisk.read(tmp_path, ["en"])[0]
@@ -515,11 +515,11 @@ def test_speech_does_without_text_that_cannot_be_fetched(archive: Archive, tmp_p
     patterns, rejects = inputs._text_patterns(recipe)
     assert patterns == []
     assert [(r.where, r.reason) for r in rejects] == [
-        ("prepare.text: wordnet", "text not fetched, so the speech is without it")
+        ("prepare.text: wordnet", "text not downloaded, so the speech is prepared without it")
     ]
     said = " ".join(capsys.readouterr().err.split())
     assert "without WordNet's text: wordnet-base: apt-get could not download it" in said
-    assert "No source of this system's apt has it" in said
+    assert "None of this system's apt sources has it" in said
     recipe.prepare.speech = ""
     with pytest.raises(SodaError, match="wordnet-base"):
         inputs._text_patterns(recipe)

@@ -346,7 +346,7 @@ def test_little_speech_beside_a_released_corpus(tmp_path):
     pq.write_table(pa.table({"text": strings}), tmp_path / "c.parquet")
     little = write_corpus(tmp_path / "little", rows[:2])
     more = [f"prepare.released=[{tmp_path}/c.parquet]", f"prepare.tokenizer={tokenizer.path}"]
-    with pytest.raises(SodaError, match="too little to split"):
+    with pytest.raises(SodaError, match="too little usable input to split"):
         prepare(recipe(tmp_path / "alone", little))
     prepare(recipe(tmp_path / "both", little, *more))
     assert validate(tmp_path / "both" / "data")

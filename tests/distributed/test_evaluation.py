@@ -23,7 +23,7 @@ from tests.voices import write_speech
 ACOUSTIC = {f"acoustic_{level}" for level in range(1, 8)}
 KINDS = {  # window, classes of tokens after BOS, what `soda generate` says (None: it makes sound)
     "audio-only": (400, {"marker", "semantic", *ACOUSTIC}, None),
-    "semantic-only": (64, {"marker", "semantic"}, "one code a frame"),
+    "semantic-only": (64, {"marker", "semantic"}, "one code per frame"),
     "text-only": (64, {"marker", "text"}, "no speech in these data"),
 }
 

@@ -30,7 +30,7 @@ def test_interrupted_and_killed_training_goes_on_bit_for_bit(recipe, tmp_path, a
     wait_for_step(tmp_path / "run", 30, first)
     os.killpg(first.pid, signal.SIGINT)
     out = first.communicate(timeout=120)[0]
-    assert "saved. The same command goes on from there" in out
+    assert "and saved. The same command resumes from there" in out
     assert first.returncode != 0
     stopped = max(losses(tmp_path / "run"))
     assert stopped < 900
@@ -128,7 +128,7 @@ def test_interrupted_prepare_goes_on(tmp_path, number):
     out = process.communicate(timeout=60)[0]
     assert process.returncode == 130, out
     assert not psutil.wait_procs(workers, timeout=10)[1]
-    assert "The same command goes on from here" in out
+    assert "Run the same command again to resume" in out
     assert "Traceback" not in out
     kept = {p: p.stat().st_mtime_ns for p in units.rglob("part-*.parquet")}
     assert kept

@@ -143,7 +143,7 @@ def test_a_host_that_is_gone_with_the_store(recipe, run):
     first.kill()
     os.kill(launcher.pid, signal.SIGCONT)
     out = launcher.communicate(timeout=60)[0]
-    said = r"rank 1 \(.*\): node 0 \(\S+\) has not answered for \d+ s, and nothing goes on here"
+    said = r"rank 1 \(.*\): node 0 \(\S+\) has not answered for \d+ s, and nothing is progressing here"
     assert re.search(f"traceback : error on {said}", out), out
 
 
@@ -176,7 +176,7 @@ def test_sigterm_after_a_periodic_save(recipe, run, straight, starter, asynchron
     assert "error on" not in out
     reached = max(losses(run))
     assert 45 <= reached < 400
-    assert f"Stopped at step {reached}, saved. The same command goes on from there." in out
+    assert f"Stopped at step {reached} and saved. The same command resumes from there." in out
     assert (run / "checkpoints" / f"step_{reached:08d}" / "manifest.json").is_file()
     assert survivors(recipe, 5) == []
     goes_on(recipe, run, straight, reached)

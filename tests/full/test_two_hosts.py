@@ -129,7 +129,7 @@ def test_sigterm_on_one_host_stops_both_and_the_same_command_goes_on(hosts, reci
         time.sleep(0.1)
     processes[1].terminate()
     first, _ = finish(processes)
-    assert "saved. The same command goes on from there" in first
+    assert "and saved. The same command resumes from there" in first
     stopped = len(losses(tmp_path / "run"))
     assert 20 <= stopped < 5000
     assert (tmp_path / "run" / "checkpoints" / f"step_{stopped:08d}").is_dir()

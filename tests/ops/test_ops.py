@@ -498,7 +498,7 @@ WRONG = {
     ),
     "no tables": (
         ValueError,
-        "starts and firsts must be equally long, 1 at least",
+        "starts and firsts must be equally long, at least 1",
         lambda o: o.Stream(U8(1, 16), U8(1, 11), I64(0), I64(0), **EXPAND).windows(I64(1), 1),
     ),
     "two devices": (
@@ -559,7 +559,7 @@ WRONG = {
         "offsets must never fall and lie within 0 to 9",
         lambda o: o.first_illegal(I32(9), torch.tensor([-1, 9]), I8[0], I8, 0, 0),
     ),
-    "no offsets": (ValueError, "offsets must have one entry", lambda o: o.hash_documents(I32(9), I64(0))),
+    "no offsets": (ValueError, "offsets must have at least one entry", lambda o: o.hash_documents(I32(9), I64(0))),
     "a kind": (
         ValueError,
         r"kinds must lie in \[0, 2\), found 2 to 2",

@@ -1,4 +1,4 @@
-"""How well generations keep the grammar: with it enforced, and how much the model knows of it by itself."""
+"""How well generations follow the grammar when it is enforced, and how much of it the model has learned."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -17,10 +17,10 @@ ROWS_AT_ONCE = 50
 MEANINGS = {
     "valid": "follow the token grammar from start to end",
     "duration_exact": "every audio span decodes to exactly its number of frames",
-    "audio_spans": "spans of audio in all these generations together",
+    "audio_spans": "audio spans in all these generations",
     "ended_by_itself": "were ended by the model, not by the length limit",
-    "legal_mass_mean": "mean probability that the model gives to legal tokens, before the grammar removes the others",
-    "free_valid": "follow the grammar without being held to it",
+    "legal_mass_mean": "mean probability the model puts on legal tokens before the grammar removes the others",
+    "free_valid": "follow the grammar although it is not enforced",
     "free_legal_mass_mean": "mean probability the model itself puts on tokens the grammar allows",
 }
 SHARES = ("legal_mass_mean", "free_legal_mass_mean")
@@ -32,14 +32,14 @@ class TokenGrammar(Suite):
     title = "Token grammar"
     about = (
         "Generated sound is only playable if its tokens come in the right order, frame by frame. These are counts over "
-        "sampled generations; “free” means that the model was not held to the grammar."
+        "sampled generations; “free” means that the grammar was not enforced."
     )
     needs = ("data",)
     absent = "The token grammar has not been tested yet: eval.json is missing or has no “grammar” part."
 
     def measure(self, bench: "Bench") -> dict[str, Any]:
         test, settings = bench.data[0], bench.recipe.evaluate
-        # One code per frame, or text alone, is no sound to decode.
+        # Text alone, or one code per frame, cannot be decoded to sound.
         codec = bench.codec if bench.has_codec and test.slots == test.space.codebooks else None
         count, most = settings.generations, settings.max_tokens
         return evaluate_grammar(bench.model, codec, count, most, bench.recipe.seed, test.slots)
@@ -63,14 +63,14 @@ def evaluate_grammar(
 
     valid: whole documents by TokenSpace.check. duration_exact: every audio span decodes to frames x samples per frame.
     ended_by_itself: the token budget never had to force the end. legal_mass: the probability that the model gives to
-    the legal tokens, a mean over all steps. Without a codec (text alone, or frames of the semantic code alone: `slots`)
-    no duration is measured.
+    legal tokens, averaged over all steps. Without a codec (text alone, or semantic codes only: see `slots`), durations
+    are not measured.
     """
     from ...console import console
     from ...inference.sample import Constraint
 
     constraint = Constraint(model.space, model.device, slots)
-    with console.status(f"{count} generations under the grammar"):
+    with console.status(f"{count} generations with the grammar"):
         held = _generations(model, constraint, count, max_tokens=max_tokens, seed=seed)
     with console.status(f"{count} generations without the grammar"):
         free = _generations(model, constraint, count, max_tokens=max_tokens, seed=seed + count, constrained=False)
@@ -88,7 +88,7 @@ def evaluate_grammar(
 def _generations(
     model: "LoadedModel", constraint: "Constraint", count: int, *, seed: int, **settings: Any
 ) -> list["Sampled"]:
-    """Documents from BOS on, drawn ROWS_AT_ONCE at a time."""
+    """Documents sampled from BOS on, ROWS_AT_ONCE at a time."""
     from ...inference.sample import sample
 
     found: list[Sampled] = []
@@ -113,7 +113,7 @@ def _mean_mass(rows: list["Sampled"]) -> float:
 
 
 def audio_spans(ids: list[int], model: "LoadedModel") -> list[np.ndarray]:
-    """Codes (frames, codebooks) of every audio span of a whole document."""
+    """Codes (frames, codebooks) of every audio span in a complete document."""
     array = np.array(ids)
     starts, ends = np.flatnonzero(array == model.space.audio_start), np.flatnonzero(array == model.space.audio_end)
     return [model.space.codes(array[a + 1 : b]) for a, b in zip(starts, ends, strict=True)]

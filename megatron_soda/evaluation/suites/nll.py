@@ -1,4 +1,4 @@
-"""The NLL vector of a model on held-out documents, beside a smoothed unigram of every slot."""
+"""The NLL vector of a model on held-out documents, compared with a smoothed per-slot unigram."""
 
 import math
 from collections.abc import Mapping
@@ -81,7 +81,7 @@ class Nll(Suite):
 def unigram(store: "Store") -> np.ndarray:
     """float64 (size,): -log p(token | its class) in nats, counted on `store`, one added to every count.
 
-    It is given the class of the next token, which the model has to predict by itself.
+    It is given the class of the next token, which the model must predict itself.
     """
     counts = np.ones(store.space.size)
     for start in range(0, store.size, 1 << 24):
@@ -93,10 +93,11 @@ def unigram(store: "Store") -> np.ndarray:
 
 
 def evaluate_nll(model: "LoadedModel", test: "Store", train: "Store", documents: int = 0) -> dict[str, Any]:
-    """Teacher-forced NLL of every token after BOS, each document by itself, cut at the model's context length.
+    """Teacher-forced NLL of every token after BOS, for each document separately, truncated at the model's context
+    length.
 
-    documents: the first so many of `test`; 0: all. Returns {"classes": {name: row}, "acoustic_mean": row, "all": row},
-    a row with tokens, and nats and bits of both model and unigram.
+    documents: how many of `test` to use; 0: all. Returns {"classes": {name: row}, "acoustic_mean": row, "all": row},
+    where a row has the number of tokens, and nats and bits for model and unigram.
     """
     from rich.progress import track
 
@@ -115,14 +116,14 @@ def evaluate_nll(model: "LoadedModel", test: "Store", train: "Store", documents:
     rows = {name: _row(*sums[:, i]) for i, name in enumerate(names) if sums[0, i]}
     acoustic = [rows[name] for name in names[3:] if name in rows]
     result: dict[str, Any] = {"classes": rows, "all": _row(*sums.sum(1))}
-    if acoustic:  # the mean over codebooks, as the paper's vector is read
+    if acoustic:  # the mean over codebooks, as in the paper
         mean = {key: float(np.mean([row[key] for row in acoustic])) for key in acoustic[0]}
         result["acoustic_mean"] = mean | {"tokens": sum(row["tokens"] for row in acoustic)}
     return result
 
 
 def _nats(model: "LoadedModel", documents: list[np.ndarray]) -> np.ndarray:
-    """float64 (documents, longest - 1): -log p of every token after the first; beyond a document's end meaningless."""
+    """float64 (documents, longest - 1): -log p of every token after the first; meaningless beyond a document's end."""
     import torch
 
     ids = torch.full((len(documents), max(map(len, documents))), model.space.eos)
@@ -136,7 +137,7 @@ def _nats(model: "LoadedModel", documents: list[np.ndarray]) -> np.ndarray:
 
 
 def _batches(documents: list[np.ndarray]) -> list[list[np.ndarray]]:
-    """Documents sorted by length -> batches of about TOKENS_AT_ONCE tokens, padding included."""
+    """Batches of about TOKENS_AT_ONCE tokens, padding included, from documents sorted by length."""
     batches: list[list[np.ndarray]] = []
     for document in documents:
         if batches and (len(batches[-1]) + 1) * len(document) <= TOKENS_AT_ONCE:

@@ -1,4 +1,4 @@
-"""Speech that goes on from its first second."""
+"""Continues speech from its first second."""
 
 from ...registry import TASKS
 from ..task import Material, Prompt, Task
@@ -8,7 +8,7 @@ from ..task import Material, Prompt, Task
 class Continue(Task):
     name = "continue"
     title = "Continue"
-    meaning = "The model hears the prompt and goes on by itself."
+    meaning = "The model hears the prompt and continues on its own."
 
     def prompt(self, material: Material) -> Prompt:
         space, codes = material.space, material.row["codes"]
