@@ -175,9 +175,9 @@ FP8 = ["precision.dtype=fp8"]
         (["parallel.context=2", "data.sequence_length=30"], 2, "multiple of twice that"),
         (["parallel.tensor=2", "parallel.sequence=true", "data.sequence_length=31"], 2, "does not divide 31 tokens"),
         (["parallel.context=2"], 3, "3 processes"),
-        ([*FP8, "data.sequence_length=4090"], 1, "4090, and must be a multiple of 16 .*4080 or 4096 would do"),
-        ([*FP8, "parallel.tensor=2", "parallel.sequence=true", "data.sequence_length=16"], 2, "32 would do"),
-        ([*FP8, "precision.fp8_recipe=blockwise", "ffn_hidden_size=320"], 1, "256 or 384 would do"),
+        ([*FP8, "data.sequence_length=4090"], 1, "4090, and must be a multiple of 16 .*4080 or 4096 would work"),
+        ([*FP8, "parallel.tensor=2", "parallel.sequence=true", "data.sequence_length=16"], 2, "32 would work"),
+        ([*FP8, "precision.fp8_recipe=blockwise", "ffn_hidden_size=320"], 1, "256 or 384 would work"),
         ([*FP8, "parallel.tensor=2", "precision.fp8_recipe=blockwise", "ffn_hidden_size=384"], 2, "256 or 512"),
     ],
 )
@@ -255,7 +255,7 @@ def test_a_list_of_strings_holds_strings(written, value, tmp_path):
 
 @pytest.mark.parametrize("written", ["", "a", "a,b", "[a", "{a: b}", "[", "[a,,b]", '["\\d"]'])
 def test_what_is_no_list_is_named(written):
-    with pytest.raises(SodaError, match=r"prepare\.text=.*(a list is written|two commas|not YAML)"):
+    with pytest.raises(SodaError, match=r"prepare\.text=.*(write a list as|an empty element|not YAML)"):
         load_recipe(None, [f"prepare.text={written}"])
 
 

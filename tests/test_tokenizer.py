@@ -296,7 +296,7 @@ def test_ids_that_cannot_be_are_named(tmp_path):
         ({"word": 9, "bos": 256, "eos": 257, "added": 258}, "two of its 260 tokens have one id|cannot have the id"),
         ({"word": 256, "bos": 9, "eos": 257, "added": 258}, r"added token .* cannot have the id 9"),
         ({"word": 256, "bos": 257, "eos": 257, "added": 258}, r"added token .* cannot have the id"),
-        ({"word": 256, "bos": 257, "eos": 258, "added": 2**31}, "it has the id 2,147,483,648"),
+        ({"word": 256, "bos": 257, "eos": 258, "added": 2**31}, "the id 2,147,483,648"),
     ):
         with pytest.raises(SodaError, match=message):
             TextTokenizer(gaps(tmp_path / "g.json", **ids))

@@ -137,7 +137,7 @@ class Texts:
             row = parse_json(line)
             for key in self.keys:
                 if not isinstance(row.get(key), str):
-                    has = f"is {type(row[key]).__name__}" if key in row else f"is missing; it has {', '.join(row)}"
+                    has = f"is a {type(row[key]).__name__}" if key in row else f"is missing; it has {', '.join(row)}"
                     raise BadLine(f"needs a string {key!r}, which {has}")
             str(row[self.key]).encode()
         except UnicodeEncodeError:  # half a character, from JSON's \ud800

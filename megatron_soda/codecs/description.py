@@ -66,7 +66,7 @@ def load_data_codec(folder: Path) -> Codec:
         codec = _load(described.arguments, folder)
     if codec.fingerprint != described.fingerprint:
         raise SodaError(
-            f"{folder}: its tokens were made with codec {described.fingerprint}, but the installed one is "
+            f"{folder}: its tokens were made by codec {described.fingerprint}, but the installed one is "
             f"{codec.fingerprint}. Prepare the data again, or install the version of megatron_soda that made it."
         )
     return codec

@@ -214,7 +214,7 @@ class Store:
         for kind, fingerprint in self.made_by.items():
             if kind not in accept and known.get(kind, fingerprint) != fingerprint:
                 raise SodaError(
-                    f"{self.path}: its ids were made with {kind} {fingerprint}, {whose} has {kind} {known[kind]}: the "
+                    f"{self.path}: its ids were made by {kind} {fingerprint}, {whose} has {kind} {known[kind]}: the "
                     f"same ids mean something else. Prepare the data with that {kind} ({_PREPARE_WITH[kind]}); if this "
                     f"is intended, set data.accept=[{kind}]"
                 )

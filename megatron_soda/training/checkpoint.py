@@ -158,7 +158,7 @@ def read_description(folder: Path, model: Model, space: TokenSpace, optimizer: d
         for key, value in values.items():
             if saved.get(part, {}).get(key) != value:
                 raise SodaError(
-                    f"{folder}: a checkpoint of a different {_PARTS[part]}: its {part}.{key} is "
+                    f"{folder}: a checkpoint of another {_PARTS[part]}: its {part}.{key} is "
                     f"{saved.get(part, {}).get(key)}, the recipe's is {value}. Use another `run` folder, or the recipe "
                     "it was made with."
                 )

@@ -66,7 +66,7 @@ def _difference(was: dict[str, str], now: dict[str, str]) -> str:
     """Empty if both hold the same ids, in whatever format; otherwise the difference, before `from the one ..`."""
     for kind in ("codec", "tokenizer"):
         if was.get(kind) != now.get(kind):
-            return f"made with a different {kind} ({now.get(kind)}, was {was.get(kind)})"
+            return f"made by a different {kind} ({now.get(kind)}, was {was.get(kind)})"
     if was["fingerprint"] != now["fingerprint"]:
         return f"a different store (fingerprint {now['fingerprint']}, was {was['fingerprint']})"
     if was["format"] == now["format"] and was["sampled"] != now["sampled"]:

@@ -44,7 +44,7 @@ def test_help_has_examples(monkeypatch, capsys, command):
         (["train", "none.yaml", "training.stepz=1"], "none.yaml"),
         (["prepare", "R", "training.stepz=1"], "Did you mean training.steps?"),
         (["train", "R", "parallel.tensor=3"], "parallel.tensor=3 does not divide"),
-        (["train", "R", "parallel.tensor=2"], "1 processes cannot be laid out"),
+        (["train", "R", "parallel.tensor=2"], "1 processes cannot be arranged"),
         (["train", "R"], "train.json: no such file. Run `soda prepare`"),
         (["train", "R", "training.backend=transformer_engine", "data.path=D"], "needs a CUDA device"),
         (["export", "R"], "no checkpoint in it"),

@@ -200,7 +200,7 @@ def test_what_is_no_frame_is_refused(tmp_path, tokens, where):
     parts = [(np.concatenate(made[:2]), np.array([len(d) for d in made[:2]]))]
     last = np.array(tokens, np.int32)
     parts.append((np.concatenate([made[2], last, made[0]]), np.array([len(made[2]), len(last), len(made[0])])))
-    with pytest.raises(SodaError, match=f"{where}: no text and no whole audio frame of 4"):
+    with pytest.raises(SodaError, match=f"{where}: neither text nor a whole frame of 4"):
         write_parts(tmp_path / "s", parts, SPACE, "compact")
     assert not list(tmp_path.iterdir())
 
@@ -213,7 +213,7 @@ def test_conversion_both_ways(tmp_path, capsys):
     assert Store(tmp_path / "train").meta["codec"] == "none"
     assert "read back and compared" in capsys.readouterr().err
     convert_stores(tmp_path, [], "compact", None)
-    assert capsys.readouterr().err.count("is compact already") == 3
+    assert capsys.readouterr().err.count("is already compact") == 3
     convert_stores(tmp_path, ["test"], "megatron", tmp_path / "other" / "test")
     assert (tmp_path / "other" / "test.bin").read_bytes() == before["test.bin"]
     assert Store(tmp_path / "test").format == "compact"

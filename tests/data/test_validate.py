@@ -151,7 +151,7 @@ def test_twice_and_leaks(tmp_path, capsys):
     assert "valid: document 30 is in two stores, a leak between train and valid: it is document 150 of train" in said
     write_store(tmp_path / "valid", documents(200), SPACE, codec="none", tokenizer="none")
     assert not validate(tmp_path)
-    assert "valid: 190 more documents that stand in train" in capsys.readouterr().out
+    assert "valid: 190 more documents that are also in train" in capsys.readouterr().out
 
 
 def test_two_hashes_that_are_the_same_by_chance(tmp_path, monkeypatch):

@@ -157,7 +157,7 @@ def test_what_is_not_of_this_preparation_is_made_again(speech, tmp_path, capsys)
     assert "nothingtodo" in tries(lambda: None)
     for suffix in ("bin", "idx", "json"):
         shutil.copy(other / f"train.{suffix}", data / f"train.{suffix}")
-    assert "train:astoreofanotherpreparation" in tries(lambda: None)
+    assert "train:astorefromanotherpreparation" in tries(lambda: None)
 
     def swap_sides():
         for suffix in ("bin", "idx", "json"):
@@ -166,7 +166,7 @@ def test_what_is_not_of_this_preparation_is_made_again(speech, tmp_path, capsys)
             a.write_bytes(two)
             b.write_bytes(one)
 
-    assert "astoreofanotherpreparation" in tries(swap_sides)
+    assert "astorefromanotherpreparation" in tries(swap_sides)
     assert "valid.parquet:gone" in tries((data / "valid.parquet").unlink)
     shutil.copy(data / "test.parquet", data / "kept")
     assert "test.parquet:gone" in tries(lambda: shutil.copy(data / "valid.parquet", data / "test.parquet"))
@@ -533,7 +533,7 @@ def test_a_converted_copy_of_a_data_folder_is_one(speech, tmp_path):
     assert described["stores"] == {side: Store(copy / side).fingerprint for side in ("train", "valid", "test")}
     assert described["bytes"]["stores"] == sum(p.stat().st_size for s in SUFFIXES for p in copy.glob(f"*.{s}"))
     assert described | {"bytes": 0} == json.loads((data / "prepare.json").read_text()) | {"bytes": 0}
-    with pytest.raises(SodaError, match="exists already"):
+    with pytest.raises(SodaError, match="already exists"):
         convert_stores(data, [], "compact", copy)
     shutil.rmtree(data)
     assert validate(copy)

@@ -107,7 +107,7 @@ def test_a_manifest_of_which_some_lines_have_no_text(tmp_path):
     mixed = both(recipe(tmp_path / "mixed", folder, MIXED))
     assert (mixed["utterances"], sum(mixed["documents"].values())) == (12, 12 + 9)
     assert mixed["reject_reasons"] == {"no transcript": 3}
-    assert mixed["rejects"][0]["reason"] == "no transcript: used for audio-only alone"
+    assert mixed["rejects"][0]["reason"] == "no transcript: used only for audio-only"
 
     refused(recipe(tmp_path / "strict", folder), "3 of 12 utterances cannot be used")
 

@@ -91,18 +91,18 @@ def train_large(run: str, data: str, overrides: list[str]) -> str:
 
 def test_of_large_stores_samples_are_compared(pool, run):
     roll(run / "data" / "train.bin")
-    with pytest.raises(RuntimeError, match=r"is a store with other bytes, though its \.json is the same"):
+    with pytest.raises(RuntimeError, match=r"is a store with different bytes, though its \.json is the same"):
         pool.run(1, train_large, str(run), str(run / "data"), LONGER)
 
 
 @pytest.mark.parametrize(
     ("side", "change", "changes", "said"),
     [
-        ("train", lambda d: d[::-1], {}, r"corpus train: .*data/train is another store \(fingerprint"),
-        ("train", lambda d: d[1:], {}, r"is another store \([0-9,]+ tokens, was "),
-        ("train", list, {"codec": "other"}, r"is made by another codec \(other, was none\)"),
-        ("train", list, {"tokenizer": "other"}, r"is made by another tokenizer \(other, was none\)"),
-        ("valid", lambda d: d[::-1], {}, r"data/valid is another store .*data\.accept=\[validation\]"),
+        ("train", lambda d: d[::-1], {}, r"corpus train: .*data/train is a different store \(fingerprint"),
+        ("train", lambda d: d[1:], {}, r"is a different store \([0-9,]+ tokens, was "),
+        ("train", list, {"codec": "other"}, r"is made by a different codec \(other, was none\)"),
+        ("train", list, {"tokenizer": "other"}, r"is made by a different tokenizer \(other, was none\)"),
+        ("valid", lambda d: d[::-1], {}, r"data/valid is a different store .*data\.accept=\[validation\]"),
     ],
     ids=["order", "length", "codec", "tokenizer", "valid"],
 )

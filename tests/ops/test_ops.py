@@ -538,7 +538,7 @@ WRONG = {
     ),
     "label weights": (
         ValueError,
-        r"label_weights must be \(2, 4\), one for every label of ids, not \(2, 5\)",
+        r"label_weights must be \(2, 4\), one per label of ids, not \(2, 5\)",
         lambda o: o.build_batch(I32(2, 5), I64(2), U8(2), torch.ones(1), 0, False, torch.ones(2, 5)),
     ),
     "capacity": (ValueError, "capacity must be 1 to 16777216", lambda o: o.best_fit(I32(0), 2**24 + 1)),
@@ -567,7 +567,7 @@ WRONG = {
     ),
     "a state": (
         ValueError,
-        "step holds state 2, there are 2 states",
+        "step holds state 2, but there are 2 states",
         lambda o: o.first_illegal(I32(9), I64(1), I8[0], I8 + 2, 0, 0),
     ),
     "start": (

@@ -128,13 +128,13 @@ def test_main_threads_that_do_not_move(ranks, capsys):
         ranks[rank]._report = lambda here=here: here
     tick(ranks, SILENCE + SILENCE / 2, moving=False)
     said = capsys.readouterr().err
-    assert said.count("warning: nothing has gone on for 6") == 1
+    assert said.count("warning: nothing has progressed for 6") == 1
     assert (
         "Rank 2 (host-1): step 8, data, in read (a.py:1). Ranks 0 (h), 1 (h), 3 (h): step 8, between, waiting" in said
     )
     with pytest.raises(EndedError):
         tick(ranks, 10 * SILENCE, moving=False)
-    assert "error on rank 0 (host-0): nothing has gone on for 6" in capsys.readouterr().err
+    assert "error on rank 0 (host-0): nothing has progressed for 6" in capsys.readouterr().err
 
 
 def test_a_step_that_is_always_slow_is_no_fault(ranks, capsys):

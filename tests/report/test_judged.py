@@ -84,7 +84,7 @@ def test_only_the_start_is_cut_off_the_axis():
     falling = [20.3, 9.0, *np.linspace(7, 6, 98)]
     top, said = cut_start(line(falling))
     assert 7 < (top or 0) < 7.3
-    assert said == "The start is cut off: 20.3 at step 1 lies above the axis."
+    assert said == "The start is cut off: 20.3 at step 1 is above the axis."
     assert cut_start(line(list(np.linspace(7, 6, 100)))) == (None, "")
     spiked = [*falling[:50], 30.0, *falling[50:]]
     assert cut_start(line(spiked)) == (None, "")
@@ -114,7 +114,7 @@ def test_nothing_internal_is_shown(quick_run: Path):
 def test_it_says_how_good_the_model_is_and_what_to_do(fake_run: Path):
     text = build(fake_run).text
     assert "a token surprises it" in text
-    assert "37 of 100 generated documents came to an end by themselves" in text
+    assert "37 of 100 generated documents ended on their own" in text
     assert "From step 1,000 to 2,000 the validation loss fell by" in text
     assert "soda train RUN/recipe.yaml run=RUN-longer data.path=RUN/data training.steps=4000" in text
     assert "soda generate RUN tasks=[speak]" in text

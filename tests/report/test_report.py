@@ -253,7 +253,12 @@ def test_sounds_that_cannot_be_shown_are_named(fake_run: Path) -> None:
     (folder / "samples.json").write_text(json.dumps([{"task": "sing", "id": "a", "audio": audio}, "no sample", {}]))
     page = build(fake_run)
     assert page.tags.count("audio") == 1
-    for shown in ("gone.wav is missing", "broken.wav is no sound file", "outside the samples folder", "Another voice"):
+    for shown in (
+        "gone.wav is missing",
+        "broken.wav could not be read as a sound file",
+        "outside the samples folder",
+        "Another voice",
+    ):
         assert shown in page.text
 
 
