@@ -1,5 +1,7 @@
 """The one place that turns windows of ids into what the model and the loss take."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +16,7 @@ from .windows import Window
 
 @dataclass
 class Batch:
-    """A micro-batch. All but `cu_seqlens` are (sequences, length)."""
+    """A micro-batch. All tensors but `cu_seqlens` are (sequences, length)."""
 
     tokens: Tensor  # int64
     labels: Tensor  # int64: the next token
@@ -23,6 +25,7 @@ class Batch:
     segment_id: Tensor  # int64: counts documents inside a window; attention stays inside one
     position_id: Tensor  # int64: counts from the start of the window, or of the segment
     cu_seqlens: Tensor  # int32 (segments + 1,): where segments start in the flattened batch, and its end
+    longest: int  # tokens of the longest segment
 
 
 class Batcher:
@@ -43,21 +46,40 @@ class Batcher:
         self.reset_positions = reset_positions
         self.classes = torch.from_numpy(space.class_table()).to(device)
         self.weights = torch.tensor(class_weights or [1.0] * len(space.class_names), dtype=torch.float32, device=device)
+        self.stream = torch.cuda.Stream(device) if self.classes.is_cuda else None
 
     def __call__(self, windows: list[Window]) -> Batch:
         """Windows of length + 1 ids each -> a Batch of (len(windows), length). SodaError for an id out of range."""
-        device = self.classes.device
-        ids = torch.from_numpy(np.stack([window.ids for window in windows])).to(device)
-        counts = torch.tensor([window.count for window in windows], device=device)
-        label_weights = self._label_weights(windows)
-        try:
+        with self._beside() as made:
+            device = self.classes.device
+            ids = torch.from_numpy(np.stack([window.ids for window in windows])).to(device)
+            counts = torch.tensor([window.count for window in windows], device=device)
             tables = self.classes, self.weights, self.eos, self.reset_positions
-            return Batch(*ops.build_batch(ids, counts, *tables, label_weights))
-        except ValueError as error:
-            raise SodaError(
-                f"a window of the store holds an id outside the vocabulary: {error}. "
-                "It is damaged, or of another vocabulary; `soda validate` tells where."
-            ) from None
+            try:
+                tensors = ops.build_batch(ids, counts, *tables, self._label_weights(windows))
+            except ValueError as error:
+                raise SodaError(
+                    f"a window of the store holds an id outside the vocabulary: {error}. "
+                    "It is damaged, or of another vocabulary; `soda validate` tells where."
+                ) from None
+            made += tensors
+            longest = int((tensors[-1][1:] - tensors[-1][:-1]).max())
+        return Batch(*tensors, longest)
+
+    @contextlib.contextmanager
+    def _beside(self) -> Iterator[list[Tensor]]:
+        """On CUDA, runs the body on a stream of its own: it has to wait for what it computed, and would otherwise also
+        wait for the step before. The tensors that the body lists are then the current stream's to use."""
+        made: list[Tensor] = []
+        if self.stream is None:
+            yield made
+            return
+        current = torch.cuda.current_stream(self.stream.device)
+        with torch.cuda.stream(self.stream):
+            yield made
+        current.wait_stream(self.stream)
+        for tensor in made:
+            tensor.record_stream(current)
 
     def _label_weights(self, windows: list[Window]) -> Tensor | None:
         """float32 (windows, length); None if no window has weights of its own."""

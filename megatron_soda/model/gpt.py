@@ -31,6 +31,7 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
     m, p, t = recipe.model, recipe.parallel, recipe.training
     dtype = torch.float32 if recipe.precision.dtype == "fp32" else torch.bfloat16
     cuda = torch.cuda.is_available()
+    engine = choose_backend(t.backend) == "transformer_engine"
     interleaved = p.virtual_pipeline > 1
     return TransformerConfig(
         num_layers=m.num_layers,
@@ -68,13 +69,16 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
         recompute_granularity="full" if t.recompute else None,
         recompute_method="uniform" if t.recompute else None,
         recompute_num_layers=1 if t.recompute else None,
-        # Fusions that need apex or CUDA extensions; all are off where they would be missing.
+        # Transformer Engine's kernels. Rotary positions of packed sequences would else be applied document by document,
+        # each waiting for the device; in the other format the kernel takes the same positions in every sequence.
+        use_te_activation_func=engine,
+        apply_rope_fusion=engine and p.context == 1,
+        # Fusions that need apex or a compiler; and accumulate_in_place() does the last of them.
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
-        apply_rope_fusion=False,
         **(_fp8(recipe.precision) if recipe.precision.dtype == "fp8" else {}),
     )
 
@@ -251,13 +255,12 @@ def forward(model: Any, inputs: Inputs, *, logits: bool = False) -> Tensor:
         rotary: Any = module.rotary_pos_emb
         rotary.position_id = batch.position_id if module.reset_positions else batch.position_id[:1]
         return model(batch.tokens, batch.position_id, inputs.mask)
-    longest = int((batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).max())
     packed = PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=batch.cu_seqlens,
         cu_seqlens_kv=batch.cu_seqlens,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
+        max_seqlen_q=batch.longest,
+        max_seqlen_kv=batch.longest,
     )
     flat = batch.tokens.reshape(1, -1), batch.position_id.reshape(1, -1)
     output = model(*flat, None, packed_seq_params=packed)

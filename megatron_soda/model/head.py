@@ -5,13 +5,14 @@ on a few rows at a time, and takes the gradient at once, in the forward pass: lo
 gradient, and the gradient goes into the hidden states' and the weight's, all before the next rows.
 """
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-CHUNK_BYTES = {"cpu": 150 << 20, "cuda": 256 << 20}  # of float32 logits that are there at a time
+CHUNK_BYTES = {"cpu": 150 << 20, "cuda": 1 << 30}  # of scores that are there at a time
 FEWEST_ROWS = 16
 ROWS_IN_CACHE = 4  # of 144,644 scores: 2 MB
 
@@ -32,11 +33,13 @@ class _Head(torch.autograd.Function):
         weight_gradient: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         rank, ranks = (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
-        width = weight.shape[0]
-        start = rank * width
+        start, width = rank * weight.shape[0], weight.shape[0]
         real = min(max(vocabulary - start, 0), width)  # the rows after these are padding
-        weight, padded_gradient = weight[:real], weight_gradient
-        rows = max(FEWEST_ROWS, CHUNK_BYTES.get(hidden.device.type, 150 << 20) // (4 * width))
+        scores_of = _scores_class(hidden)
+        columns = width if scores_of.padded and real else real
+        weight, padded_gradient = weight[:columns], weight_gradient
+        itemsize = 4 if hidden.device.type == "cpu" else hidden.element_size()
+        rows = max(FEWEST_ROWS, CHUNK_BYTES.get(hidden.device.type, 150 << 20) // (itemsize * width))
         rows = rows // 128 * 128 or rows  # whole tiles of a matrix product
         wanted = weight_gradient is not None or ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         if wanted and padded_gradient is None:
@@ -44,41 +47,35 @@ class _Head(torch.autograd.Function):
         hidden_gradient = torch.zeros_like(hidden) if wanted else None
         loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
         sums = torch.zeros(2, classes, dtype=torch.float64, device=hidden.device)
-        buffer = torch.empty(min(rows, len(hidden)), real, dtype=hidden.dtype, device=hidden.device)
+        buffer = torch.empty(min(rows, len(hidden)), columns, dtype=hidden.dtype, device=hidden.device)
         for at in range(0, hidden.shape[0], rows):
             part = slice(at, at + rows)
-            rows_here = hidden[part]
-            scores = torch.mm(rows_here, weight.t(), out=buffer[: len(rows_here)]).float()  # in place if it is float32
-            mine = (labels[part] >= start) & (labels[part] < start + real)
-            index = torch.where(mine, labels[part] - start, 0)[:, None]
+            rows_here, of_label = hidden[part], loss_weight[part]
+            index = labels[part] - start
+            index = torch.where((index >= 0) & (index < real), index, -1)
             if real:
-                score = torch.where(mine, scores.gather(1, index)[:, 0], 0.0)
-                highest, total = _exponentials(scores)
+                scores = scores_of(torch.mm(rows_here, weight.t(), out=buffer[: len(rows_here)]), real, index)
+                highest, total, score = scores.highest, scores.total, scores.of_label
             else:  # all of this rank's rows are padding
-                score, total = torch.zeros(2, len(mine), device=hidden.device)
+                scores = None
+                score, total = torch.zeros(2, len(rows_here), device=hidden.device)
                 highest = torch.full_like(score, -torch.inf)
             if ranks > 1:
-                own = highest.clone()
+                own, highest = highest, highest.clone()
                 dist.all_reduce(highest, dist.ReduceOp.MAX, group)
-                from_own = (own - highest).exp()  # the exponentials are relative to this rank's highest
-                both = torch.stack([total * from_own, score])
+                both = torch.stack([total * (own - highest).exp(), score])  # total is relative to this rank's highest
                 dist.all_reduce(both, group=group)
                 total, score = both
-            else:
-                from_own = 1.0
             log_total = highest + total.log()
             nll = log_total - score
-            of_label = loss_weight[part]
             loss += ((nll + z_weight * log_total.square()) * of_label).sum()
             sums[0].index_add_(0, class_id[part], (nll * of_label).double())
             sums[1].index_add_(0, class_id[part], of_label.double())
-            if hidden_gradient is None or padded_gradient is None or not real:
+            if hidden_gradient is None or padded_gradient is None or scores is None:
                 continue
-            scores.mul_((of_label * (1 + 2 * z_weight * log_total) / total * from_own)[:, None])
-            scores.scatter_add_(1, index, torch.where(mine, -of_label, 0.0)[:, None])
-            scores = scores.to(hidden.dtype)
-            torch.mm(scores, weight, out=hidden_gradient[part])
-            _add_product(padded_gradient[:real], scores.t(), hidden[part])
+            gradient = scores.gradient(highest, of_label * (1 + 2 * z_weight * log_total) / total, of_label)
+            torch.mm(gradient, weight, out=hidden_gradient[part])
+            _add_product(padded_gradient[:columns], gradient.t(), rows_here)
         ctx.save_for_backward(hidden_gradient, None if weight_gradient is not None else padded_gradient)
         ctx.mark_non_differentiable(sums)
         return loss.float(), sums
@@ -93,24 +90,60 @@ class _Head(torch.autograd.Function):
         return *scaled, None, None, None, None, None, None, None, None
 
 
-def _exponentials(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row's highest score and sum(exp(score - highest)); scores become the exponentials."""
-    highest, total = torch.empty(2, len(scores), device=scores.device)
-    rows = ROWS_IN_CACHE if scores.device.type == "cpu" else len(scores)
-    for at in range(0, len(scores), rows):
-        some = scores[at : at + rows]
-        torch.amax(some, 1, out=highest[at : at + rows])
-        torch.sum(some.sub_(highest[at : at + rows, None]).exp_(), 1, out=total[at : at + rows])
-    return highest, total
+class _TorchScores:
+    """The softmax of some rows. scores (rows, columns) are overwritten; index int64 (rows,) is the column of the label,
+    -1 if another rank has it. All results are float32 (rows,); `total` is relative to `highest`."""
+
+    padded = False
+
+    def __init__(self, scores: Tensor, columns: int, index: Tensor) -> None:
+        self.dtype, self.scores = scores.dtype, scores.float()  # the same memory if it is float32
+        self.mine, self.column = index >= 0, index.clamp(min=0)[:, None]
+        self.of_label = torch.where(self.mine, self.scores.gather(1, self.column)[:, 0], 0.0)
+        self.highest, self.total = torch.empty(2, len(scores), device=scores.device)
+        rows = ROWS_IN_CACHE if scores.device.type == "cpu" else len(scores)
+        for at in range(0, len(scores), rows):  # scores become exp(score - highest)
+            some, part = self.scores[at : at + rows], slice(at, at + rows)
+            torch.amax(some, 1, out=self.highest[part])
+            torch.sum(some.sub_(self.highest[part, None]).exp_(), 1, out=self.total[part])
+
+    def gradient(self, highest: Tensor, factor: Tensor, weight: Tensor) -> Tensor:
+        """factor * exp(score - highest), less `weight` at the label: (rows, columns) in the dtype of the scores."""
+        self.scores.mul_((factor * (self.highest - highest).exp())[:, None])
+        self.scores.scatter_add_(1, self.column, torch.where(self.mine, -weight, 0.0)[:, None])
+        return self.scores.to(self.dtype)
+
+
+class _TritonScores:
+    """The same through head_kernels.py. Columns from `columns` on are padding, which keeps the rows aligned as matrix
+    products on tensor cores want them: 144,644 columns took several times as long as 144,768."""
+
+    padded = True
+
+    def __init__(self, scores: Tensor, columns: int, index: Tensor) -> None:
+        from . import head_kernels
+
+        self.kernels, self.scores, self.columns, self.index = head_kernels, scores, columns, index
+        self.highest, self.total, self.of_label = head_kernels.statistics(scores, columns, index)
+
+    def gradient(self, highest: Tensor, factor: Tensor, weight: Tensor) -> Tensor:
+        self.kernels.gradient_(self.scores, self.columns, self.index, highest, factor, weight)
+        return self.scores
+
+
+def _scores_class(hidden: Tensor) -> type[_TorchScores] | type[_TritonScores]:
+    return _TritonScores if hidden.is_cuda and find_spec("triton") else _TorchScores
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b, where total may be float32 and a, b bfloat16."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
-        return
-    for part, some in zip(total.split(16384), a.split(16384), strict=True):  # a product as large as total is memory
-        part.add_(torch.mm(some, b, out_dtype=total.dtype) if a.is_cuda else some @ b)
+    elif a.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)  # pyright: ignore[reportCallIssue]
+    else:
+        for part, some in zip(total.split(16384), a.split(16384), strict=True):  # a product as large as total is memory
+            part.add_(some @ b)
 
 
 def head_loss(

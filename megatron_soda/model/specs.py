@@ -41,6 +41,7 @@ def layer_spec(backend: str, config: TransformerConfig, chunk: int | None = None
     """What megatron-core's GPTModel is to build. `chunk`: of this pipeline stage, if it has several."""
     if backend == "transformer_engine":
         spec: Any = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True)
+        spec.submodules.mlp.submodules.activation_func = SwiGLU
         if not is_packed(backend, config):
             spec.submodules.self_attention.submodules.core_attention = MaskedAttention
         return spec
@@ -52,6 +53,30 @@ def layer_spec(backend: str, config: TransformerConfig, chunk: int | None = None
     layers: list[ModuleSpec] = [layer] * get_num_layers_to_build(config, chunk)
     norm: Any = RMSNorm
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
+
+
+def accumulate_in_place(model: torch.nn.Module) -> None:
+    """Transformer Engine's products add a weight's gradient to its main_grad themselves. Only with megatron-core's
+    DistributedDataParallel around the model, which makes main_grad. The setting for it in megatron-core's config would
+    ask apex's kernel of the layers that are not Transformer Engine's."""
+    for module in model.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            setattr(module, "fuse_wgrad_accumulation", True)  # noqa: B010  not an attribute of every module
+
+
+class SwiGLU(MegatronModule):
+    """Transformer Engine's kernel. megatron-core 0.16.1 cannot make a checkpoint of a layer with the kernel's module in
+    it, so it is kept where torch does not look for modules; it has no parameters."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__(config=config)
+        from transformer_engine.pytorch import ops
+
+        self.kernel = [ops.SwiGLU()]
+
+    def forward(self, both: Tensor) -> Tensor:
+        """(..., 2 * ffn_hidden_size), the gate first -> (..., ffn_hidden_size)."""
+        return self.kernel[0](both)
 
 
 class RMSNorm(torch.nn.RMSNorm):

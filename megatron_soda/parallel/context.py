@@ -4,7 +4,7 @@ A sequence is cut into twice as many pieces as there are ranks; rank r has piece
 has early tokens, which look at little, and late ones. With one rank it has all, and nothing is copied.
 """
 
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import torch
 from megatron.core import parallel_state
@@ -20,12 +20,12 @@ def places(length: int, ranks: int, rank: int, device: torch.device | None = Non
 
 
 def cut(batch: Batch) -> Batch:
-    """The part of a batch that this rank has. `cu_seqlens` stays that of the whole."""
+    """The part of a batch that this rank has. `cu_seqlens` and `longest` stay those of the whole."""
     ranks = parallel_state.get_context_parallel_world_size()
     if ranks == 1:
         return batch
     mine = places(batch.tokens.shape[1], ranks, parallel_state.get_context_parallel_rank(), batch.tokens.device)
-    parts = {f.name: getattr(batch, f.name)[:, mine] for f in fields(batch) if f.name != "cu_seqlens"}
+    parts = {name: x[:, mine] for name, x in vars(batch).items() if name not in ("cu_seqlens", "longest")}
     return replace(batch, **parts)
 
 

@@ -24,7 +24,7 @@ from ..data.windows import Samples, Window, Windows
 from ..errors import SodaError
 from ..model.gpt import Inputs, build_model, forward, head_weight, inputs_of
 from ..model.head import head_loss
-from ..model.specs import choose_backend
+from ..model.specs import accumulate_in_place, choose_backend
 from ..parallel import cpu
 from ..parallel.watch import place
 from ..vocab import TokenSpace
@@ -100,6 +100,9 @@ class Engine:
             DistributedDataParallel(self.config, ddp_config, model, disable_bucketing=i > 0)
             for i, model in enumerate(self.models)
         ]
+        if self.backend == "transformer_engine":
+            for model in self.models:
+                accumulate_in_place(model)
         self.optimizer = Optimizer(recipe, self.ddp, space)
         for model in self.models:
             model.config.grad_scale_func = self.optimizer.inner.scale_loss
@@ -205,8 +208,8 @@ class Engine:
     @torch.no_grad()
     def is_finite(self) -> bool:
         """Whether all parameters and all of Adam's state are, on every rank. Each is read once, and nothing copied."""
-        ends = [end.float() for tensor in self._state() for end in torch.aminmax(tensor)]  # they pass NaN on
-        finite = torch.isfinite(torch.stack(ends)).all().float().to(self.device)
+        ends = [end.to(self.device, torch.float32) for tensor in self._state() for end in torch.aminmax(tensor)]
+        finite = torch.isfinite(torch.stack(ends)).all().float()  # the ends pass NaN on
         dist.all_reduce(finite, dist.ReduceOp.MIN)
         return bool(finite.item())
 
