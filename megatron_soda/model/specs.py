@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from ..errors import SodaError
+from ..parallel.megatron import mlp_submodules
 
 
 def choose_backend(wanted: str) -> str:
@@ -41,7 +42,7 @@ def layer_spec(backend: str, config: TransformerConfig, chunk: int | None = None
     """What megatron-core's GPTModel is to build. `chunk`: of this pipeline stage, if it has several."""
     if backend == "transformer_engine":
         spec: Any = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True)
-        spec.submodules.mlp.submodules.activation_func = SwiGLU
+        mlp_submodules(spec).activation_func = SwiGLU
         if not is_packed(backend, config):
             spec.submodules.self_attention.submodules.core_attention = MaskedAttention
         return spec
