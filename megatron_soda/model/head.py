@@ -115,16 +115,16 @@ class _TorchScores:
 
 
 class _TritonScores:
-    """The same through head_kernels.py. Columns from `columns` on are padding, which keeps the rows aligned as matrix
+    """The same through kernels.py. Columns from `columns` on are padding, which keeps the rows aligned as matrix
     products on tensor cores want them: 144,644 columns took several times as long as 144,768."""
 
     padded = True
 
     def __init__(self, scores: Tensor, columns: int, index: Tensor) -> None:
-        from . import head_kernels
+        from . import kernels
 
-        self.kernels, self.scores, self.columns, self.index = head_kernels, scores, columns, index
-        self.highest, self.total, self.of_label = head_kernels.statistics(scores, columns, index)
+        self.kernels, self.scores, self.columns, self.index = kernels, scores, columns, index
+        self.highest, self.total, self.of_label = kernels.statistics(scores, columns, index)
 
     def gradient(self, highest: Tensor, factor: Tensor, weight: Tensor) -> Tensor:
         self.kernels.gradient_(self.scores, self.columns, self.index, highest, factor, weight)

@@ -43,8 +43,10 @@ def layer_spec(backend: str, config: TransformerConfig, chunk: int | None = None
     if backend == "transformer_engine":
         spec: Any = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True)
         mlp_submodules(spec).activation_func = SwiGLU
+        attention = spec.submodules.self_attention.submodules
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
         if not is_packed(backend, config):
-            spec.submodules.self_attention.submodules.core_attention = MaskedAttention
+            attention.core_attention = MaskedAttention
         return spec
     layer: Any = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
@@ -66,18 +68,20 @@ def accumulate_in_place(model: torch.nn.Module) -> None:
 
 
 class SwiGLU(MegatronModule):
-    """Transformer Engine's kernel. megatron-core 0.16.1 cannot make a checkpoint of a layer with the kernel's module in
-    it, so it is kept where torch does not look for modules; it has no parameters."""
+    """In one kernel on CUDA. Transformer Engine's own goes through its fuser of operations, which takes longer on the
+    host than the kernel does on the device; so do its RMSNorms, and attention's norms are torch's fused ones."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(config=config)
-        from transformer_engine.pytorch import ops
-
-        self.kernel = [ops.SwiGLU()]
 
     def forward(self, both: Tensor) -> Tensor:
         """(..., 2 * ffn_hidden_size), the gate first -> (..., ffn_hidden_size)."""
-        return self.kernel[0](both)
+        if both.is_cuda and importlib.util.find_spec("triton"):
+            from .kernels import swiglu
+
+            return swiglu(both)
+        gate, up = both.chunk(2, -1)
+        return torch.nn.functional.silu(gate) * up
 
 
 class RMSNorm(torch.nn.RMSNorm):

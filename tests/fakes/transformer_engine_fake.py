@@ -564,18 +564,6 @@ def apply_rotary_pos_emb(
     return (t * angles.cos() + torch.cat([-second, first], -1) * angles.sin()).to(t.dtype)
 
 
-class SwiGLU(torch.nn.Module):
-    """Of two halves of the last dimension."""
-
-    def __init__(self, *, cache_quantized_input: bool = False, glu_interleave_size: int | None = None) -> None:
-        super().__init__()
-        _not_in_fake(cache_quantized_input=cache_quantized_input, glu_interleave_size=glu_interleave_size)
-
-    def forward(self, given: Tensor) -> Tensor:
-        gate, up = given.chunk(2, -1)
-        return functional.silu(gate) * up
-
-
 # --- transformer_engine.pytorch.distributed and .cpu_offload
 
 
@@ -716,7 +704,7 @@ MODULES: dict[str, dict[str, Any]] = {
     "transformer_engine.pytorch.module.base": _by_name(TransformerEngineBaseModule),
     "transformer_engine.pytorch.attention": {},
     "transformer_engine.pytorch.attention.rope": _by_name(apply_rotary_pos_emb),
-    "transformer_engine.pytorch.ops": {**_by_name(SwiGLU), **_empty("Sequential", "FusibleOperation")},
+    "transformer_engine.pytorch.ops": _empty("Sequential", "FusibleOperation"),
     "transformer_engine.pytorch.optimizers": _by_name(
         *(FusedAdam, FusedSGD, multi_tensor_applier, multi_tensor_l2norm),
         *(multi_tensor_scale, multi_tensor_scale_tensor),

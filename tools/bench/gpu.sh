@@ -53,10 +53,10 @@ part_setup() {
 }
 
 part_tests() {
-  SHOW=30 step tests-kernels 200 "$python" -m pytest -q -x tests/gpu/test_kernels.py --durations 5
+  SHOW=${SHOW:-30} step tests-kernels 200 "$python" -m pytest -q -x tests/gpu/test_kernels.py --durations 5
   local together=()  # they wait for imports most of the time
-  "$python" -c "import xdist" 2>/dev/null && together=(-n 6)
-  SHOW=80 step tests-cuda 400 "$python" -m pytest -q tests/gpu/test_cuda.py --durations 25 --tb short "${together[@]}"
+  "$python" -c "import xdist" 2>/dev/null && together=(-n 8)
+  OMP_NUM_THREADS=2 SHOW=${SHOW:-80} step tests-cuda 400 "$python" -m pytest -q tests/gpu/test_cuda.py --durations 25 --tb short "${together[@]}"
 }
 
 part_sanitizer() {

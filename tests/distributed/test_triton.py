@@ -1,4 +1,4 @@
-"""The head's Triton kernels, in Triton's interpreter on a CPU, against float64."""
+"""The Triton kernels, in Triton's interpreter on a CPU, against float64."""
 
 import os
 import subprocess
@@ -24,14 +24,14 @@ def test_in_the_interpreter():
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "11 passed" in done.stdout
+    assert "15 passed" in done.stdout
 
 
 @pytest.fixture
 def kernels():
-    from megatron_soda.model import head_kernels
+    from megatron_soda.model import kernels
 
-    return head_kernels
+    return kernels
 
 
 def scores_of(rows: int, columns: int, width: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -90,3 +90,22 @@ def test_the_whole_head(kernels, monkeypatch):
         torch.testing.assert_close(triton_code, torch_code, rtol=1e-4, atol=1e-5)
     assert found[1][3][:200].abs().min(1).values.gt(0).any()
     assert not found[1][3][200:].any()
+
+
+@here
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [5, 1500])
+def test_swiglu(kernels, width, dtype):
+    generator = torch.Generator().manual_seed(width)
+    both = (torch.randn(3, 2, 2 * width, generator=generator) * 3).to(dtype)
+    incoming = torch.randn(3, 2, width, generator=generator).to(dtype)
+    both.requires_grad_()
+    exact = both.detach().double().requires_grad_()
+    gate, up = exact.chunk(2, -1)
+    wanted = torch.nn.functional.silu(gate) * up
+    wanted.backward(incoming.double())
+    found = kernels.swiglu(both)
+    found.backward(incoming)
+    close = dict(rtol=1e-5, atol=1e-6) if dtype == torch.float32 else dict(rtol=2**-7, atol=1e-6)  # one bit, as above
+    torch.testing.assert_close(found.detach().double(), wanted.detach(), **close)
+    torch.testing.assert_close(both.grad.double(), exact.grad, **close)
