@@ -213,6 +213,7 @@ def adam(_chunk: int, _noop: Any, tensors: Any, rate: float, beta1: float, beta2
          mode: int, correct: int, decay: float) -> None:  # fmt: skip
     """In the place of Transformer Engine's kernel: AdamW on lists of gradients, parameters and both moments."""
     assert mode == 1
+    assert isinstance(step, int)
     first, second = (1 - beta1**step, 1 - beta2**step) if correct else (1, 1)
     for gradient, parameter, mean, square in zip(*tensors, strict=True):
         mean.lerp_(gradient, 1 - beta1)

@@ -633,6 +633,8 @@ class FusedAdam(torch.optim.Optimizer):
     def step(self, closure: Any = None, grad_scaler: Any = None) -> None:
         for group in self.param_groups:
             group["step"] = step = group.get("step", 0) + 1
+            if not isinstance(step, int):
+                raise TypeError(f"multi_tensor_adam(): incompatible function arguments: step is {step!r}")
             first, second = group["betas"]
             corrections = (1 - first**step, 1 - second**step) if group["bias_correction"] else (1, 1)
             for parameter in group["params"]:
