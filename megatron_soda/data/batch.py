@@ -64,7 +64,7 @@ class Batcher:
                 ) from None
             made += tensors
             longest = int((tensors[-1][1:] - tensors[-1][:-1]).max())
-        return Batch(*tensors, longest)
+        return Batch(*tensors, longest=longest)
 
     @contextlib.contextmanager
     def _beside(self) -> Iterator[list[Tensor]]:
