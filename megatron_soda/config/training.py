@@ -22,6 +22,11 @@ class Training:
     loss_weights: dict[str, AtLeast0] = field(default_factory=dict)
     """By token class (text, marker, semantic, ..); the others have 1."""
     z_loss: AtLeast0 = 1e-4
+    head_rows: Literal["all", "legal"] = "all"
+    """legal: the softmax of a position is over the tokens that the grammar allows there, a fraction of the work. all:
+    over all tokens, as in the paper."""
+    head_full_share: Share = 0.0
+    """With head_rows=legal, the share of positions whose softmax is over all rows, for decoders without the grammar."""
     recompute: bool = False
     """Activations of a layer are computed again in the backward pass, not kept."""
     backend: Literal["auto", "transformer_engine", "local"] = "auto"

@@ -1,7 +1,5 @@
 """The one place that turns windows of ids into what the model and the loss take."""
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,40 +44,21 @@ class Batcher:
         self.reset_positions = reset_positions
         self.classes = torch.from_numpy(space.class_table()).to(device)
         self.weights = torch.tensor(class_weights or [1.0] * len(space.class_names), dtype=torch.float32, device=device)
-        self.stream = torch.cuda.Stream(device) if self.classes.is_cuda else None
 
     def __call__(self, windows: list[Window]) -> Batch:
         """Windows of length + 1 ids each -> a Batch of (len(windows), length). SodaError for an id out of range."""
-        with self._beside() as made:
-            device = self.classes.device
-            ids = torch.from_numpy(np.stack([window.ids for window in windows])).to(device)
-            counts = torch.tensor([window.count for window in windows], device=device)
+        device = self.classes.device
+        ids = torch.from_numpy(np.stack([window.ids for window in windows])).to(device)
+        counts = torch.tensor([window.count for window in windows], device=device)
+        try:
             tables = self.classes, self.weights, self.eos, self.reset_positions
-            try:
-                tensors = ops.build_batch(ids, counts, *tables, self._label_weights(windows))
-            except ValueError as error:
-                raise SodaError(
-                    f"a window of the store holds an id outside the vocabulary: {error}. "
-                    "It is damaged, or of another vocabulary; `soda validate` tells where."
-                ) from None
-            made += tensors
-            longest = int((tensors[-1][1:] - tensors[-1][:-1]).max())
-        return Batch(*tensors, longest=longest)
-
-    @contextlib.contextmanager
-    def _beside(self) -> Iterator[list[Tensor]]:
-        """On CUDA, runs the body on a stream of its own: it has to wait for what it computed, and would otherwise also
-        wait for the step before. The tensors that the body lists are then the current stream's to use."""
-        made: list[Tensor] = []
-        if self.stream is None:
-            yield made
-            return
-        current = torch.cuda.current_stream(self.stream.device)
-        with torch.cuda.stream(self.stream):
-            yield made
-        current.wait_stream(self.stream)
-        for tensor in made:
-            tensor.record_stream(current)
+            tensors = ops.build_batch(ids, counts, *tables, self._label_weights(windows))
+        except ValueError as error:
+            raise SodaError(
+                f"a window of the store holds an id outside the vocabulary: {error}. "
+                "It is damaged, or of another vocabulary; `soda validate` tells where."
+            ) from None
+        return Batch(*tensors, longest=int((tensors[-1][1:] - tensors[-1][:-1]).max()))
 
     def _label_weights(self, windows: list[Window]) -> Tensor | None:
         """float32 (windows, length); None if no window has weights of its own."""

@@ -14,8 +14,9 @@ from torch import Tensor
 from ..config import Recipe
 from ..config.training import Precision
 from ..data.batch import Batch
-from ..parallel.context import attention_mask, cut
+from ..parallel.context import attention_mask, cut, cut_sequences
 from ..vocab import TokenSpace
+from .legal_rows import LegalRows, Piece
 from .specs import choose_backend, is_packed, layer_spec
 
 VOCAB_DIVISOR = 128  # the embedding is padded to a multiple of this times the tensor-parallel size
@@ -235,12 +236,28 @@ class Inputs:
 
     batch: Batch  # its part of every sequence; `cu_seqlens` are the whole batch's
     mask: Tensor | None  # bool (sequences, 1, queries, keys), True where attention may look; None: packed sequences
+    pieces: list[Piece] | None = None  # what the head is to compute; None: everything, over all rows
+
+    def tensors(self) -> list[Tensor]:
+        pieces = [piece.index for piece in self.pieces or []]
+        return [x for x in (*vars(self.batch).values(), self.mask, *pieces) if isinstance(x, Tensor)]
 
 
-def inputs_of(model: SodaModel, batch: Batch) -> Inputs:
+def inputs_of(model: SodaModel, batch: Batch, legal: LegalRows | None = None, full_share: float = 0.0) -> Inputs:
     """Attention stays inside documents: by a mask in the local modules, by packed sequences in Transformer Engine
-    (which ignores masks)."""
-    return Inputs(cut(batch), None if model.packed else attention_mask(batch.segment_id))
+    (which ignores masks). `legal`: the head is over the rows that the grammar allows, but for `full_share` of the
+    positions."""
+    mask = None if model.packed else attention_mask(batch.segment_id)
+    mine = cut(batch)
+    if legal is None:
+        return Inputs(mine, mask)
+    group = cut_sequences(legal.all_for_a_share(legal.groups(batch), batch, full_share))
+    return Inputs(mine, mask, legal.pieces(flat(model, group), flat(model, mine.loss_weight)))
+
+
+def flat(model: SodaModel, x: Tensor) -> Tensor:
+    """(sequences, length), in the order of the hidden states: by sequence if packed, else by position."""
+    return (x if model.packed else x.t()).reshape(-1)
 
 
 def forward(model: Any, inputs: Inputs, *, logits: bool = False) -> Tensor:

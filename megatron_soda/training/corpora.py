@@ -30,6 +30,11 @@ class Stores:
         return self.valid.space
 
     @property
+    def slots(self) -> set[int]:
+        """Codes of a frame: all codebooks, or 1 in semantic-only stores."""
+        return {store.slots for store in self.all()}
+
+    @property
     def made_by(self) -> dict[str, str]:
         """Fingerprints of the codec and the tokenizer; Mixture has checked that the corpora agree on them."""
         return {kind: value for store in self.train.values() for kind, value in store.made_by.items()}

@@ -72,7 +72,7 @@ class Trainer:
         self.corpora, self.source, self.origin = corpora, corpora.source, origin
         self.step = self.started = origin.step
         self.settings = settings_of(recipe)
-        self.engine = Engine(recipe, corpora.space, device)
+        self.engine = Engine(recipe, corpora.space, device, corpora.stores.slots)
         models, optimizer = self.engine.models, self.engine.optimizer.inner
         origin.load(models, optimizer)
         self.saver = checkpoint.Saver(recipe, models, optimizer, self._description(), origin.folder)
