@@ -127,12 +127,18 @@ class Engine:
         self.batcher = Batcher(space, class_weights(recipe, space), recipe.data.reset_positions, device)
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.legal_rows = self._legal_rows(slots or {space.codebooks})
+        self.head_work = [0, 0]  # rows of the head that positions needed, positions
         self.schedule: Any = get_forward_backward_func()
         self._weight_sum = torch.zeros((), dtype=torch.float64, device=device)
         data_parallel = parallel_state.get_data_parallel_world_size()
         self.micro_batches = recipe.training.global_batch_size // (recipe.training.micro_batch_size * data_parallel)
         self.seconds = Seconds()
         cpu.return_freed_memory()
+
+    @property
+    def head_rows(self) -> int | None:
+        """Rows of the head at a position so far, the mean; None: all."""
+        return round(self.head_work[0] / self.head_work[1]) if self.head_work[1] else None
 
     def _legal_rows(self, slots: set[int]) -> LegalRows | None:
         if self.recipe.training.head_rows == "all":
@@ -154,6 +160,10 @@ class Engine:
             full_share = self.recipe.training.head_full_share if self.models[0].training else 0.0
             inputs = inputs_of(self.models[0], batch, self.legal_rows, full_share)
             made += inputs.tensors()
+            for piece in inputs.pieces or ():
+                count = piece.index.numel() if piece.index is not None else 0
+                self.head_work[0] += count * piece.width
+                self.head_work[1] += count
         return inputs
 
     def _loss(self, model: Any, inputs: Inputs, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:

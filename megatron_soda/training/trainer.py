@@ -81,7 +81,6 @@ class Trainer:
         self.peak = peak_tflops(recipe, self.device_name)
         with preflight.together(device):
             self.metrics = Metrics(recipe, self.step) if ranks.is_first() else None
-        self.flops = train_flops(recipe.model, corpora.space, self.source.length)
         self.skipped: int = origin.saved.get("skipped_steps", 0)
         self.validated = -1, torch.zeros(2, 1)  # after which step, and the loss sums
         self.returns: list[int] = []  # checkpoints that were given up, since the steps after them were not finite
@@ -92,6 +91,10 @@ class Trainer:
         """What every checkpoint of this run says of itself."""
         model = checkpoint.describe(self.recipe, self.corpora.space)
         return {**model, "data": self.corpora.description, "made_by": self.corpora.made_by, "training": self.settings}
+
+    def _flops(self) -> int:
+        """Of a token."""
+        return train_flops(self.recipe.model, self.engine.space, self.source.length, self.engine.head_rows)
 
     def announce(self, lines: list[str], notes: list[str]) -> None:
         """Records what this run is, and says it, `lines` and `notes` too."""
@@ -173,7 +176,7 @@ class Trainer:
                 "grad_norm": result.grad_norm,
                 "learning_rate": self.rate(self.step - 1),
                 "tokens_per_second": speed,
-                "mfu": mfu(self.flops, speed, dist.get_world_size(), self.peak),
+                "mfu": mfu(self._flops(), speed, dist.get_world_size(), self.peak),
                 "memory_gib": memory_gib(),
                 "seconds": now - self.began,
                 "step_seconds": {part: s / steps for part, s in parts.items()},
