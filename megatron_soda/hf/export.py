@@ -114,10 +114,10 @@ def _source(recipe: Recipe, folder: Path, beside: Path) -> Source:
     with reading(folder / "checkpoint.json", "not the description of a checkpoint"):
         space = TokenSpace(**read_json(folder / "checkpoint.json")["space"])
     saved = checkpoint.read_description(folder, recipe.model, space)
-    found, known = data_tokenizer(beside).fingerprint, saved.get("made_by", {}).get("tokenizer")
-    if found != known:
+    known = {**saved.get("made_by", {}), **saved.get("imported", {})}.get("tokenizer")
+    if (found := data_tokenizer(beside).fingerprint) != known:
         raise SodaError(
-            f"{beside}: its tokenizer is {found}, that of the model ({folder}) is {known}. Import it again."
+            f"{beside}: its tokenizer is {found}, that of the model ({folder}) is {known}. Import the model again."
         )
     return Source(recipe, folder, saved, space, None, beside)
 

@@ -237,7 +237,7 @@ def _description(arrival: Arrival, text: TextTokenizer, space: TokenSpace) -> di
     return {
         **checkpoint.describe_model(arrival.recipe.model, space),
         "weights_only": True,
-        "imported": {"name": arrival.folder.resolve().name, "key": arrival.key},
+        "imported": {"name": arrival.folder.resolve().name, "key": arrival.key, "tokenizer": text.fingerprint},
         "made_by": made_by,
         **{"step": 0, "samples": 0, "tokens": 0, "branch": {}, "consumed": {}},
     }

@@ -429,5 +429,5 @@ def test_the_tokenizer_of_an_import_is_its_own(pool, tmp_path):
     bring(pool, folder, run)
     text = run / "imported" / "text_tokenizer.json"
     text.write_text(text.read_text() + "\n")
-    with pytest.raises(RuntimeError, match=r"its tokenizer is .*Import it again"):
+    with pytest.raises(RuntimeError, match=r"its tokenizer is .*Import the model again"):
         pool.run(1, run_export, str(run), [])
