@@ -80,7 +80,10 @@ def one_token_more(folder: Path) -> None:
         (lambda f: change_weights(f, lm_head__weight=torch.ones(378, 32)), r"lm_head\.weight is not model\.embed_tok"),
         (nan, r"model\.layers\.2\.mlp\.down_proj\.weight has values that are not finite"),
         (lambda f: change_json(f / "config.json", num_hidden_layers=4), r"must be equal to the number of"),
-        (lambda f: change_json(f / "config.json", intermediate_size=49), r"gate_proj\.weight is \[48, 32\], and config"),
+        (
+            lambda f: change_json(f / "config.json", intermediate_size=49),
+            r"gate_proj\.weight is \[48, 32\], and config",
+        ),
         (lambda f: change_json(f / "config.json", tie_word_embeddings=False), r"the model lacks lm_head\.weight"),
         (lambda f: random_qwen3(f, rows=300), r"has 378 tokens, and the model's tables have 300 rows"),
         (rename_a_marker, r"its markers are not in SODA's order: \{"),
