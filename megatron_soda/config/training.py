@@ -19,6 +19,8 @@ class Training:
     """Sequences that a rank computes at once."""
     branch_from: str = ""
     """A checkpoint of another run that a new run starts from, steps and data going on."""
+    init_from: str = ""
+    """A checkpoint whose weights a new run starts with; its steps, optimizer and data are its own."""
     loss_weights: dict[str, AtLeast0] = field(default_factory=dict)
     """By token class (text, marker, semantic, ..); the others have 1."""
     z_loss: AtLeast0 = 1e-4

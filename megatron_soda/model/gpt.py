@@ -132,7 +132,10 @@ class Rotary(torch.nn.Module):
 
 
 def build_model(recipe: Recipe, space: TokenSpace, device: torch.device, chunk: int | None = None) -> SodaModel:
-    """This rank's part of the model, initialised, on `device`. `chunk`: of this pipeline stage, if it has several."""
+    """This rank's part of the model, initialised, on `device`. `chunk`: of this pipeline stage, if it has several.
+
+    On torch's device "meta" it has no weights, and takes no memory: for those who fill it a layer at a time.
+    """
     config = transformer_config(recipe)
     m = recipe.model
     backend = choose_backend(recipe.training.backend)
@@ -156,7 +159,8 @@ def build_model(recipe: Recipe, space: TokenSpace, device: torch.device, chunk: 
         setattr(model, "rotary_pos_emb", Rotary(stock.inv_freq))  # noqa: B010  a module of another class
     for parameter in model.parameters():
         tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
-    initialise(model, space, recipe)
+    if device.type != "meta":
+        initialise(model, space, recipe)
     return model.to(device=device, dtype=config.params_dtype)
 
 
@@ -208,14 +212,14 @@ def _draw(shape: list[int], name: str, recipe: Recipe) -> Tensor:
     if name == "output_layer.weight":  # Levanter draws both from one key: the head starts as the scaled embedding
         name = "embedding.word_embeddings.weight"
     standard = torch.empty(shape, dtype=torch.float32)
-    return torch.nn.init.trunc_normal_(standard, a=-3, b=3, generator=_generator(f"{recipe.seed}/{name}")).mul_(scale)
+    return torch.nn.init.trunc_normal_(standard, a=-3, b=3, generator=generator_of(f"{recipe.seed}/{name}")).mul_(scale)
 
 
 def _normal(shape: list[int], std: float, name: str) -> Tensor:
-    return torch.empty(shape, dtype=torch.float32).normal_(std=std, generator=_generator(name))
+    return torch.empty(shape, dtype=torch.float32).normal_(std=std, generator=generator_of(name))
 
 
-def _generator(name: str) -> torch.Generator:
+def generator_of(name: str) -> torch.Generator:
     digest = hashlib.sha256(name.encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 

@@ -139,7 +139,10 @@ class Corpora:
     def _check_same(self, recipe: Recipe, origin: Origin) -> None:
         """The steps behind us must have used up what the recipe says they have, or data would be lost or repeated; and
         the model must know what the ids mean."""
-        if origin.folder is None:
+        if origin.kind == "weights only":  # no step is done, but the model knows some ids
+            for store in self.stores.train.values():
+                store.check_made_by(origin.saved["made_by"], f"the model ({origin.folder})", recipe.data.accept)
+        if origin.kind in ("fresh", "weights only"):
             return
         saved, samples = origin.saved, origin.first_sample(origin.step)
         if saved["samples"] != samples:

@@ -113,6 +113,8 @@ class Trainer:
             parameters=parameters,
         )
         here = f"from step {self.step}" if self.step else "from the start"
+        if self.origin.kind == "weights only":
+            here = f"from the weights of {self.origin.folder}"
         for line in lines:
             log.info(line)
         log.info(f"{parameters:,} parameters; {layout}; {engine.backend} layers, {engine.optimizer.backend}")
@@ -252,6 +254,7 @@ class Trainer:
             {
                 "samples": samples,
                 "branch": branch_state(self.origin.branch),
+                "init": self.origin.saved.get("init", {}),
                 "tokens": self.origin.tokens(self.step),
                 "consumed": self.source.consumed(samples),
                 "skipped_steps": self.skipped,
@@ -263,7 +266,7 @@ class Trainer:
         SodaError. The loop goes on from `self.step`."""
         self.saver.finish()  # what is being written is from before, and finite
         told = f"step {self.step}: {what}."
-        at_start = self.origin.folder is not None and self.step - self.started <= _FIRST_STEPS
+        at_start = self.origin.kind in ("resumed", "branched") and self.step - self.started <= _FIRST_STEPS
         if at_start and self.origin.kind == "resumed" and len(self.returns) < _MOST_RETURNS:
             with place.of("starting"):
                 before = checkpoint.newest_whole(self.run_folder, before=self.started)

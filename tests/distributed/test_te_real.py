@@ -120,10 +120,10 @@ def layout(*overrides: str) -> dict[str, Any]:
 
 
 def exported() -> dict[str, Any]:
-    from megatron_soda.hf.export import hf_weights
+    from tests.qwen3 import as_qwen3
 
     model = spec.recipe_of("local").model
-    parts = [hf_weights(chunks(b)[0].state_dict(), model, SPACE) for b in ("local", "transformer_engine")]
+    parts = [as_qwen3(chunks(b)[0].state_dict(), model, SPACE) for b in ("local", "transformer_engine")]
     return {"names": [list(p) for p in parts], "other": [k for k, v in parts[0].items() if not v.equal(parts[1][k])]}
 
 
