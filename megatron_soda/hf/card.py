@@ -112,6 +112,20 @@ def _use(space: TokenSpace) -> list[str]:
     ]
 
 
+def _head_rows(recipe: Recipe) -> list[str]:
+    """What a decoder that knows no grammar has to expect."""
+    t = recipe.training
+    if t.head_rows == "all":
+        return []
+    share = f"at {t.head_full_share:.1%} of the positions" if t.head_full_share else "nowhere"
+    return [
+        "The softmax was over the tokens that the grammar of documents allows at a position, and over the whole "
+        f"vocabulary {share} (`training.head_rows`, `training.head_full_share`): decode within the grammar, as "
+        "`soda generate` does. Free sampling may give illegal tokens.",
+        "",
+    ]
+
+
 def _training(recipe: Recipe, saved: Mapping[str, Any]) -> list[str]:
     t, o = recipe.training, recipe.optimizer
     if saved.get("weights_only"):
@@ -125,6 +139,7 @@ def _training(recipe: Recipe, saved: Mapping[str, Any]) -> list[str]:
         f"schedule {recipe.schedule.name} over {t.steps:,} steps; {recipe.precision.dtype}. All settings are in "
         "`recipe.yaml`.",
         "",
+        *_head_rows(recipe),
     ]
     if _prepared_here(recipe, saved):
         p = recipe.prepare
