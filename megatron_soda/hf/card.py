@@ -8,6 +8,7 @@ from typing import Any
 from ..config import Recipe
 from ..evaluation.suite import Suite
 from ..files import write_text
+from ..log import log
 from ..model.size import size_of
 from ..registry import SUITES
 from ..vocab import TokenSpace
@@ -50,16 +51,20 @@ def model_card(recipe: Recipe, space: TokenSpace, saved: Mapping[str, Any], resu
 
 
 def update_card(folder: Path, results: Mapping[str, Any]) -> None:
-    """Puts the results into the card of an exported folder. One without the two lines, which somebody else wrote, is
-    left alone."""
+    """Puts the results into the card of an exported folder, between its two marked lines. A card without them is left
+    alone: somebody has written their own."""
     path = folder / CARD
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     made = "\n".join([before + begin, *_evaluation(results), end + after])
-    if begin and end and made != text:
+    if not (begin and end) or made == text:
+        return
+    try:
         write_text(path, made)
         path.chmod(0o644)
+    except OSError as error:  # a folder of somebody else's; the results are in eval.json
+        log.warning(f"{path}: the results could not be added ({error.strerror})")
 
 
 def _prepared_here(recipe: Recipe, saved: Mapping[str, Any]) -> bool:

@@ -1,7 +1,7 @@
-"""Is an export the model of the checkpoint? Its logits and its tokenizer are compared before it is done.
+"""Compares an export with its checkpoint, logits and tokenizer, before it is done.
 
-Neither model is ever in memory as a whole: a layer has its weights while it runs, ours from the checkpoint, theirs from
-the files that were written. Both run in float32, so a bf16 model is compared as closely as another.
+Neither model is ever in memory as a whole: a layer has its weights only while it runs, ours from the checkpoint, theirs
+from the files that were written. Both run in float32, so that bf16 models are compared as closely as others.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,8 +26,8 @@ from ..training.checkpoint_stream import TensorReader
 from ..vocab import TokenSpace
 from .weights import Weights
 
-TOLERANCE = 1e-4  # of a logit
-DOCUMENTS, LENGTH = 4, 512  # of so many documents the first so many tokens
+TOLERANCE = 1e-4  # of a logit up to 10; in proportion above
+DOCUMENTS, LENGTH = 4, 512  # the first tokens of the first documents
 LOGITS = 1 << 25  # compared at most
 
 _IN_CHECKPOINTS = {  # local layers' names: checkpoints have Transformer Engine's
@@ -53,13 +53,14 @@ def compare_logits(
         ours = _our_logits(alone, space, checkpoint, weights, batch, rows)
         theirs = _their_logits(folder, weights, batch, rows)
     worst = float(torch.nan_to_num((ours - theirs).abs(), nan=torch.inf).max())
-    if not worst < TOLERANCE:
-        raise SodaError(f"{folder}: transformers' logits differ from ours by {worst:.3g}, more than {TOLERANCE:g}")
+    tolerance = TOLERANCE * max(1.0, float(ours.abs().max()) / 10)
+    if not worst < tolerance:
+        raise SodaError(f"{folder}: transformers' logits differ from ours by {worst:.3g}, more than {tolerance:.3g}")
     return worst
 
 
 def _batch(space: TokenSpace, documents: list[np.ndarray], device: torch.device) -> tuple[Batch, Tensor]:
-    """The beginnings of the documents, filled up with EOS, and which of the tokens (documents, length) are theirs."""
+    """The beginnings of the documents, padded with EOS, and which tokens (documents, length) are not padding."""
     some = [document[: LENGTH + 1] for document in documents[:DOCUMENTS]]
     longest = max(2, *map(len, some))
     ids = np.full((len(some), longest), space.eos, np.int32)
@@ -73,7 +74,7 @@ def _batch(space: TokenSpace, documents: list[np.ndarray], device: torch.device)
 def _our_logits(
     recipe: Recipe, space: TokenSpace, checkpoint: Path, weights: Weights, batch: Batch, rows: Tensor
 ) -> Tensor:
-    """float32 (rows, vocabulary). Weights are rounded to the format that they were exported in."""
+    """float32 (rows, vocabulary), with weights rounded to the exported format."""
     from ..model.gpt import build_model, forward, inputs_of
 
     model, m, device = build_model(recipe, space, torch.device("meta")).eval(), recipe.model, batch.tokens.device
@@ -126,7 +127,7 @@ def _their_logits(folder: Path, weights: Weights, batch: Batch, rows: Tensor) ->
 
 
 def _fill_when_called(module: torch.nn.Module, fetch: Fetch, device: torch.device) -> None:
-    """Gives a module on "meta" its weights while it runs."""
+    """Gives a module on the meta device its weights while it runs."""
     empty = dict(module.named_parameters())
 
     def put(parameters: dict[str, Any]) -> None:
@@ -155,7 +156,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def example_documents(space: TokenSpace, seed: int = 0) -> list[np.ndarray]:
-    """Documents of random text and codes, to compare a model with that has no data."""
+    """Documents of random text and codes, for a model without data."""
     draw = np.random.default_rng(seed)
     made = []
     for _ in range(DOCUMENTS):

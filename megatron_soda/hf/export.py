@@ -40,7 +40,7 @@ from .qwen3 import hf_config, our_shape, parts, shapes
 from .tokenizer import compare_samples, save_tokenizer
 from .weights import ShardWriter
 
-IMPORTED = "imported"  # the tokenizer and the codec of an imported model, in its run folder
+IMPORTED = "imported"  # in a run folder: tokenizer and codec of an imported model
 _FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -179,7 +179,7 @@ def write_model(source: Source, folder: Path) -> None:
     writer.finish()
     if left := reader.names() - {part.name for part in parts(m)}:
         raise SodaError(
-            f"{source.checkpoint}: it holds what the export has no place for: {', '.join(sorted(left)[:5])}"
+            f"{source.checkpoint}: has tensors that a Qwen3 has no place for: {', '.join(sorted(left)[:5])}"
         )
     hf_config(m, space, source.recipe.data.sequence_length, dtype).save_pretrained(folder)
     ends = [space.eos, space.text_end, space.audio_end]
@@ -203,7 +203,7 @@ def _write_beside(source: Source, text: TextTokenizer, key: str, folder: Path) -
 
 
 def _results(recipe: Recipe, key: str) -> dict[str, Any]:
-    """What RUN/eval.json says of this very export."""
+    """What RUN/eval.json says about this export; empty if it is about another."""
     path = Path(recipe.run) / "eval.json"
     try:
         found = read_json(path, dict) if path.is_file() else {}

@@ -1,9 +1,9 @@
-"""`soda import`: a Qwen3 of Hugging Face as a checkpoint of step 0, which any layout reads.
+"""`soda import`: a Hugging Face Qwen3 as a checkpoint of step 0, which any layout reads.
 
-A model that knows SODA's tokens is taken as it is. A text model is extended by the markers and the audio codes: a warm
-start. Beside the checkpoint, RUN/imported has the tokenizer and the codec, and recipe.yaml the model's sizes.
+A model with SODA's tokens is taken as it is. A text model is extended by the markers and the audio codes (a warm
+start). RUN/imported gets the tokenizer and the codec, recipe.yaml the model's sizes.
 
-Of the folder only JSON and safetensors are read, a tensor at a time; nothing in it is run.
+Only JSON and safetensors are read, a tensor at a time; no code of the folder is run.
 """
 
 import hashlib
@@ -35,18 +35,18 @@ from .qwen3 import EMBEDDING, HEAD, from_config, parts, shapes
 from .tokenizer import compare_samples, extend_tokenizer, save_tokenizer, split_tokenizer
 from .weights import Weights
 
-LONGEST_WINDOW = 4096  # tokens: what a model that can take more is trained on, unless the recipe says
+LONGEST_WINDOW = 4096  # tokens: windows of a model with a longer context, unless the recipe says otherwise
 Rows = Literal["means", "classes"]
 
 
 @dataclass
 class Arrival:
-    """A folder that is about to be imported."""
+    """A checked folder, not yet imported."""
 
     folder: Path
     recipe: Recipe
     weights: Weights
-    model: Model  # as the folder has it: the recipe's may have untied tables
+    model: Model  # as in the folder; the recipe may untie its tables
     rows: int  # of its tables
     key: str
 
@@ -57,8 +57,8 @@ def import_model(
     """Makes RUN/checkpoints/step_00000000 of the model in `folder` and returns it; skipped if it is there already.
 
     overrides: `run=..`, and other settings of the recipe. shape: codebooks and entries of the audio tokens. rows: how
-    the rows of tokens are drawn that a text model lacks (`new_rows`). SodaError for what is no whole Qwen3, has values
-    that are not finite, or does not go with its tokenizer; and for a run that has checkpoints of something else.
+    new rows of a text model's tables start (`new_rows`). SodaError if the folder is not a whole Qwen3 with finite
+    weights and a tokenizer that fits, or the run has other checkpoints.
     """
     began = time.monotonic()
     quiet_transformers()
@@ -72,7 +72,7 @@ def import_model(
             if saved.get("imported", {}).get("key") == arrival.key and not checkpoint.damage(final):
                 console.print(f"{final}: {folder} is imported already, nothing to do")
                 return final
-            raise SodaError(f"{run}: has checkpoints already, of something else. Give another run folder: run=..")
+            raise SodaError(f"{run}: already has other checkpoints. Give another run folder: run=..")
         with console.status("importing"):
             text, space, known = _bring_tokenizer(arrival, run / IMPORTED, shape)
             save_recipe(arrival.recipe, run / "recipe.yaml")
@@ -83,9 +83,9 @@ def import_model(
 
 
 def _look(folder: Path, overrides: list[str], how: list[Any]) -> Arrival:
-    """SodaError unless the folder is a whole Qwen3, as far as headers tell."""
+    """SodaError unless the folder is a whole Qwen3, judging by config.json and the headers of the weights."""
     if not any(override.startswith("run=") for override in overrides):
-        raise SodaError("say into which run folder: run=runs/NAME")
+        raise SodaError("give a run folder: run=runs/NAME")
     if not (folder / "config.json").is_file():
         raise SodaError(f"{folder}: no config.json in it; give the folder of a Hugging Face model")
     settings, config = from_config(folder / "config.json")
@@ -109,7 +109,7 @@ def _look(folder: Path, overrides: list[str], how: list[Any]) -> Arrival:
     both = bool(model.tie_embeddings) and HEAD in weights.shapes
     weights.check({**wanted, HEAD: wanted[EMBEDDING]} if both else wanted)
     if both and not torch.equal(weights.read(HEAD), weights.read(EMBEDDING)):
-        raise SodaError(f"{weights.files[HEAD]}: {HEAD} is not {EMBEDDING}, and config.json says that they are one")
+        raise SodaError(f"{weights.files[HEAD]}: {HEAD} differs from {EMBEDDING}, and config.json says they are tied")
     files = file_hashes(folder, [p.name for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".model")])
     key = hashlib.sha256(json.dumps([files, how, recipe.seed, ours]).encode()).hexdigest()[:16]
     return Arrival(folder, recipe, weights, model, config.vocab_size, key)
@@ -121,13 +121,13 @@ def _look(folder: Path, overrides: list[str], how: list[Any]) -> Arrival:
 def _bring_tokenizer(
     arrival: Arrival, home: Path, shape: tuple[int, int] | None
 ) -> tuple[TextTokenizer, TokenSpace, int]:
-    """Writes the tokenizer, and the codec if there is one, into `home`. -> the text part, the token space, and how many
-    of the ids the model knows."""
+    """Writes the tokenizer, and the codec if there is one, into `home`. -> the text part, the token space, and how
+    many ids the model already has."""
     shutil.rmtree(home, ignore_errors=True)
     source = arrival.folder
     path = source / "tokenizer.json"
     if not path.is_file():
-        raise SodaError(f"{source}: no tokenizer.json in it; the fast tokenizer of transformers is needed")
+        raise SodaError(f"{source}: no tokenizer.json in it; a fast tokenizer of transformers is needed")
     if (source / DESCRIPTION).is_file():
         text, space = _our_own(source, home)
         known = space.size
@@ -136,7 +136,7 @@ def _bring_tokenizer(
         write_text(home / NAMES[1], json.dumps(spec, ensure_ascii=False))
         text, known = TextTokenizer(home / NAMES[1]), space.size
         if text.size != space.text_size:
-            raise SodaError(f"{path}: its text ids are not 0 to {space.text_size - 1} without gaps")
+            raise SodaError(f"{path}: its text ids must be 0 to {space.text_size - 1} without gaps")
     else:
         known = int(engine(read_spec(path), path).get_vocab_size(with_added_tokens=True))
         space = extend_tokenizer(source, home, *(shape or (8, 2048)))
@@ -150,7 +150,7 @@ def _bring_tokenizer(
 
 
 def _our_own(source: Path, home: Path) -> tuple[TextTokenizer, TokenSpace]:
-    """Of a model that `soda export` wrote: its text tokenizer and its codec, by their fingerprints the same."""
+    """For a model that `soda export` wrote: copies its text tokenizer and codec, so that fingerprints stay the same."""
     space = read_export(source)["space"]
     text = data_tokenizer(source)
     home.mkdir(parents=True)
@@ -178,7 +178,7 @@ def _compare_with(path: Path, text: TextTokenizer, space: TokenSpace) -> None:
         string = f"<|text_start|>{clean_text(sample, space)}<|text_end|>{sound}"
         found, expected = (t.encode(string, add_special_tokens=False).ids for t in (theirs, ours))
         if found != expected:
-            raise SodaError(f"{path}: {sample!r} has other ids in a document than in its text part alone")
+            raise SodaError(f"{path}: {sample!r} has different ids inside a document and alone; it cannot be imported")
 
 
 # ---- weights
@@ -195,7 +195,7 @@ def _write(arrival: Arrival, final: Path, text: TextTokenizer, space: TokenSpace
     try:
         with written(temporary) as writer:
             for part in parts(m):
-                tied = part.theirs == (HEAD,) and arrival.model.tie_embeddings  # untied here: it starts as a copy
+                tied = part.theirs == (HEAD,) and arrival.model.tie_embeddings  # untied here: starts as a copy
                 theirs = [weights.read(EMBEDDING if tied else name).to(dtype) for name in part.theirs]
                 if part.kind == "vocabulary":
                     table = theirs[0][:known]
@@ -210,10 +210,10 @@ def _write(arrival: Arrival, final: Path, text: TextTokenizer, space: TokenSpace
 
 
 def new_rows(table: Tensor, space: TokenSpace, how: Rows, seed: str) -> Tensor:
-    """Rows (space.size - len(table), width) for the ids that a text model has none for.
+    """Rows (space.size - len(table), width) for the ids that a text model lacks.
 
-    means: each is the mean of the rows there are. classes: around it, as far as those are spread, half of the variance
-    in common with all rows of the class (markers, each codebook), so that the model tells slots apart from the start.
+    means: the mean of the existing rows. classes: drawn around it with their standard deviation, half of the variance
+    shared by all rows of a class (markers, each codebook), so that slots of a frame differ from the start.
     """
     from ..model.gpt import generator_of
 
@@ -248,5 +248,5 @@ def _tell(arrival: Arrival, space: TokenSpace, known: int, final: Path) -> None:
     if known < space.size:
         said.append(f"{space.size - known:,} of them new")
     if left := arrival.rows - known:
-        said.append(f"{left:,} rows of its tables that no token has were left out")
+        said.append(f"{left:,} rows of its tables belong to no token and were left out")
     console.print(f"{final}: {escape(str(arrival.folder))}, {', '.join(said)}", highlight=False, soft_wrap=True)

@@ -60,7 +60,9 @@ class TensorReader:
         return self._described[name].properties.dtype
 
     def read(self, name: str, layer: int | None = None) -> Tensor:
-        """A tensor on the CPU. SodaError if its file is not what the index says."""
+        """A tensor on the CPU. SodaError if there is none, or its file is not what the index says."""
+        if self.shape(name, layer) is None:
+            raise SodaError(f"{self.folder}: has no tensor {name}{'' if layer is None else f' of layer {layer}'}")
         described = self._described[name]
         begin, size = [0] * len(described.size), list(described.size)
         if layer is not None:

@@ -85,6 +85,9 @@ def test_what_is_written_is_read_and_loaded(pool, data, saved, tmp_path):
             assert again.shape(name, 3) == reader.shape(name)[1:]
             assert again.shape(name, 4) is None
     assert again.shape("nothing") is None
+    for name, layer in (("nothing", None), ("decoder.layers.mlp.linear_fc2.weight", 4)):
+        with pytest.raises(SodaError, match=f"has no tensor {name}"):
+            again.read(name, layer)
     assert pool.run(1, compare, str(tmp_path / "run"), str(data), []) == [[]]
     from torch.distributed.checkpoint import FileSystemReader  # as other programs see it
 

@@ -416,7 +416,7 @@ def test_what_is_imported_already(pool, tmp_path):
     assert bring(pool, folder, run) == checkpoint
     assert (checkpoint / "manifest.json").stat().st_mtime_ns == before
     random_qwen3(folder, rows=space.size, rms_norm_eps=1e-4)
-    with pytest.raises(RuntimeError, match="has checkpoints already, of something else"):
+    with pytest.raises(RuntimeError, match="already has other checkpoints"):
         bring(pool, folder, run)
     shutil.rmtree(checkpoint)
     bring(pool, folder, run)  # one that was removed, or never finished

@@ -77,7 +77,10 @@ def one_token_more(folder: Path) -> None:
         (lambda f: change_weights(f, model__norm__weight=None), r"the model lacks model\.norm\.weight"),
         (lambda f: change_weights(f, score__weight=torch.ones(3)), r"has unknown tensors: score\.weight"),
         (lambda f: change_weights(f, model__norm__weight=torch.ones(31)), r"model\.norm\.weight is \[31\], and config"),
-        (lambda f: change_weights(f, lm_head__weight=torch.ones(378, 32)), r"lm_head\.weight is not model\.embed_tok"),
+        (
+            lambda f: change_weights(f, lm_head__weight=torch.ones(378, 32)),
+            r"lm_head\.weight differs from model\.embed_tok",
+        ),
         (nan, r"model\.layers\.2\.mlp\.down_proj\.weight has values that are not finite"),
         (lambda f: change_json(f / "config.json", num_hidden_layers=4), r"must be equal to the number of"),
         (
@@ -116,7 +119,7 @@ def test_settings_that_do_not_fit(folder, overrides, shape, said):
 def test_a_run_has_to_be_named(folder):
     from megatron_soda.hf.importing import import_model
 
-    with pytest.raises(SodaError, match="say into which run folder"):
+    with pytest.raises(SodaError, match="give a run folder"):
         import_model(folder, ["name=x"])
 
 
