@@ -1,6 +1,12 @@
-"""Small stores and recipes for tests."""
+"""Small stores and recipes for tests, and the programs of tools/."""
 
+import contextlib
+import io
+import os
+import runpy
+import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 
@@ -10,6 +16,7 @@ from megatron_soda.data.store import Store, write_store
 from megatron_soda.data.validate import illegal, why
 from megatron_soda.vocab import TokenSpace
 
+TOOLS = Path(__file__).resolve().parent.parent / "tools"
 SPACE = TokenSpace(text_size=64, bos=1, eos=2, codebooks=4, entries=16)
 
 
@@ -51,7 +58,7 @@ def write_data(folder: Path, count: int = 200, space: TokenSpace = SPACE) -> Pat
 
 
 def small_recipe(run: Path, data: Path, *overrides: str) -> Recipe:
-    """4 layers of 32, windows of 32 tokens, 8 sequences a step, in float32."""
+    """4 layers of 32, windows of 32 tokens, 6 steps of 8 sequences, a checkpoint every 3, in float32."""
     return load_recipe(
         None,
         [
@@ -66,14 +73,32 @@ def small_recipe(run: Path, data: Path, *overrides: str) -> Recipe:
             "model.head_dim=16",
             "model.embedding_class_std=0.02",
             "model.head_class_std=0.02",
-            "training.steps=20",
+            "training.steps=6",
             "training.global_batch_size=8",
-            "training.micro_batch_size=2",
-            "checkpoint.save_every=10",
-            "training.valid_every=20",
+            "training.micro_batch_size=4",
+            "checkpoint.save_every=3",
+            "training.valid_every=6",
             "training.valid_windows=4",
             "logging.log_every=1",
             "optimizer.epsilon=1e-8",
             *overrides,
         ],
     )
+
+
+def run_tool(name: str, *arguments: object) -> tuple[int, str, str]:
+    """Runs a program of tools/ in this process, which has imported what takes a new one seconds to import. Returns its
+    exit status and what it wrote to standard output and standard error."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    path = TOOLS / name
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(sys, "argv", [str(path), *map(str, arguments)]))
+        stack.enter_context(mock.patch.object(sys, "path", [str(path.parent), *sys.path]))
+        stack.enter_context(mock.patch.dict(os.environ))
+        stack.enter_context(contextlib.redirect_stdout(out))
+        stack.enter_context(contextlib.redirect_stderr(err))
+        try:
+            runpy.run_path(str(path), run_name="__main__")
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+    return status, out.getvalue(), err.getvalue()

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets up .venv and runs the tests: bash tests/run.sh [--full] [pytest arguments]
 # --full adds what takes long: the browser, kills, a full disk, the whole quickstart.
-# Without pytest arguments a short quickstart follows in an environment that is not the developer's (machines.sh).
+# Without pytest arguments a short quickstart runs, too, in an environment that is not the developer's (machines.sh).
 # bash tests/run.sh --machines [MEMBER ...] runs that on every kind of machine: see machines.sh.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -23,8 +23,26 @@ else
   bash tools/venv.sh dev
   selection=(-m "not full")
 fi
+test_with() { .venv/bin/python -m pytest --durations 10 "${selection[@]}" "$@"; }
+
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-.venv/bin/basedpyright
-.venv/bin/python -m pytest --durations 10 "${selection[@]}" "$@"
-if [ $# = 0 ]; then bash tests/machines.sh clean; fi
+if [ $# != 0 ] || [ ${#selection[@]} = 0 ]; then
+  .venv/bin/basedpyright
+  test_with "$@"
+  if [ $# = 0 ]; then bash tests/machines.sh clean; fi
+  exit
+fi
+
+# Two cores are enough for both halves at once. What the other one says is shown when this one is through.
+log=runs/tests.log
+mkdir -p runs
+echo "tests/distributed and the short quickstart run beside these: $log"
+set -m   # a process group of its own, to be ended with this script
+{ test_with tests/distributed && bash tests/machines.sh clean; } >"$log" 2>&1 </dev/null &
+beside=$! failed=0
+trap 'kill -- -$beside 2>/dev/null || true' EXIT
+{ .venv/bin/basedpyright && test_with --ignore tests/distributed; } || failed=1
+wait $beside || failed=1
+cat "$log"
+exit $failed

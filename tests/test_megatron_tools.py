@@ -3,7 +3,6 @@
 import gzip
 import importlib
 import json
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -15,12 +14,13 @@ from megatron_soda.data.store import Store
 from megatron_soda.errors import SodaError
 from megatron_soda.tokenizer import write_byte_tokenizer
 from megatron_soda.vocab import BOS, EOS
+from tests.forked import forked
+from tests.helpers import TOOLS, run_tool
 from tests.test_tokenizer import SENTENCES
 
-TOOLS = Path(__file__).resolve().parent.parent / "tools"
 SENTENCEPIECE = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", "text.model"]
 HUGGING_FACE = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", "tokenizer.json"]
-ROWS = [{"text": text, "title": f"no. {i}"} for i, text in enumerate(SENTENCES * 900)]  # several batches
+ROWS = [{"text": text, "title": f"no. {i}"} for i, text in enumerate(SENTENCES * 110)]  # several batches
 
 
 @pytest.fixture
@@ -43,11 +43,9 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 
 
 def preprocess(*flags: str) -> str:
-    done = subprocess.run(
-        [sys.executable, str(TOOLS / "preprocess_data.py"), *flags], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stderr
+    status, _, said = forked(run_tool, "preprocess_data.py", *flags)
+    assert status == 0, said
+    return said
 
 
 def written_by_megatron(path: Path, documents: list[list[int]]) -> tuple[bytes, bytes]:

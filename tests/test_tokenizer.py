@@ -171,7 +171,7 @@ def test_transformers_agrees(kind, tmp_path):
     space = text.space(8, 2048)
     save_tokenizer(text, space, tmp_path / "hf", 512)
     loaded = AutoTokenizer.from_pretrained(tmp_path / "hf")
-    count = 10_000 if kind in ("ours", "byte-level") else 2000
+    count = 4000 if kind in ("ours", "byte-level") else 2000
     rng = np.random.default_rng(0)
     real = [" ".join(lines[i] for i in rng.integers(0, len(lines), rng.integers(1, 3))) for _ in range(count // 2)]
     texts = [clean_text(t, space) for t in [*real, *random_texts(count - len(real))]]

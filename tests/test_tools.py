@@ -1,18 +1,12 @@
 """tools/: two runs are compared right, and what cannot be compared is said; the benchmarks start."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-TOOLS = Path(__file__).resolve().parent.parent / "tools"
-
-
-def tool(name: str, *args: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(TOOLS / name), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+from tests.forked import forked
+from tests.helpers import TOOLS, run_tool
 
 
 def write_run(folder: Path, steps: range, gap: float, extra: str = "") -> Path:
@@ -35,11 +29,11 @@ def test_compare_runs(tmp_path):
     c = write_run(tmp_path / "c", range(1, 41), 0.2)
     picture = tmp_path / "gap.png"
 
-    done = tool("compare_runs.py", a, b, "--out", picture)
-    assert done.returncode == 0, done.stderr
-    assert "half written" in done.stderr
+    status, said, warned = forked(run_tool, "compare_runs.py", a, b, "--out", picture)
+    assert status == 0, warned
+    assert "half written" in warned
     assert picture.read_bytes().startswith(b"\x89PNG")
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(said.splitlines()[-1])
     assert found["steps"] == 40
     assert found["last_steps"] == [47, 50]
     assert found["loss"] == pytest.approx({"a": 9.515, "b": 9.715, "gap": 0.2})
@@ -47,10 +41,10 @@ def test_compare_runs(tmp_path):
     assert found["classes"]["semantic"]["gap"] == pytest.approx(0.0)
     assert found["grad_norm"] == pytest.approx({"a": 1.0, "b": 1.2, "gap": 0.2})
     assert found["tokens_per_second"] == pytest.approx([1000.0, 1040.0])
-    assert "+0.3000" in done.stdout
-    assert "1.04 x" in done.stdout
+    assert "+0.3000" in said
+    assert "1.04 x" in said
 
-    found = json.loads(tool("compare_runs.py", c, a).stdout.splitlines()[-1])
+    found = json.loads(forked(run_tool, "compare_runs.py", c, a)[1].splitlines()[-1])
     assert found["largest_gap"] == pytest.approx({"step": 7, "gap": -1.2})
     assert found["last_steps"] == [37, 40]
 
@@ -62,10 +56,10 @@ def test_compare_runs(tmp_path):
 def test_compare_runs_refuses(tmp_path, first, words):
     write_run(tmp_path / "early", range(1, 6), 0.0)
     write_run(tmp_path / "late", range(11, 21), 0.0)
-    done = tool("compare_runs.py", tmp_path / first, tmp_path / "late")
-    assert done.returncode == 2
-    assert words in done.stderr
-    assert "Traceback" not in done.stderr
+    status, _, said = forked(run_tool, "compare_runs.py", tmp_path / first, tmp_path / "late")
+    assert status == 2
+    assert words in said
+    assert "Traceback" not in said
 
 
 BENCHMARKS = [str(path.relative_to(TOOLS)) for path in sorted((TOOLS / "bench").glob("bench_*.py"))]
@@ -73,6 +67,6 @@ BENCHMARKS = [str(path.relative_to(TOOLS)) for path in sorted((TOOLS / "bench").
 
 @pytest.mark.parametrize("name", [*BENCHMARKS, "compare_runs.py"])
 def test_help(name):
-    done = tool(name, "--help")
-    assert done.returncode == 0, done.stderr
-    assert "one JSON line" in done.stdout
+    status, said, warned = forked(run_tool, name, "--help")
+    assert status == 0, warned
+    assert "one JSON line" in said

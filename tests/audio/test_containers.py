@@ -67,7 +67,7 @@ class Pipe(io.RawIOBase):
 
 def speech(seconds: float = SECONDS, seed: int = 0) -> np.ndarray:
     """Half of it loud, half faint: a variable bit rate varies."""
-    wave = voice(seed, seconds, RATE)
+    wave = voice(seed, seconds, RATE).copy()
     wave[len(wave) // 2 :] *= 0.02
     return wave
 

@@ -1,5 +1,6 @@
 """The codecs: shapes, independence of the batch, determinism, quality on synthetic voices, and refusals."""
 
+import functools
 import math
 from typing import Any, cast
 
@@ -21,6 +22,11 @@ FRAME = 1920
 
 
 def voice(seconds: float, seed: int) -> np.ndarray:
+    return _voice(seconds, seed).copy()
+
+
+@functools.lru_cache(256)
+def _voice(seconds: float, seed: int) -> np.ndarray:
     """Synthetic speech: pulses with a moving F0 through two moving resonances, with hissing and silent stretches."""
     rng = np.random.default_rng(seed)
     n = int(seconds * SAMPLE_RATE)
@@ -183,7 +189,7 @@ def test_frames_are_rounded_up(codec, frames, extra):
 @example(seconds=[1.3, 0.01, 2.9, 0.5, 2.9, 0.0], seed=0)
 @example(seconds=[], seed=0)
 def test_a_list_gives_what_its_members_give(codec, seconds, seed):
-    waves = [voice(3.0, seed + i)[: int(s * SAMPLE_RATE)] for i, s in enumerate(seconds)]
+    waves = [voice(3.0, (seed + i) % 8)[: int(s * SAMPLE_RATE)] for i, s in enumerate(seconds)]
     together = codec.encode(waves)
     for one, wave in zip(together, waves, strict=True):
         np.testing.assert_array_equal(one, codec.encode([wave])[0])

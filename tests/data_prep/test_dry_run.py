@@ -1,6 +1,7 @@
 """What a dry run expects is what comes, within 5 %, of speech of other kinds than the prompts."""
 
 import json
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import soundfile
 
 from data_prep import dry_run
 from data_prep.prepare import prepare
+from megatron_soda.codecs.embedded import EmbeddedCodec
 from megatron_soda.tokenizer import write_byte_tokenizer
 from tests.data_prep.test_prepare import recipe
 from tests.voices import voice
@@ -113,9 +115,19 @@ KINDS = [
 ]
 
 
+def quick_codes(codec: EmbeddedCodec, waves: list[np.ndarray]) -> list[np.ndarray]:
+    """As many as there should be, the same for the same sound; other than that their values do not matter here."""
+    found = []
+    for wave in waves:
+        rng = np.random.default_rng(zlib.crc32(wave.tobytes()))
+        found.append(rng.integers(0, codec.entries, (-(-len(wave) // codec.samples_per_frame), 8), np.int16))
+    return found
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_what_is_expected_comes_within_5_percent(kind, tmp_path, monkeypatch):
     """Of 300 utterances 64 are decoded, and a part of the texts encoded."""
+    monkeypatch.setattr(EmbeddedCodec, "encode", quick_codes)
     monkeypatch.setattr(dry_run, "SAMPLE", 64)
     monkeypatch.setattr(dry_run, "TEXTS", 64)
     monkeypatch.setattr(dry_run, "SENTENCES", 200, raising=False)

@@ -2,17 +2,19 @@
 
 pool.run(2, function, arg)  ->  [function(arg) on rank 0, function(arg) on rank 1]
 
-There is a pool for each number of ranks, started when it is first needed. Its ranks keep their process groups: gloo
-leaves two threads behind for every group that was, and hundreds of layouts would leave thousands.
+There is a pool for each number of ranks, started when it is first needed. Its ranks are forked from a server that has
+imported the engine, which takes eight seconds. They keep their process groups: gloo leaves two threads behind for every
+group that was, and hundreds of layouts would leave thousands.
 """
 
-import multiprocessing as mp
 import tempfile
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from tests.forked import context
 
 
 def _serve(rank: int, world: int, connection: Connection) -> None:
@@ -25,7 +27,6 @@ def _serve(rank: int, world: int, connection: Connection) -> None:
     import torch.distributed as dist
     from megatron.core import parallel_state
 
-    import megatron_soda.training.trainer  # noqa: F401  the slow import, once
     from megatron_soda.parallel import ranks
 
     initialise = ranks.init
@@ -47,10 +48,7 @@ def _serve(rank: int, world: int, connection: Connection) -> None:
 
     dist.new_group = lambda ranks=None, *args, **kwargs: same_group(ranks, *args, **kwargs)
     while True:
-        message = connection.recv()
-        if message is None:
-            return
-        function, arguments, store = message
+        function, arguments, store = connection.recv()
         try:
             if store:  # at the start, and after a failure, which may have left ranks waiting at different places
                 if dist.is_initialized():
@@ -70,12 +68,12 @@ class _Ranks:
     """The ranks of one world size."""
 
     def __init__(self, world: int, folder: Path) -> None:
-        context = mp.get_context("spawn")
+        processes = context()
         self.folder, self.stores, self.in_step, self.lost = folder, 0, False, False
         self.connections, self.processes = [], []
         for rank in range(world):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world, theirs))  # no daemons: saving starts processes
+            ours, theirs = processes.Pipe()
+            process = processes.Process(target=_serve, args=(rank, world, theirs))
             process.start()
             theirs.close()
             self.connections.append(ours)
@@ -103,12 +101,9 @@ class _Ranks:
         return results
 
     def close(self) -> None:
-        for connection, process in zip(self.connections, self.processes, strict=True):
-            if process.is_alive() and not self.lost:
-                connection.send(None)
-                process.join(5)
-            if process.is_alive():
-                process.kill()
+        for process in self.processes:  # to end by themselves takes them seconds: each takes down all its groups
+            process.kill()
+            process.join()
 
 
 class Pool:

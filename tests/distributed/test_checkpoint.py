@@ -12,6 +12,7 @@ from tests.distributed.test_layouts import LAYOUTS, losses, train
 from tests.helpers import SPACE, documents, small_recipe
 
 FLAT = ["schedule.warmup_share=0", "schedule.decay_share=0"]
+SAVES = [*FLAT, "training.steps=12", "checkpoint.save_every=3"]
 
 
 def folders(run: Path) -> list[int]:
@@ -46,33 +47,21 @@ def train_watched(run: str, data: str, overrides: list[str]) -> list[list[int]]:
 def test_async_checkpoints_are_whole_when_they_appear(pool, data, tmp_path, layout):
     world, overrides = LAYOUTS.get(layout, (1, []))
     plain, run = tmp_path / "plain", tmp_path / "run"
-    pool.run(world, train, str(plain), str(data), [*overrides, *FLAT])
-    asynchronous = [*overrides, *FLAT, "checkpoint.async_save=true", "checkpoint.save_every=4"]
-    seen = pool.run(world, train_watched, str(run), str(data), [*asynchronous, "training.steps=13"])[0]
-    assert seen[-1][-1] in (8, 12)
-    assert folders(run) == [4, 8, 12, 13]
+    pool.run(world, train, str(plain), str(data), [*overrides, *FLAT, "training.steps=9"])
+    asynchronous = [*overrides, *FLAT, "checkpoint.async_save=true"]
+    seen = pool.run(world, train_watched, str(run), str(data), [*asynchronous, "training.steps=7"])[0]
+    assert seen[-1][-1] in (3, 6)
+    assert folders(run) == [3, 6, 7]
     assert not list((run / "checkpoints").glob(".*"))
-    shutil.rmtree(run / "checkpoints" / "step_00000013")  # after the one before it training went on
-    pool.run(world, train, str(run), str(data), asynchronous)
+    shutil.rmtree(run / "checkpoints" / "step_00000007")  # after the one before it training went on
+    pool.run(world, train, str(run), str(data), [*asynchronous, "training.steps=9"])
     assert losses(run) == losses(plain)  # bit for bit: the state that was written is that of its step, not a later one
 
 
 def test_old_checkpoints_are_forgotten(pool, data, tmp_path):
-    pool.run(
-        1,
-        train,
-        str(tmp_path),
-        str(data),
-        ["checkpoint.save_every=2", "checkpoint.keep_last=2", "checkpoint.keep_every=6"],
-    )
-    assert folders(tmp_path) == [6, 12, 18, 20]
-
-
-@pytest.fixture(scope="module")
-def saved(pool, data, tmp_path_factory) -> Path:
-    run = tmp_path_factory.mktemp("saved")
-    pool.run(2, train, str(run), str(data), [*FLAT, "checkpoint.save_every=5"])
-    return run
+    keep = ["checkpoint.save_every=1", "checkpoint.keep_last=2", "checkpoint.keep_every=3", "training.steps=8"]
+    pool.run(1, train, str(tmp_path), str(data), keep)
+    assert folders(tmp_path) == [3, 6, 7, 8]
 
 
 def train_heard(run: str, data: str, overrides: list[str]) -> str:
@@ -90,8 +79,8 @@ def train_heard(run: str, data: str, overrides: list[str]) -> str:
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(pool, data, saved, tmp_path, damage):
     run = tmp_path / "run"
     shutil.copytree(saved, run)
-    newest = run / "checkpoints" / "step_00000020"
-    (run / "checkpoints" / ".step_00000025.tmp").mkdir()  # what a kill leaves
+    newest = run / "checkpoints" / "step_00000012"
+    (run / "checkpoints" / ".step_00000015.tmp").mkdir()  # what a kill leaves
     victim = max(newest.glob("__*.distcp"))
     content = bytearray(victim.read_bytes())
     if damage == "flipped":
@@ -103,12 +92,12 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(pool, data, sa
         victim.unlink()
     else:
         (newest / "manifest.json").unlink()
-    out = pool.run(2, train_heard, str(run), str(data), [*FLAT, "checkpoint.save_every=5"])[0]
-    assert "step_00000020 is damaged and not used" in out
+    out = pool.run(2, train_heard, str(run), str(data), SAVES)[0]
+    assert "step_00000012 is damaged and not used" in out
     assert ("manifest.json" if damage == "no manifest" else victim.name) in out
-    assert "from step 15" in out
+    assert "from step 9" in out
     assert losses(run) == losses(saved)
-    assert folders(run) == [5, 10, 15, 20]
+    assert folders(run) == [3, 6, 9, 12]
     assert not list((run / "checkpoints").glob(".*"))
 
 
@@ -129,10 +118,10 @@ def test_when_all_are_damaged_nothing_starts_anew(pool, data, saved, tmp_path):
         (["precision.dtype=bf16"], r"another optimizer: its optimizer\.half"),
         (["model.ffn_hidden_size=128"], r"another model: its model\.ffn_hidden_size is 64"),
         (["model.tie_embeddings=true"], r"another model: its model\.tie_embeddings"),
-        (["seed=1"], "seed was 1234 when the checkpoint of step 20 was written, and is 1"),
+        (["seed=1"], "seed was 1234 when the checkpoint of step 12 was written, and is 1"),
         (["data.align_windows=true"], r"data\.align_windows was False"),
         (["training.branch_from=elsewhere"], "did not branch off training.branch_from=elsewhere but off nothing"),
-        (["training.global_batch_size=16"], "by this recipe it would be 320: training.global_batch_size=16 is not"),
+        (["training.global_batch_size=16"], "by this recipe it would be 192: training.global_batch_size=16 is not"),
     ],
 )
 def test_another_model_or_optimizer_is_refused(pool, data, saved, tmp_path, overrides, message):
@@ -147,7 +136,7 @@ def test_how_weights_were_drawn_is_forgotten_after_the_start(pool, data, saved, 
     folder = tmp_path / "run"
     shutil.copytree(saved, folder)
     before = losses(folder)
-    pool.run(1, train, str(folder), str(data), ["training.steps=21", start])
+    pool.run(1, train, str(folder), str(data), ["training.steps=13", start])
     assert losses(folder)[:-1] == before
 
 
@@ -183,49 +172,50 @@ def consumed(run: Path, step: int) -> dict[str, int]:
 
 def test_shares_that_change_on_the_way(pool, data, corpora, tmp_path):
     """The same at any data-parallel size, through a resume, and without a window lost or repeated."""
-    stages = mix((0, 0.75), (8, 0.25), (15, 1.0))
+    stages = mix((0, 0.75), (3, 0.25), (5, 1.0))
     straight, run = tmp_path / "straight", tmp_path / "run"
-    pool.run(1, train, str(straight), str(data), [*corpora, stages, *FLAT])
-    assert consumed(straight, 20) == {"speech": 6 * 8 + 2 * 7 + 8 * 5, "text": 2 * 8 + 6 * 7}
-    pool.run(2, train, str(run), str(data), [*corpora, stages, *FLAT, "training.steps=10"])
-    pool.run(1, train, str(run), str(data), [*corpora, stages, *FLAT])
+    settings = [*corpora, stages, *FLAT, "training.steps=8"]
+    pool.run(1, train, str(straight), str(data), settings)
+    assert consumed(straight, 8) == {"speech": 6 * 3 + 2 * 2 + 8 * 3, "text": 2 * 3 + 6 * 2}
+    pool.run(2, train, str(run), str(data), [*settings, "training.steps=4"])
+    pool.run(1, train, str(run), str(data), settings)
     assert losses(run) == pytest.approx(losses(straight), abs=1e-5)
     with pytest.raises(RuntimeError, match="the shares of steps that are done were changed"):
         pool.run(1, train, str(run), str(data), [*corpora, mix((0, 0.7)), *FLAT, "training.steps=30"])
     # A stage for the steps to come is no such change.
-    later = mix((0, 0.75), (8, 0.25), (15, 1.0), (20, 0.0))
-    pool.run(1, train, str(run), str(data), [*corpora, later, *FLAT, "training.steps=25"])
-    assert consumed(run, 25)["speech"] == consumed(run, 20)["speech"]
+    later = mix((0, 0.75), (3, 0.25), (5, 1.0), (8, 0.0))
+    pool.run(1, train, str(run), str(data), [*corpora, later, *FLAT, "training.steps=10"])
+    assert consumed(run, 10)["speech"] == consumed(run, 8)["speech"]
 
 
 def test_a_decay_leg_with_another_mix(pool, data, corpora, tmp_path):
     """Off a checkpoint of the stable phase: weights, optimizer, step and the places in the corpora go on."""
     trunk, leg, same = tmp_path / "trunk", tmp_path / "leg", tmp_path / "same"
     pool.run(1, train, str(trunk), str(data), [*corpora, mix((0, 0.7)), *FLAT])
-    origin = f"training.branch_from={trunk}/checkpoints/step_00000010"
+    origin = f"training.branch_from={trunk}/checkpoints/step_00000003"
     pool.run(1, train, str(same), str(data), [*corpora, mix((0, 0.7)), *FLAT, origin])
-    assert losses(same) == losses(trunk)[10:]  # a branch that changes nothing is the run itself, bit for bit
+    assert losses(same) == losses(trunk)[3:]  # a branch that changes nothing is the run itself, bit for bit
     # The leg brings a corpus of its own, which the trunk did not have.
     more = corpora[0].replace("text:", f"more: {data}/valid, text:")
-    stage = "data.mix=[{from_step: 10, shares: {more: 0.25, text: 0.75}}]"
+    stage = "data.mix=[{from_step: 3, shares: {more: 0.25, text: 0.75}}]"
     decay = [more, stage, origin, "schedule.name=decay"]
-    with pytest.raises(RuntimeError, match=r"training\.steps=10 is not past step 10"):
-        pool.run(1, train, str(leg), str(data), [*decay, "training.steps=10"])
-    pool.run(1, train, str(leg), str(data), [*decay, "training.steps=14", "checkpoint.save_every=2"])
-    pool.run(1, train, str(leg), str(data), [*decay, "training.steps=14"])  # nothing to do
+    with pytest.raises(RuntimeError, match=r"training\.steps=3 is not past step 3"):
+        pool.run(1, train, str(leg), str(data), [*decay, "training.steps=3"])
+    pool.run(1, train, str(leg), str(data), [*decay, "training.steps=7", "checkpoint.save_every=2"])
+    pool.run(1, train, str(leg), str(data), [*decay, "training.steps=7"])  # nothing to do
     rates = [json.loads(line) for line in (leg / "metrics.jsonl").read_text().splitlines()]
     rates = [row["learning_rate"] for row in rates if "learning_rate" in row]
     peak = small_recipe(leg, data).optimizer.learning_rate
     assert rates == pytest.approx([peak * part / 4 for part in (4, 3, 2, 1)])
-    assert consumed(leg, 14) == {
-        "speech": consumed(trunk, 10)["speech"],
-        "text": consumed(trunk, 10)["text"] + 24,
+    assert consumed(leg, 7) == {
+        "speech": consumed(trunk, 3)["speech"],
+        "text": consumed(trunk, 3)["text"] + 24,
         "more": 8,
     }
     # Stopped and resumed, the leg knows where it began.
-    shutil.rmtree(leg / "checkpoints" / "step_00000014")
+    shutil.rmtree(leg / "checkpoints" / "step_00000007")
     before = losses(leg)
-    pool.run(1, train, str(leg), str(data), [*decay, "training.steps=14"])
+    pool.run(1, train, str(leg), str(data), [*decay, "training.steps=7"])
     assert losses(leg) == before
     with pytest.raises(RuntimeError, match=r"branch_from=.*nowhere"):
         pool.run(1, train, str(tmp_path / "x"), str(data), ["schedule.name=decay", "training.branch_from=/nowhere"])

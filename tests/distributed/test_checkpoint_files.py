@@ -4,23 +4,13 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.distributed.test_checkpoint import FLAT, folders, train_heard
+from tests.distributed.test_checkpoint import FLAT, SAVES, folders, train_heard
 from tests.distributed.test_layouts import losses, train
-
-SAVES = [*FLAT, "checkpoint.save_every=5"]
-
-
-@pytest.fixture(scope="module")
-def saved(pool, data, tmp_path_factory) -> Path:
-    run = tmp_path_factory.mktemp("saved")
-    pool.run(2, train, str(run), str(data), SAVES)
-    return run
+from tests.helpers import run_tool
 
 
 @pytest.fixture
@@ -73,8 +63,8 @@ def saved_by_torch(value: object) -> bytes:
 def test_pickles_beside_the_index_are_never_opened(pool, data, saved, run, tmp_path):
     """.metadata and common.pt may hold anything: every one of these would leave a mark if anybody read it."""
     mark = tmp_path / "mark"
-    shutil.rmtree(step(run, 20))
-    folder = step(run, 15)
+    shutil.rmtree(step(run, 12))
+    folder = step(run, 9)
     (folder / ".metadata").write_bytes(pickle.dumps(_Runs(mark)))
     (folder / "common.pt").write_bytes(saved_by_torch({"more": _Runs(mark)}))
     (folder / "metadata.json").write_text(json.dumps({"sharded_backend": "zarr", "sharded_backend_version": 1}))
@@ -83,16 +73,16 @@ def test_pickles_beside_the_index_are_never_opened(pool, data, saved, run, tmp_p
     pool.run(2, train, str(run), str(data), SAVES)
     assert losses(run) == losses(saved)
     assert not mark.exists()
-    pickle.loads((step(run, 15) / ".metadata").read_bytes())
+    pickle.loads((step(run, 9) / ".metadata").read_bytes())
     assert mark.exists()  # so the trap was one
 
 
 def test_a_tensor_that_is_a_program_is_not_run(pool, data, run, tmp_path):
     mark = tmp_path / "mark"
-    shutil.rmtree(step(run, 20))
-    tensor_with(saved_by_torch(_Runs(mark)), step(run, 15))
-    reseal(step(run, 15))
-    with pytest.raises(RuntimeError, match=r"step_00000015: cannot be loaded .*[Ww]eights.only"):
+    shutil.rmtree(step(run, 12))
+    tensor_with(saved_by_torch(_Runs(mark)), step(run, 9))
+    reseal(step(run, 9))
+    with pytest.raises(RuntimeError, match=r"step_00000009: cannot be loaded .*[Ww]eights.only"):
         pool.run(2, train, str(run), str(data), SAVES)
     assert not mark.exists()
 
@@ -128,7 +118,7 @@ HOSTILE = {
     "outside the tensor": _changed(lambda i: _first(i)["chunks"][0].update(offset=[1, 0])),
     "a hole": _changed(lambda i: _first(i)["chunks"].clear()),
     "past the end": _changed(lambda i: _first(i)["chunks"][0].update(bytes=1 << 30)),
-    "elsewhere": _changed(lambda i: _first(i)["chunks"][0].update(file="../step_00000010/__0_0.distcp")),
+    "elsewhere": _changed(lambda i: _first(i)["chunks"][0].update(file="../step_00000006/__0_0.distcp")),
     "absolute": _changed(lambda i: _first(i)["chunks"][0].update(file="/etc/passwd")),
     "no file": _changed(lambda i: _first(i)["chunks"][0].update(file="__7_0.distcp")),
     "a pickle": _changed(lambda i: _first(i)["chunks"][0].update(file="common.pt")),
@@ -142,7 +132,7 @@ def test_an_index_of_nonsense_is_a_message(run, change):
     from megatron_soda.errors import SodaError
     from megatron_soda.training.checkpoint_files import read_index
 
-    path = step(run, 20) / "index.json"
+    path = step(run, 12) / "index.json"
     read_index(path.parent)
     path.write_text(HOSTILE[change](path.read_text()))
     with pytest.raises(SodaError, match=r"index\.json: "):
@@ -155,8 +145,8 @@ def test_the_index_says_what_torch_says(run):
 
     from megatron_soda.training.checkpoint_files import read_index
 
-    theirs = FileSystemReader(step(run, 20)).read_metadata()
-    ours, common = read_index(step(run, 20))
+    theirs = FileSystemReader(step(run, 12)).read_metadata()
+    ours, common = read_index(step(run, 12))
 
     def tensors(metadata):
         return {
@@ -175,7 +165,7 @@ def test_the_index_says_what_torch_says(run):
     assert places(ours) == places(theirs)
     import torch
 
-    assert repr(common) == repr(torch.load(step(run, 20) / "common.pt", weights_only=True))
+    assert repr(common) == repr(torch.load(step(run, 12) / "common.pt", weights_only=True))
 
 
 # ---- damaged
@@ -183,53 +173,52 @@ def test_the_index_says_what_torch_says(run):
 
 @pytest.mark.parametrize("damage", ["cut", "another digit", "gone", "index cut", "manifest names another folder"])
 def test_what_describes_a_checkpoint_is_checked_too(pool, data, saved, run, damage):
-    folder = step(run, 20)
+    folder = step(run, 12)
     described = folder / ("index.json" if damage == "index cut" else "checkpoint.json")
     text = described.read_text()
     if damage == "another digit":
-        described.write_text(text.replace('"samples": 160', '"samples": 161'))
+        described.write_text(text.replace('"samples": 96', '"samples": 97'))
         assert described.read_text() != text
     elif damage == "gone":
         described.unlink()
     elif damage == "manifest names another folder":
         manifest = json.loads((folder / "manifest.json").read_text())
-        manifest["../step_00000015/checkpoint.json"] = manifest["checkpoint.json"]
+        manifest["../step_00000009/checkpoint.json"] = manifest["checkpoint.json"]
         (folder / "manifest.json").write_text(json.dumps(manifest))
     else:
         described.write_text(text[:-9])
     out = pool.run(2, train_heard, str(run), str(data), SAVES)[0]
-    assert "step_00000020 is damaged and not used" in out
-    assert "from step 15" in out
+    assert "step_00000012 is damaged and not used" in out
+    assert "from step 9" in out
     assert losses(run) == losses(saved)
 
 
 def test_damaged_checkpoints_are_not_counted_as_kept(pool, data, run):
     """With the two newest damaged, the one that was resumed from and those written since stay."""
     keep = [*FLAT, "checkpoint.save_every=2", "checkpoint.keep_last=2"]
-    for number in (15, 20):
+    for number in (9, 12):
         victim = step(run, number) / "__0_0.distcp"
         victim.write_bytes(victim.read_bytes()[:-1])
-    pool.run(2, train, str(run), str(data), [*keep, "training.steps=12"])
-    assert folders(run) == [10, 12, 15, 20]  # 5 is not needed; 15 and 20 lie ahead
-    pool.run(2, train, str(run), str(data), [*keep, "training.steps=18"])
-    assert folders(run) == [12, 16, 18, 20]  # 12 was resumed from, 15 is behind us now
-    out = pool.run(1, train_heard, str(run), str(data), [*keep, "training.steps=20"])[0]
-    assert "step_00000020 is damaged" in out
-    assert "from step 18" in out
-    assert folders(run) == [18, 20]
+    pool.run(2, train, str(run), str(data), [*keep, "training.steps=8"])
+    assert folders(run) == [6, 8, 9, 12]  # 3 is not needed; 9 and 12 lie ahead
+    pool.run(2, train, str(run), str(data), [*keep, "training.steps=11"])
+    assert folders(run) == [8, 10, 11, 12]  # 8 was resumed from, 9 is behind us now
+    out = pool.run(1, train_heard, str(run), str(data), [*keep, "training.steps=12"])[0]
+    assert "step_00000012 is damaged" in out
+    assert "from step 11" in out
+    assert folders(run) == [11, 12]
 
 
 def test_a_damaged_one_that_cannot_be_seen_by_its_size(pool, data, run):
     """A flipped bit: the checkpoint counts as kept, but never in place of what was just written or resumed from."""
-    for number in (15, 20):
+    for number in (9, 12):
         victim = step(run, number) / "__0_0.distcp"
         content = bytearray(victim.read_bytes())
         content[len(content) // 2] ^= 1
         victim.write_bytes(bytes(content))
-    pool.run(
-        2, train, str(run), str(data), [*FLAT, "checkpoint.save_every=3", "checkpoint.keep_last=1", "training.steps=12"]
-    )
-    assert folders(run) == [10, 12, 15, 20]
+    keep = [*FLAT, "checkpoint.save_every=2", "checkpoint.keep_last=1", "training.steps=8"]
+    pool.run(2, train, str(run), str(data), keep)
+    assert folders(run) == [6, 8, 9, 12]
 
 
 # ---- older, and elsewhere
@@ -237,23 +226,20 @@ def test_a_damaged_one_that_cannot_be_seen_by_its_size(pool, data, run):
 
 def test_a_checkpoint_without_an_index(pool, data, saved, run):
     """An older version's: not used, but for the tool that says what it trusts."""
-    for number in (5, 10, 15):
+    for number in (3, 6, 9):
         shutil.rmtree(step(run, number))
-    folder = step(run, 20)
+    folder = step(run, 12)
     (folder / "index.json").unlink()
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(
         json.dumps({k: v for k, v in manifest.items() if k not in ("index.json", "checkpoint.json")})
     )
-    more = [*SAVES, "training.steps=25"]
+    more = [*SAVES, "training.steps=15"]
     with pytest.raises(RuntimeError, match="every checkpoint is damaged"):
         pool.run(1, train, str(run), str(data), more)
-    root = Path(__file__).resolve().parents[2]
-    tool = [sys.executable, str(root / "tools" / "index_checkpoint.py"), str(folder)]
-    done = subprocess.run(
-        tool, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(root)}, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
+    ((status, said, _),) = pool.run(1, run_tool, "index_checkpoint.py", str(folder))
+    assert status == 0
+    assert said == f"{folder}: {len(json.loads((folder / 'index.json').read_text())['tensors'])} tensors indexed\n"
     pool.run(2, train, str(run), str(data), more)
     straight = saved.parent / "straight"
     pool.run(2, train, str(straight), str(data), more)
@@ -277,7 +263,7 @@ def train_with_a_full_disk(run: str, data: str, overrides: list[str], rank: int)
 
     def failing(self, data):
         files.add(self.file.name)
-        if dist.get_rank() == rank and ".step_00000010" in self.file.name:
+        if dist.get_rank() == rank and ".step_00000006" in self.file.name:
             self.failure = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             raise self.failure
         return write(self, data)
@@ -292,13 +278,13 @@ def train_with_a_full_disk(run: str, data: str, overrides: list[str], rank: int)
 @pytest.mark.parametrize("asynchronous", ["false", "true"])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_full_disk_of_one_rank_is_an_error_on_all(pool, data, tmp_path, rank, asynchronous):
-    overrides = [*SAVES, "parallel.tensor=2", f"checkpoint.async_save={asynchronous}"]  # so that both ranks write
+    overrides = [*FLAT, "parallel.tensor=2", f"checkpoint.async_save={asynchronous}"]  # so that both ranks write
     heard = pool.run(2, train_with_a_full_disk, str(tmp_path), str(data), overrides, rank)
     for said, *left in heard:
-        assert f"step_00000010: cannot write the checkpoint: rank {rank}: " in said
+        assert f"step_00000006: cannot write the checkpoint: rank {rank}: " in said
         assert "the disk is full" in said
         assert left == []
-    assert folders(tmp_path) == [5]
+    assert folders(tmp_path) == [3]
     assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
@@ -313,5 +299,5 @@ def train_and_count(run: str, data: str, overrides: list[str]) -> list[str]:
 @pytest.mark.parametrize("asynchronous", ["false", "true"])
 def test_saving_starts_no_process(pool, data, tmp_path, asynchronous):
     """A signal to the process group would end it amid a save, and it would outlive a trainer that is killed."""
-    overrides = [*SAVES, f"checkpoint.async_save={asynchronous}"]
+    overrides = [*FLAT, f"checkpoint.async_save={asynchronous}"]
     assert pool.run(2, train_and_count, str(tmp_path), str(data), overrides) == [[], []]

@@ -3,8 +3,6 @@
 import hashlib
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +18,7 @@ from megatron_soda.hf.load import load_model, read_export
 from megatron_soda.tokenizer import TextTokenizer, train_sentencepiece
 from tests.distributed.test_checkpoint_files import reseal
 from tests.distributed.test_layouts import train
-from tests.helpers import small_recipe, write_data
+from tests.helpers import run_tool, small_recipe, write_data
 from tests.test_tokenizer import SENTENCES
 
 
@@ -97,23 +95,23 @@ def test_transformers_gives_our_logits(pool, real_text_data, tmp_path, world, ov
 
 def test_any_checkpoint_goes_anywhere_by_megatrons_flags(pool, real_text_data, tmp_path):
     """tools/convert_checkpoint.py: of a run the newest checkpoint, or the one that is named."""
-    run, tool = tmp_path / "run", Path(__file__).resolve().parents[2] / "tools" / "convert_checkpoint.py"
+    run = tmp_path / "run"
     pool.run(1, train, str(run), str(real_text_data), [])
     (folder,) = pool.run(1, export, str(run), str(real_text_data), [])
     save_recipe(small_recipe(run, real_text_data), run / "recipe.yaml")
-    for load, step in ((run, 20), (run / "checkpoints" / "step_00000010", 10)):
+    for load, step in ((run, 6), (run / "checkpoints" / "step_00000003", 3)):
         flags = ["--model-type", "GPT", "--loader", "core", "--saver", "hf", "--load-dir", load]
-        command = [sys.executable, tool, *flags, "--save-dir", tmp_path / "out" / f"{step}"]
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+        flags = ["convert_checkpoint.py", *map(str, flags), "--save-dir", str(tmp_path / "out" / f"{step}")]
+        ((status, _, said),) = pool.run(1, run_tool, *flags)
+        assert status == 0, said
         assert read_export(tmp_path / "out" / f"{step}")["step"] == step
     of_export = (Path(folder) / "model.safetensors").read_bytes()
-    assert (tmp_path / "out" / "20" / "model.safetensors").read_bytes() == of_export
-    assert (tmp_path / "out" / "10" / "model.safetensors").read_bytes() != of_export
-    back = ["--model-type", "GPT", "--loader", "hf", "--saver", "core", "--load-dir", tmp_path / "out" / "20"]
-    command = [sys.executable, tool, *back, "--save-dir", tmp_path / "again"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "6" / "model.safetensors").read_bytes() == of_export
+    assert (tmp_path / "out" / "3" / "model.safetensors").read_bytes() != of_export
+    back = ["--model-type", "GPT", "--loader", "hf", "--saver", "core", "--load-dir", tmp_path / "out" / "6"]
+    flags = ["convert_checkpoint.py", *map(str, back), "--save-dir", str(tmp_path / "again")]
+    ((status, _, said),) = pool.run(1, run_tool, *flags)
+    assert status == 0, said
     (again,) = pool.run(1, export_run, str(tmp_path / "again"))
     assert (Path(again) / "model.safetensors").read_bytes() == of_export
 

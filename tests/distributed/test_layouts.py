@@ -1,33 +1,35 @@
 """Every layout trains the same model: losses, gradient norms, and what comes after a save and a load."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.helpers import small_recipe
 
+SMALL = ["training.micro_batch_size=2"]  # several micro-batches a step: gradients add up, pipelines get going
 LAYOUTS = {
     "tp2": (2, ["parallel.tensor=2"]),
-    "pp2": (2, ["parallel.pipeline=2"]),
+    "pp2": (2, ["parallel.pipeline=2", *SMALL]),
     "tp2pp2": (4, ["parallel.tensor=2", "parallel.pipeline=2"]),
     "dp2": (2, []),
-    "dp2_distributed": (2, ["parallel.distributed_optimizer=true"]),
+    "dp2_distributed": (2, ["parallel.distributed_optimizer=true", *SMALL]),
     "tp2dp2_distributed": (4, ["parallel.tensor=2", "parallel.distributed_optimizer=true"]),
     "sp2": (2, ["parallel.tensor=2", "parallel.sequence=true"]),
     "cp2": (2, ["parallel.context=2"]),
-    "vpp2": (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]),
+    "vpp2": (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2", *SMALL]),
     "sp2pp2": (4, ["parallel.tensor=2", "parallel.sequence=true", "parallel.pipeline=2"]),
     "sp2cp2": (4, ["parallel.tensor=2", "parallel.sequence=true", "parallel.context=2"]),
     "cp2pp2": (4, ["parallel.context=2", "parallel.pipeline=2"]),
     "cp2dp2_distributed": (4, ["parallel.context=2", "parallel.distributed_optimizer=true"]),
     "vpp2dp2_distributed": (
         4,
-        ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "parallel.distributed_optimizer=true"],
+        ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "parallel.distributed_optimizer=true", *SMALL],
     ),
     "vpp2sp2": (
         4,
-        ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "parallel.tensor=2", "parallel.sequence=true"],
+        ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "parallel.tensor=2", "parallel.sequence=true", *SMALL],
     ),
 }
 
@@ -93,11 +95,25 @@ def losses(run: Path) -> list[float]:
     return [row["loss"] for row in metrics(run)]
 
 
+FLAT = ["schedule.warmup_share=0", "schedule.decay_share=0", "optimizer.learning_rate=2e-3"]
+CAUTIOUS = ["optimizer.name=cautious"]
+BF16 = ["precision.dtype=bf16"]
+LONG = ["training.steps=20"]  # with --full
+
+
 @pytest.fixture(scope="module")
-def reference(pool, data, tmp_path_factory) -> Path:
-    """20 straight steps on one process."""
-    run = tmp_path_factory.mktemp("reference")
-    pool.run(1, train, str(run), str(data), [])
+def straight(pool, data, tmp_path_factory) -> Callable[..., Path]:
+    """Runs at a flat rate, by layout and settings: each is made once."""
+    made: dict[tuple[str, ...], Path] = {}
+
+    def run(layout: str = "one", extra: list[str] | None = None) -> Path:
+        key = (layout, *(extra or []))
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("straight")
+            world, overrides = LAYOUTS.get(layout, (1, []))
+            pool.run(world, train, str(made[key]), str(data), [*overrides, *FLAT, *(extra or [])])
+        return made[key]
+
     return run
 
 
@@ -106,19 +122,14 @@ FULL = ("sp2pp2", "cp2pp2", "vpp2dp2_distributed")
 
 
 @pytest.mark.parametrize(
-    "layout", [pytest.param(name, marks=pytest.mark.full) if name in FULL else name for name in LAYOUTS]
+    ("layout", "extra"),
+    [pytest.param(name, LONG, marks=pytest.mark.full) if name in FULL else (name, []) for name in LAYOUTS],
 )
-def test_same_losses_and_gradient_norms(pool, data, reference, tmp_path, layout):
-    world, overrides = LAYOUTS[layout]
-    pool.run(world, train, str(tmp_path), str(data), overrides)
-    expected, found = metrics(reference), metrics(tmp_path)
-    assert len(found) == 20
+def test_same_losses_and_gradient_norms(straight, layout, extra):
+    expected, found = metrics(straight("one", extra)), metrics(straight(layout, extra))
+    assert len(found) == (20 if extra else 6)
     assert expected[-1]["loss"] < expected[0]["loss"] - 0.1  # it learns, so equal losses mean something
     assert same(expected, found)
-
-
-FLAT = ["schedule.warmup_share=0", "schedule.decay_share=0"]
-CAUTIOUS = ["optimizer.name=cautious"]
 
 
 @pytest.mark.parametrize(
@@ -131,32 +142,16 @@ CAUTIOUS = ["optimizer.name=cautious"]
         ("tp2", CAUTIOUS),
         ("vpp2", CAUTIOUS),
         ("dp2_distributed", CAUTIOUS),
-        ("sp2", ["precision.dtype=bf16"]),
+        ("sp2", BF16),
     ],
 )
-def test_resume_is_bitwise(pool, data, tmp_path, layout, extra):
+def test_resume_is_bitwise(pool, data, straight, tmp_path, layout, extra):
     world, overrides = LAYOUTS.get(layout, (1, []))
-    overrides = [*overrides, *FLAT, *extra]
-    straight, halves = tmp_path / "straight", tmp_path / "halves"
-    pool.run(world, train, str(straight), str(data), overrides)
-    pool.run(world, train, str(halves), str(data), [*overrides, "training.steps=10"])
-    pool.run(world, train, str(halves), str(data), overrides)
-    assert losses(halves) == losses(straight)
-    assert [row["grad_norm"] for row in metrics(halves)] == [row["grad_norm"] for row in metrics(straight)]
-
-
-@pytest.fixture(scope="module")
-def flat(pool, data, tmp_path_factory):
-    """20 straight steps at a flat rate on one process, by optimizer."""
-    runs: dict[tuple[str, ...], Path] = {}
-
-    def of(extra: list[str]) -> Path:
-        if tuple(extra) not in runs:
-            runs[tuple(extra)] = tmp_path_factory.mktemp("flat")
-            pool.run(1, train, str(runs[tuple(extra)]), str(data), [*FLAT, *extra])
-        return runs[tuple(extra)]
-
-    return of
+    for steps in (3, 6):
+        pool.run(world, train, str(tmp_path), str(data), [*overrides, *FLAT, *extra, f"training.steps={steps}"])
+    expected = straight(layout, extra)
+    assert losses(tmp_path) == losses(expected)
+    assert [row["grad_norm"] for row in metrics(tmp_path)] == [row["grad_norm"] for row in metrics(expected)]
 
 
 @pytest.mark.parametrize(
@@ -173,43 +168,42 @@ def flat(pool, data, tmp_path_factory):
         pytest.param("vpp2dp2_distributed", "dp2_distributed", CAUTIOUS, marks=pytest.mark.full),
     ],
 )
-def test_resume_at_another_layout(pool, data, flat, tmp_path, first, then, extra):
-    """The cautious optimizer takes an element's whole update or none by a sign: rounding is felt more."""
-    for layout, steps in ((first, 10), (then, 20)):
+def test_resume_at_another_layout(pool, data, straight, tmp_path, first, then, extra):
+    for layout, steps in ((first, 3), (then, 6)):
         world, overrides = LAYOUTS.get(layout, (1, []))
         pool.run(world, train, str(tmp_path), str(data), [*overrides, *FLAT, *extra, f"training.steps={steps}"])
-    assert losses(tmp_path) == pytest.approx(losses(flat(extra)), abs=1e-4 if extra else 1e-5)
+    assert losses(tmp_path) == pytest.approx(losses(straight("one", extra)), abs=1e-5)
 
 
-@pytest.mark.parametrize("layout", ["tp2pp2", pytest.param("cp2dp2_distributed", marks=pytest.mark.full)])
-def test_the_cautious_optimizer_is_the_same_at_every_layout(pool, data, tmp_path, layout):
-    for name in ("one", layout):
-        world, overrides = LAYOUTS.get(name, (1, []))
-        pool.run(world, train, str(tmp_path / name), str(data), [*overrides, *CAUTIOUS])
-    assert losses(tmp_path / layout) == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
-    assert losses(tmp_path / layout)[:4] == pytest.approx(losses(tmp_path / "one")[:4], abs=1e-5)
+@pytest.mark.parametrize(
+    ("layout", "extra"), [("tp2pp2", []), pytest.param("cp2dp2_distributed", LONG, marks=pytest.mark.full)]
+)
+def test_the_cautious_optimizer_is_the_same_at_every_layout(straight, layout, extra):
+    """It applies an element's update in full or not at all, depending on a sign: rounding shows after some steps."""
+    found, expected = (losses(straight(name, [*CAUTIOUS, *extra])) for name in (layout, "one"))
+    assert found == pytest.approx(expected, abs=1e-4)
+    assert found[:4] == pytest.approx(expected[:4], abs=1e-5)
 
 
 @pytest.mark.parametrize("guard", ["finish_load", "set_states"])
-def test_repairs_of_the_distributed_optimizer_are_needed(pool, data, tmp_path, guard):
+def test_repairs_of_the_distributed_optimizer_are_needed(pool, data, straight, tmp_path, guard):
     """Without each repair of optimizer.py, resuming under the distributed optimizer is wrong, or does not run."""
-    flat = ["parallel.distributed_optimizer=true", "schedule.warmup_share=0", "schedule.decay_share=0"]
-    straight, run = tmp_path / "straight", tmp_path / "run"
-    pool.run(2, train, str(straight), str(data), flat)
-    pool.run(2, train, str(run), str(data), [*flat, "training.steps=10"])
+    world, overrides = LAYOUTS["dp2_distributed"]
+    pool.run(world, train, str(tmp_path), str(data), [*overrides, *FLAT, "training.steps=3"])
     try:
-        pool.run(2, train, str(run), str(data), flat, guard)
+        pool.run(world, train, str(tmp_path), str(data), [*overrides, *FLAT], guard)
     except RuntimeError:
         return
-    assert losses(run)[:10] == losses(straight)[:10]
-    assert losses(run)[10:] != pytest.approx(losses(straight)[10:], abs=1e-4)
+    expected, found = losses(straight("dp2_distributed")), losses(tmp_path)
+    assert found[:3] == expected[:3]
+    assert found[3:] != pytest.approx(expected[3:], abs=1e-4)
 
 
-def test_separate_messages_are_needed_in_the_interleaved_schedule(pool, data, reference, tmp_path):
+def test_separate_messages_are_needed_in_the_interleaved_schedule(pool, data, straight, tmp_path):
     """Batched, they are mixed up between two stages: no error, but other gradients."""
     world, overrides = LAYOUTS["vpp2"]
     pool.run(world, train, str(tmp_path), str(data), [*overrides, "training.steps=2"], "p2p")
-    assert metrics(tmp_path)[0]["grad_norm"] != pytest.approx(metrics(reference)[0]["grad_norm"], rel=0.01)
+    assert metrics(tmp_path)[0]["grad_norm"] != pytest.approx(metrics(straight())[0]["grad_norm"], rel=0.01)
 
 
 def test_means_by_rank_are_noticed_under_context_parallelism(pool, data, tmp_path):
@@ -220,7 +214,7 @@ def test_means_by_rank_are_noticed_under_context_parallelism(pool, data, tmp_pat
         pool.run(world, train, str(tmp_path), str(data), [*overrides, "training.steps=2"], "rank_mean")
 
 
-WEIGHTS = ["training.loss_weights={text: 0.5, semantic: 2, acoustic_1: 0}", "training.micro_batch_size=4"]
+WEIGHTS = ["training.loss_weights={text: 0.5, semantic: 2, acoustic_1: 0}"]
 
 
 @pytest.mark.parametrize(
@@ -260,15 +254,12 @@ def test_validation_is_the_same_at_every_layout(pool, data, tmp_path):
     assert found[1:] == pytest.approx(found[:1] * 2, abs=1e-5)
 
 
-def test_bf16_stays_near_fp32(pool, data, reference, tmp_path):
+@pytest.mark.parametrize("layout", ["one", "dp2_distributed", "sp2", "pp2"])
+def test_bf16_stays_near_fp32(straight, layout):
     """With float32 master weights; at several layouts they agree better than with float32."""
-    runs = {}
-    for name in ("one", "dp2_distributed", "sp2", "pp2"):
-        world, overrides = LAYOUTS.get(name, (1, []))
-        pool.run(world, train, str(tmp_path / name), str(data), [*overrides, "precision.dtype=bf16"])
-        runs[name] = losses(tmp_path / name)
-        assert runs[name] == pytest.approx(losses(reference), abs=0.02)
-        assert runs[name] != losses(reference)
+    found, expected = losses(straight(layout, BF16)), losses(straight())
+    assert found == pytest.approx(expected, abs=0.02)
+    assert found != expected
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "cautious"])

@@ -1,4 +1,4 @@
-"""AdamW and Cautious AdamW over 100 steps against numpy, at every way of cutting their state."""
+"""AdamW and Cautious AdamW over 40 steps against numpy, at every way of cutting their state."""
 
 import functools
 import re
@@ -12,19 +12,20 @@ import pytest
 
 from tests.helpers import SPACE, small_recipe
 
-STEPS, PEAK, DECAY, BETA1, BETA2, EPSILON = 100, 1e-2, 0.1, 0.9, 0.95, 1e-16
+STEPS, PEAK, DECAY, BETA1, BETA2, EPSILON = 40, 1e-2, 0.1, 0.9, 0.95, 1e-16
 
 
 def rate(step: int) -> float:
-    return PEAK * min(1.0, (step + 1) / 20) * (1.0 if step < 60 else (STEPS - step) / 40)
+    return PEAK * min(1.0, (step + 1) / 8) * (1.0 if step < 24 else (STEPS - step) / 16)
 
 
-def draw(name: str, kind: str, shape: list[int]) -> np.ndarray:
+@functools.cache
+def draw(name: str, kind: str, shape: tuple[int, ...]) -> np.ndarray:
     values = np.random.default_rng(zlib.crc32(f"{name}/{kind}".encode())).normal(size=shape) * 0.1
     return (values.astype(np.float32).view(np.uint32) & 0xFFFF0000).view(np.float32).astype(np.float64)  # fits bf16
 
 
-def gradient(name: str, step: int, shape: list[int]) -> np.ndarray:
+def gradient(name: str, step: int, shape: tuple[int, ...]) -> np.ndarray:
     """With a mean that stays, so that the moments say something; some steps are large enough to be clipped. The noise
     grows from row to row and differs between tensors, so the cautious mask keeps another share of each matrix."""
     large = 5.0 if step % 7 == 0 else 0.2
@@ -33,7 +34,7 @@ def gradient(name: str, step: int, shape: list[int]) -> np.ndarray:
     return large * (noise * draw(name, str(step), shape) + draw(name, "mean", shape))
 
 
-def matrices(name: str, shape: list[int]) -> dict[str, np.ndarray]:
+def matrices(name: str, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
     """Of each matrix in a tensor: which rows are its own. The small recipe has 4 heads in 2 groups, of 16 each."""
     row = np.arange(shape[0])
     if name.endswith("linear_fc1.weight"):
@@ -44,7 +45,7 @@ def matrices(name: str, shape: list[int]) -> dict[str, np.ndarray]:
     return {"q": place < 2, "k": place == 2, "v": place == 3}
 
 
-def expected(shapes: dict[str, list[int]], cautious: str) -> dict[str, np.ndarray]:
+def expected(shapes: dict[str, tuple[int, ...]], cautious: str) -> dict[str, np.ndarray]:
     """All parameters after the steps, in float64, from the definition. `cautious`: "", "layer" or "stacked"."""
     of = {name: matrices(name, shape) for name, shape in shapes.items()}
     weights = {name: draw(name, "weight", shape) for name, shape in shapes.items()}
@@ -92,7 +93,8 @@ def run_steps(folder: str, overrides: list[str], wanted: dict[str, np.ndarray] |
 
     recipe = small_recipe(
         Path(folder), Path(folder), f"optimizer.weight_decay={DECAY}", f"optimizer.learning_rate={PEAK}",
-        f"optimizer.beta1={BETA1}", f"optimizer.beta2={BETA2}", f"optimizer.epsilon={EPSILON}", *overrides,
+        f"optimizer.beta1={BETA1}", f"optimizer.beta2={BETA2}", f"optimizer.epsilon={EPSILON}",
+        "training.micro_batch_size=2", *overrides,
     )  # fmt: skip
     device = ranks.init(recipe)
     size, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
@@ -104,7 +106,7 @@ def run_steps(folder: str, overrides: list[str], wanted: dict[str, np.ndarray] |
                 shape[parameter.partition_dim] *= size
             if name.startswith(("embedding.", "output_layer.")):
                 shape[0] = SPACE.size
-            yield name, parameter, shape
+            yield name, parameter, tuple(shape)
 
     def cut(name: str, parameter: Any, whole: np.ndarray) -> torch.Tensor:
         full = torch.tensor(whole, dtype=torch.float32)

@@ -1,16 +1,21 @@
 """csrc: the CUDA files compile, a build without a compiler installs without, a library that is no good is not used."""
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
+import traceback
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils import cpp_extension
 from torch.utils.cpp_extension import CUDA_HOME, include_paths, library_paths
 
 from megatron_soda.ops import library
+from tests.forked import forked
 
 ROOT = Path(__file__).resolve().parents[2]
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path=f"{CUDA_HOME}/bin")
@@ -30,17 +35,39 @@ def test_the_cuda_files_compile(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-# setup.py as with another build of torch: CUDA's version and its home are what the test says.
-AS_TORCH = """
-import os, runpy, sys, torch
-from torch.utils import cpp_extension
-torch.version.cuda = sys.argv.pop(1) or None
-cpp_extension.CUDA_HOME = os.environ.get("CUDA_HOME")
-runpy.run_path("setup.py", run_name="__main__")
-"""
+@dataclass
+class Done:
+    returncode: int
+    said: str
 
 
-def build(folder: Path, cuda: str = "", **environment: str) -> subprocess.CompletedProcess:
+def run_setup(folder: Path, cuda: str, environment: dict[str, str]) -> Done:
+    """In a process of its own: setup.py as with another build of torch, for CUDA's version `cuda` in CUDA_HOME."""
+    os.chdir(folder / "source")
+    os.environ.clear()
+    os.environ.update(environment)
+    log = folder / "said"
+    with log.open("wb") as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+    torch.version.cuda = cuda or None
+    cpp_extension.CUDA_HOME = os.environ.get("CUDA_HOME")
+    sys.argv = ["setup.py", "build_ext", "--inplace"]
+    try:
+        runpy.run_path("setup.py", run_name="__main__")
+        status = 0
+    except SystemExit as stop:
+        status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        print(stop.code, file=sys.stderr)
+    except Exception:
+        status = 1
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return Done(status, log.read_text(errors="replace"))
+
+
+def build(folder: Path, cuda: str = "", **environment: str) -> Done:
     """setup.py's build of the library from sources without content; `cuda` is the version that torch was built for."""
     source = folder / "source"
     for part in ("cpu/ops.cpp", "cuda/ops.cu"):
@@ -53,12 +80,9 @@ def build(folder: Path, cuda: str = "", **environment: str) -> subprocess.Comple
     return build_again(folder, cuda, **environment)
 
 
-def build_again(folder: Path, cuda: str = "", **environment: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", AS_TORCH, cuda, "build_ext", "--inplace"]
+def build_again(folder: Path, cuda: str = "", **environment: str) -> Done:
     settings = {key: value for key, value in os.environ.items() if key not in ("SODA_CSRC", "CUDA_HOME", "CUDA_PATH")}
-    return subprocess.run(
-        command, cwd=folder / "source", env={**settings, **environment}, capture_output=True, text=True, check=False
-    )
+    return forked(run_setup, folder, cuda, {**settings, **environment})
 
 
 def built_and_note(folder: Path) -> tuple[bool, str]:
@@ -82,15 +106,15 @@ NO_COMPILER = {"CC": "/nowhere/cc", "CXX": "/nowhere/c++"}
 )
 def test_where_it_cannot_be_built(tmp_path, environment, code, words, note):
     done = build(tmp_path, **environment)
-    assert done.returncode == code, done.stderr
-    assert words in done.stdout + done.stderr
+    assert done.returncode == code, done.said
+    assert words in done.said
     built, reason = built_and_note(tmp_path)
     assert not built
     assert note in reason
     assert bool(note) == bool(reason)
     assert len(reason.splitlines()) <= 1
     if code == 0 and words:
-        assert "pip install --no-build-isolation -e ." in done.stderr
+        assert "pip install --no-build-isolation -e ." in done.said
 
 
 # Stand-ins for nvcc: `nvcc --version` is what torch compares with its own; then one file is compiled, to the -o.
@@ -118,11 +142,11 @@ def test_without_cuda_the_cpu_kernels_are_built(tmp_path, nvcc, note):
         program.write_text("#!/bin/sh\n" + nvcc)
         program.chmod(0o755)
     done = build(tmp_path, cuda="13.0", CUDA_HOME=str(tmp_path / "cuda"))
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.said
     built, reason = built_and_note(tmp_path)
-    assert built, done.stderr
+    assert built, done.said
     assert note in reason
-    assert f"WARNING: csrc is built without its CUDA kernels: {reason}" in done.stderr
+    assert f"WARNING: csrc is built without its CUDA kernels: {reason}" in done.said
 
 
 @pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
@@ -130,32 +154,33 @@ def test_an_old_note_goes_away(tmp_path):
     assert build(tmp_path, **NO_COMPILER).returncode == 0
     assert built_and_note(tmp_path)[1]
     done = build_again(tmp_path)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.said
     assert built_and_note(tmp_path) == (True, "")
 
 
-def why_absent(library: Path) -> str:
-    """What a fresh process says of this library; it must work without it."""
+def why_absent(*libraries: Path) -> list[str]:
+    """What a fresh process says of these libraries, one after the other; it must work without them."""
     program = (
         "import sys, pathlib, torch\n"
         "from megatron_soda.ops import library\n"
-        "library.path, library.why_absent = pathlib.Path(sys.argv[1]), 'not loaded yet'\n"
-        "library.load()\n"
         "from megatron_soda import ops\n"
-        "assert ops.pack_frames(torch.tensor([[1, 2]], dtype=torch.int32), 4).tolist() == [[0x21]]\n"
-        "assert library.find('pack_frames', 'cpu') is None and not library.has_cuda()\n"
-        "library.set_simd(False)\n"
         "from megatron_soda.commands.doctor import checks\n"
-        "row = next(row for row in checks() if row[0] == 'csrc kernels')\n"
-        "assert row[1] is False and library.why_absent in row[2] and '--no-build-isolation' in row[3], row\n"
-        "print(library.why_absent)"
+        "for path in sys.argv[1:]:\n"
+        "    library.path, library.why_absent = pathlib.Path(path), 'not loaded yet'\n"
+        "    library.load()\n"
+        "    assert ops.pack_frames(torch.tensor([[1, 2]], dtype=torch.int32), 4).tolist() == [[0x21]]\n"
+        "    assert library.find('pack_frames', 'cpu') is None and not library.has_cuda()\n"
+        "    library.set_simd(False)\n"
+        "    row = next(row for row in checks() if row[0] == 'csrc kernels')\n"
+        "    assert row[1] is False and library.why_absent in row[2] and '--no-build-isolation' in row[3], row\n"
+        "    print(library.why_absent)"
     )
     # The package's own library must stay out of the process: one of two libraries of the same ops would not load.
-    copy = library.parent / "copy" / "megatron_soda"
+    copy = libraries[0].parent / "copy" / "megatron_soda"
     if not copy.exists():
         shutil.copytree(ROOT / "megatron_soda", copy, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     done = subprocess.run(
-        [sys.executable, "-c", program, str(library)],
+        [sys.executable, "-c", program, *map(str, libraries)],
         cwd=copy.parent,
         env={**os.environ, "PYTHONPATH": str(copy.parent)},
         capture_output=True,
@@ -163,16 +188,18 @@ def why_absent(library: Path) -> str:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+    return done.stdout.splitlines()
 
 
 def test_a_library_that_cannot_be_loaded(tmp_path):
-    assert why_absent(tmp_path / "nothing.so") == "not built"
-    (tmp_path / "_csrc.txt").write_text("/bin/sh: 1: c++: not found\n")
-    assert why_absent(tmp_path / "nothing.so") == "not built (/bin/sh: 1: c++: not found)"
-    garbage = tmp_path / "garbage.so"
+    nothing, noted, garbage = (tmp_path / name / "x.so" for name in ("nothing", "noted", "garbage"))
+    for path in (nothing, noted, garbage):
+        path.parent.mkdir()
+    (noted.parent / "_csrc.txt").write_text("/bin/sh: 1: c++: not found\n")
     garbage.write_bytes(b"no library at all" * 100)
-    assert why_absent(garbage).startswith("it cannot be loaded (")
+    *absent, damaged = why_absent(nothing, noted, garbage)
+    assert absent == ["not built", "not built (/bin/sh: 1: c++: not found)"]
+    assert damaged.startswith("it cannot be loaded (")
 
 
 FOREIGN = 'extern "C" int torch_no_such_function();\nint foreign = torch_no_such_function();\n'
@@ -206,4 +233,4 @@ def test_a_library_of_another_build(tmp_path, source, version, words):
         ],
         cwd=tmp_path, check=True,
     )  # fmt: skip
-    assert why_absent(tmp_path / "other.so").startswith(words)
+    assert why_absent(tmp_path / "other.so")[0].startswith(words)

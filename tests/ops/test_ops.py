@@ -1,5 +1,6 @@
 """megatron_soda.ops: csrc with and without vector instructions, and the reference, against independent numpy."""
 
+import itertools
 import math
 from collections.abc import Callable
 from itertools import pairwise
@@ -81,11 +82,10 @@ def unpacked_by_numpy(packed: np.ndarray, slots: int, bits: int) -> np.ndarray:
     return (planes.astype(np.int64) @ (1 << np.arange(bits))).astype(np.int32)
 
 
-@pytest.mark.parametrize("bits", range(1, 25))
 @pytest.mark.parametrize("slots", [1, 2, 3, 7, 8, 9, 16, 17, 32])
-def test_packing(side, slots, bits):
-    rng = np.random.default_rng(bits)
-    for frames in (0, 1, 2, 3, 5, 40):
+def test_packing(side, slots):
+    rng = np.random.default_rng(slots)
+    for bits, frames in itertools.product(range(1, 25), (0, 1, 3, 40)):
         codes = rng.integers(0, 2**bits, (frames, slots)).astype(np.int32)
         codes[:1] = 2**bits - 1
         wanted = packed_by_numpy(codes, bits)

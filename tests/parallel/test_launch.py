@@ -5,7 +5,6 @@ import signal
 import socket
 import subprocess
 import sys
-import textwrap
 import time
 from pathlib import Path
 
@@ -15,6 +14,8 @@ from megatron_soda.config import load_recipe
 from megatron_soda.errors import SodaError
 from megatron_soda.parallel.layout import check_layout
 from megatron_soda.parallel.preflight import check_rendezvous
+from tests.forked import forked
+from tests.helpers import small_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 PRETRAIN = ROOT / "examples" / "pretrain"
@@ -146,27 +147,23 @@ def test_rendezvous_of_a_trainer(monkeypatch):
     check_rendezvous()
 
 
+def threads_given(wanted: dict[str, str]) -> int:
+    import torch
+
+    from megatron_soda.parallel import ranks
+
+    os.environ.pop("OMP_NUM_THREADS", None)
+    os.environ.update(wanted)
+    torch.set_num_threads(int(wanted.get("OMP_NUM_THREADS", "7")))  # as OpenMP does when torch is loaded
+    os.sched_getaffinity = lambda _: {1, 3, 5, 7, 9, 11}
+    ranks.init(small_recipe(Path("run"), Path("data")))
+    return torch.get_num_threads()
+
+
 def test_threads_are_the_users_or_the_cores_of_this_process():
     """torch itself would take every core of the machine, also those that a scheduler gave to others."""
-    script = """
-        import os, torch
-        from pathlib import Path
-        from megatron_soda.parallel import ranks
-        from tests.helpers import small_recipe
-        os.sched_getaffinity = lambda _: {1, 3, 5, 7, 9, 11}
-        ranks.init(small_recipe(Path("run"), Path("data")))
-        print(torch.get_num_threads())
-    """
-    for wanted, given in (({"OMP_NUM_THREADS": "1"}, 1), ({}, 6), ({"LOCAL_WORLD_SIZE": "4"}, 1)):
-        environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | wanted
-        said = subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(script)],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-        assert said.stdout.split() == [str(given)], said.stderr
+    for wanted, given in (({"OMP_NUM_THREADS": "5"}, 5), ({}, 6), ({"LOCAL_WORLD_SIZE": "4"}, 1)):
+        assert forked(threads_given, wanted) == given
 
 
 # ---- launch.sh
