@@ -23,7 +23,7 @@ def index_checkpoint(
     from torch.distributed.checkpoint.filesystem import FileSystemReader
 
     from megatron_soda.training.checkpoint import manifest_of
-    from megatron_soda.training.checkpoint_files import write_index
+    from megatron_soda.training.checkpoint_index import write_index
 
     if not (folder / ".metadata").is_file():
         raise SodaError(f"{folder}: has no .metadata; this is no torch_dist checkpoint")

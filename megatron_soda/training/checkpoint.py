@@ -1,7 +1,7 @@
 """Checkpoints in megatron-core's torch_dist format: RUN/checkpoints/step_00000250, read back at any layout.
 
 A checkpoint is written under a temporary name, synced to the disk, and renamed when every rank is done: the rename is
-what makes it the newest. In it, beside the tensors and their index (checkpoint_files.py):
+what makes it the newest. In it, beside the tensors and their index (checkpoint_files.py, checkpoint_index.py):
 
 checkpoint.json  the step, what data is used up, and of what model, vocabulary and optimizer it is
 manifest.json    bytes and SHA-256 of every other file; a checkpoint that does not agree with it is not used
@@ -25,7 +25,8 @@ from ..files import read_json, sha256, sync_folder, write_json
 from ..log import log
 from ..vocab import TokenSpace
 from . import checkpoint_files
-from .checkpoint_files import INDEX, Entries
+from .checkpoint_files import Entries
+from .checkpoint_index import INDEX
 from .optimizer import choose_adam, finish_load, prepare_load
 
 _OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}

@@ -27,7 +27,8 @@ from torch.distributed.checkpoint.utils import _create_file_view
 
 from ..errors import SodaError
 from ..files import reading
-from .checkpoint_files import Entries, _Checked, read_index, write_index
+from .checkpoint_files import Entries, _Checked
+from .checkpoint_index import read_index, write_index
 
 _FILE_BYTES = 2 << 30  # a file of a written checkpoint is closed once it has more
 
