@@ -146,9 +146,12 @@ def _training(recipe: Recipe, saved: Mapping[str, Any]) -> list[str]:
         "",
         *_head_rows(recipe),
     ]
+    if (init := saved.get("init") or {}).get("origin"):
+        lines += [f"Training started with the weights of {init.get('name') or 'an earlier model'}.", ""]
     if _prepared_here(recipe, saved):
         p = recipe.prepare
-        made_of = [f"speech of {p.speech}"] * bool(p.speech) + [f"text of {', '.join(p.text)}"] * bool(p.text)
+        speech, text = Path(p.speech).name, ", ".join(Path(one).name for one in p.text)  # no paths of this machine
+        made_of = [f"speech `{speech}`"] * bool(speech) + [f"text `{text}`"] * bool(text)
         made_of += [f"codec {p.codec}", f"orders {', '.join(p.orders)}"]
         lines += [f"Data: {'; '.join(made_of)}.", ""]
     if data:

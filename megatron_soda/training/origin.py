@@ -67,8 +67,13 @@ def find_origin(recipe: Recipe, space: TokenSpace) -> Origin:
     branching = kind == "branched"
     saved: dict[str, Any] = {"step": 0, "samples": 0, "branch": {}, "consumed": {}}
     if kind == "weights only" and folder is not None:
-        made_by = checkpoint.read_description(folder, recipe.model, space).get("made_by", {})
-        saved |= {"made_by": made_by, "init": {"origin": str(folder), "identity": checkpoint.identity(folder)}}
+        of_weights = checkpoint.read_description(folder, recipe.model, space)
+        saved["made_by"] = of_weights.get("made_by", {})
+        saved["init"] = {
+            "origin": str(folder),
+            "identity": checkpoint.identity(folder),
+            "name": of_weights.get("imported", {}).get("name", ""),
+        }
     elif folder is not None:
         saved = checkpoint.read_description(
             folder, recipe.model, space, checkpoint.describe(recipe, space)["optimizer"]

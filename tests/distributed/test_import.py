@@ -267,6 +267,7 @@ def test_the_imported_run_itself_can_be_trained(pool, imported, tmp_path):
     shutil.rmtree(run / "hf", ignore_errors=True)
     (out,) = pool.run(1, run_export, str(run), [f"data.path={run}/nothing"])
     assert json.loads((Path(out) / "soda.json").read_text())["step"] == 6
+    assert "Training started with the weights of soda." in (Path(out) / "README.md").read_text()
 
 
 def test_a_trained_checkpoint_gives_its_weights_too(pool, imported, tmp_path):
