@@ -63,6 +63,13 @@ def why(error: Exception, output: str) -> str:
     return next(printed, text.splitlines()[-1])[:200]
 
 
+def shared_libstdcxx() -> list[str]:
+    """The C++ library that torch has loaded. A compiler may link its own statically, and then an error thrown by csrc
+    crashes the process, because torch catches it with another copy of the library."""
+    with open("/proc/self/maps", encoding="utf-8") as maps:
+        return sorted({line.split(maxsplit=5)[5].strip() for line in maps if "/libstdc++.so.6" in line})[:1]
+
+
 def extension(mode: str) -> dict:
     """setup()'s arguments that build csrc; none if it is not to be built."""
     if mode not in ("auto", "cpu", "cuda", "none"):
@@ -89,6 +96,7 @@ def extension(mode: str) -> dict:
                 "cxx": ["-O3", "-g0", "-fvisibility=hidden", *STABLE_ABI],
                 "nvcc": ["-O3", "-DUSE_CUDA", *STABLE_ABI],
             },
+            extra_link_args=shared_libstdcxx(),
             py_limited_api=True,
         )
 

@@ -13,6 +13,7 @@ from .commands import (
     evaluate,
     export,
     generate,
+    import_,
     inspect,
     params,
     prepare,
@@ -33,9 +34,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-COMMANDS = (prepare, validate, inspect, convert_store, train, params, export, evaluate, generate, report, doctor)
+COMMANDS = (
+    *(prepare, validate, inspect, convert_store, train, params),
+    *(export, import_, evaluate, generate, report, doctor),
+)
 for _module in COMMANDS:
-    _name = _module.__name__.rpartition(".")[2].replace("_", "-")
+    _name = _module.__name__.rpartition(".")[2].removesuffix("_").replace("_", "-")
     app.command(_name, epilog=examples(*_module.EXAMPLES))(_module.command)
 app.add_typer(tokenizer.app, name="tokenizer")
 

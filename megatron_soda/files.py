@@ -141,7 +141,9 @@ def _why(error: BaseException) -> str:
     if isinstance(error, KeyError) and error.args:
         return f"no {error.args[0]!r}"[:300]
     text = (getattr(error, "strerror", None) or str(error)).strip() or type(error).__name__
-    return "".join(letter if letter.isprintable() else "?" for letter in text.splitlines()[0][:300])
+    first, *more = text.splitlines()
+    said = f"{first} {more[0].strip()}" if first.endswith(":") and more else first
+    return "".join(letter if letter.isprintable() else "?" for letter in said[:300])
 
 
 def sha256(path: Path) -> str:

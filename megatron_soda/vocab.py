@@ -166,6 +166,26 @@ class Grammar:
             mask[state] |= kinds == kind
         return mask
 
+    def following(self) -> np.ndarray:
+        """bool (kinds + 1, 2, kinds): which kinds may follow a token, as far as a window of documents shows it.
+
+        The first index is the kind of the last token that is not text, or `kinds` where the window begins with text;
+        the second, whether text came after it. After EOS comes the BOS of the next document.
+        """
+        kinds = FIRST_CODE + self.space.codebooks
+        allowed = np.zeros((kinds + 1, 2, kinds), bool)
+        for context in range(kinds + 1):
+            states = set(range(self.states))
+            if context < kinds:
+                states = {following for (_, kind), following in self.step.items() if kind == context}
+            if context == EOS_KIND:
+                states = {self.START}
+            in_text = {self.step[state, TEXT] for state in states if (state, TEXT) in self.step}
+            for state, kind in self.step:
+                allowed[context, 0, kind] |= state in states
+                allowed[context, 1, kind] |= state in in_text
+        return allowed
+
     def shortest_end(self) -> np.ndarray:
         """int (states,): the minimum number of tokens to the end of the document, including EOS."""
         distance = np.full(self.states, 10**9)

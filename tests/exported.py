@@ -13,7 +13,7 @@ from megatron_soda.config import Recipe, load_recipe
 from megatron_soda.data.store import write_store
 from megatron_soda.data.units import write_units
 from megatron_soda.files import read_json, write_json, write_sealed
-from megatron_soda.hf.load import CONFIG, DESCRIPTION, file_hashes
+from megatron_soda.hf.load import CODEC, CONFIG, DESCRIPTION, file_hashes
 from megatron_soda.hf.tokenizer import save_tokenizer
 from megatron_soda.tokenizer import TextTokenizer, train_sentencepiece
 from megatron_soda.vocab import TokenSpace
@@ -68,7 +68,7 @@ def write_exported(run: Path) -> Exported:
     rows = [utterance(i, rng) for i in range(6)]
     codec = CodecDescription.of(FakeCodec(), {"spec": "embedded"})
     write_units(data / "test.parquet", rows, codec=codec)
-    for place in (data, folder):
+    for place in (data, folder / CODEC):
         write_json(place / "codec.json", codec.to_dict())
     write_model(folder, space, text)
     (run / "recipe.yaml").write_text((folder / "recipe.yaml").read_text())
@@ -103,5 +103,6 @@ def write_model(folder: Path, space: TokenSpace, text: TextTokenizer) -> None:
     (folder / "recipe.yaml").write_text(f"name: tiny\ndata: {{sequence_length: {CONTEXT}}}\n")
     written = {name: value for name, value in read_json(folder / "config.json").items() if name in CONFIG}
     described = {"name": "tiny", "step": 7, "key": "k", "space": space.to_dict(), "made_by": MADE_BY, "config": written}
-    files = file_hashes(folder, [path.name for path in folder.iterdir()])
+    names = [str(path.relative_to(folder)) for path in folder.rglob("*")]
+    files = file_hashes(folder, names)
     write_sealed(folder / DESCRIPTION, {**described, "files": files})

@@ -14,6 +14,7 @@ from pathlib import Path
 import av
 import numpy as np
 import soundfile
+import torch
 
 from megatron_soda import run_folder
 from megatron_soda.audio.reading import read_pieces
@@ -23,9 +24,12 @@ from megatron_soda.codecs.description import CodecDescription, load_data_codec
 from megatron_soda.config import load_recipe
 from megatron_soda.data.units import read_shard, read_units, unit_codec, unit_key, write_units
 from megatron_soda.errors import SodaError
+from megatron_soda.hf.qwen3 import from_config, hf_config, shapes
+from megatron_soda.hf.weights import ShardWriter, Weights
 from megatron_soda.report.evaluation import by_suite
 from megatron_soda.report.reading import as_dict, load, read_metrics
 from megatron_soda.tokenizer import TextTokenizer, train_sentencepiece
+from megatron_soda.vocab import TokenSpace
 from tests.fuzz import damaged, edited
 from tests.test_tokenizer import SENTENCES
 
@@ -164,7 +168,24 @@ def _readers(folder: Path) -> dict[str, tuple[Path, Callable[[Path], object]]]:
     def use_timings(path: Path) -> None:
         run_folder.record_timing(path.parent, "train", {"seconds": 1.0}, add=True)
 
+    model_folder = folder / "qwen3"
+    model_folder.mkdir()
+    sizes = load_recipe(None, ["model.num_layers=1", "model.hidden_size=8", "model.ffn_hidden_size=8"]).model
+    config, weights = model_folder / "config.json", ShardWriter(model_folder, shapes(sizes, 20), torch.float32)
+    config.write_text(json.dumps(hf_config(sizes, TokenSpace(10, 1, 2, 2, 3), 64).to_dict()))
+    for name, shape in weights.shapes.items():
+        weights.write(name, torch.ones(shape))
+    weights.finish()
+
+    def use_weights(path: Path) -> None:
+        found = Weights(path.parent)
+        found.check(weights.shapes)
+        for name in found.shapes:
+            found.read(name)
+
     return {
+        "config.json": (config, from_config),
+        "safetensors": (model_folder / "model.safetensors", use_weights),
         "recipe": (recipe, load_recipe),
         "sentencepiece": (model, use),
         "tokenizer.json": (spec, use),

@@ -52,7 +52,7 @@ def test_sizes_against_transformers(preset):
     import torch
     from transformers import AutoModelForCausalLM
 
-    from megatron_soda.hf.export import hf_config
+    from megatron_soda.hf.qwen3 import hf_config
 
     recipe = load_recipe(None, [f"preset={preset}"])
     with torch.device("meta"):
@@ -75,7 +75,7 @@ def test_budgets_of_the_study():
 
 def test_who_draws_the_weights():
     """The paper's models as its library does, others with one standard deviation, unless the recipe says."""
-    from megatron_soda.hf.export import hf_config
+    from megatron_soda.hf.qwen3 import hf_config
 
     for preset in [*PRESETS, "isoflop-640"]:
         model = load_recipe(None, [f"preset={preset}"]).model

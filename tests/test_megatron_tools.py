@@ -136,9 +136,16 @@ def test_what_cannot_be_read(folder, monkeypatch, line, flags, words):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--loader", "llama_mistral", "--saver", "core"], "not supported yet"),
+        (["--loader", "llama_mistral", "--saver", "core"], "run: no config.json in it"),
+        (
+            ["--loader", "hf", "--saver", "mcore", "--checkpoint-type", "meta"],
+            "--checkpoint-type=meta: must be one of hf",
+        ),
+        (["--loader", "hf", "--saver", "core", "--model-size", "qwen3-8B"], "config.json has the sizes"),
+        (["--loader", "hf", "--saver", "hf"], "nothing to convert"),
         (["--loader", "core", "--saver", "core"], "at any layout"),
         (["--loader", "core", "--saver", "huggingface"], "--saver=huggingface: must be one of hf"),
+        (["--loader", "mixtral_hf", "--saver", "core"], "--loader=mixtral_hf: must be one of"),
         (["--saver", "hf", "--target-tensor-parallel-size", "2"], "Leave it out"),
         (["--saver", "hf", "--save-dir", "."], "something else"),
         (["--saver", "hf", "--load-dir", "nothing"], "no such folder"),

@@ -13,7 +13,7 @@ from .model import Model
 from .parallel import Parallel
 from .prepare import Prepare
 from .training import Checkpoint, Logging, Optimizer, Precision, Schedule, Training, rule_learning_rate
-from .use import Evaluate, Generate
+from .use import Evaluate, Export, Generate
 
 
 @dataclass(config=SECTION)
@@ -32,6 +32,7 @@ class Recipe:
     precision: Precision = field(default_factory=Precision)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     logging: Logging = field(default_factory=Logging)
+    export: Export = field(default_factory=Export)
     evaluate: Evaluate = field(default_factory=Evaluate)
     generate: Generate = field(default_factory=Generate)
 
@@ -47,6 +48,10 @@ class Recipe:
     @model_validator(mode="after")
     def _check(self) -> Self:
         t, precision = self.training, self.precision
+        need(
+            not (t.branch_from and t.init_from),
+            "training.branch_from goes on with a run and training.init_from takes weights alone: set one of them",
+        )
         need(
             bool(t.branch_from) or self.schedule.name != "decay",
             "schedule.name=decay continues another run: set training.branch_from to one of that run's checkpoints",

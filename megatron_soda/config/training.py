@@ -19,9 +19,16 @@ class Training:
     """Sequences that a rank processes at once."""
     branch_from: str = ""
     """A checkpoint of another run to continue from in a new run. Step count and data continue too."""
+    init_from: str = ""
+    """A checkpoint whose weights a new run starts with. Steps, optimizer and data start afresh."""
     loss_weights: dict[str, AtLeast0] = field(default_factory=dict)
     """Loss weights by token class (text, marker, semantic, ..). Default: 1."""
     z_loss: AtLeast0 = 1e-4
+    head_rows: Literal["all", "legal"] = "all"
+    """legal: the softmax of a position is over the tokens that the grammar allows there, a fraction of the work. all:
+    over all tokens, as in the paper."""
+    head_full_share: Share = 0.0
+    """With head_rows=legal, the share of positions whose softmax is over all rows, for decoders without the grammar."""
     recompute: bool = False
     """Recompute the activations inside layers in the backward pass instead of keeping them."""
     backend: Literal["auto", "transformer_engine", "local"] = "auto"

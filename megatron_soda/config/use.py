@@ -1,4 +1,4 @@
-"""`evaluate` and `generate`: how a trained model is used."""
+"""`export`, `evaluate` and `generate`: what is done with a trained model."""
 
 from dataclasses import field
 from typing import Literal, Self
@@ -8,6 +8,12 @@ from pydantic.dataclasses import dataclass
 
 from ..registry import SUITES, TASKS
 from .fields import SECTION, Above0, Count, CountOrZero, choice
+
+
+@dataclass(config=SECTION)
+class Export:
+    weights: Literal["", "fp32", "bf16"] = ""
+    """Format of the exported weights. Empty: as they are in the checkpoint."""
 
 
 @dataclass(config=SECTION)

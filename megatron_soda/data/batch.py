@@ -14,7 +14,7 @@ from .windows import Window
 
 @dataclass
 class Batch:
-    """A micro-batch. All but `cu_seqlens` are (sequences, length)."""
+    """A micro-batch. All tensors but `cu_seqlens` are (sequences, length)."""
 
     tokens: Tensor  # int64
     labels: Tensor  # int64: the next token
@@ -23,6 +23,7 @@ class Batch:
     segment_id: Tensor  # int64: counts documents inside a window; attention stays inside one
     position_id: Tensor  # int64: counts from the start of the window, or of the segment
     cu_seqlens: Tensor  # int32 (segments + 1,): where segments start in the flattened batch, and its end
+    longest: int  # tokens of the longest segment
 
 
 class Batcher:
@@ -49,15 +50,15 @@ class Batcher:
         device = self.classes.device
         ids = torch.from_numpy(np.stack([window.ids for window in windows])).to(device)
         counts = torch.tensor([window.count for window in windows], device=device)
-        label_weights = self._label_weights(windows)
         try:
             tables = self.classes, self.weights, self.eos, self.reset_positions
-            return Batch(*ops.build_batch(ids, counts, *tables, label_weights))
+            tensors = ops.build_batch(ids, counts, *tables, self._label_weights(windows))
         except ValueError as error:
             raise SodaError(
                 f"a window of the store holds an id outside the vocabulary: {error}. "
                 "It is damaged, or of another vocabulary; `soda validate` tells where."
             ) from None
+        return Batch(*tensors, longest=int((tensors[-1][1:] - tensors[-1][:-1]).max()))
 
     def _label_weights(self, windows: list[Window]) -> Tensor | None:
         """float32 (windows, length); None if no window has weights of its own."""

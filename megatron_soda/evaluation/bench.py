@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..codecs.base import Codec
-from ..codecs.description import DESCRIPTION, load_data_codec
+from ..codecs.description import load_data_codec
 from ..config import Recipe
 from ..data.store import Store
 from ..errors import SodaError
@@ -32,17 +32,17 @@ class Bench:
 
     @property
     def has_codec(self) -> bool:
-        return (self.folder / DESCRIPTION).is_file()
+        return self.model.codec is not None
 
     @cached_property
     def codec(self) -> Codec:
-        """The codec of the model's tokens. Raises SodaError if it has none."""
-        if not self.has_codec:
+        """The codec of the model's tokens. SodaError if it has none."""
+        if self.model.codec is None:
             raise SodaError(
-                f"{self.folder}: no {DESCRIPTION} in it: the model knows no sound, so it cannot be measured on it. "
-                f"Remove such suites from evaluate.suite (now {self.recipe.evaluate.suite})."
+                f"{self.folder}: no codec in it: the model knows no sound, so it cannot be measured on sound. "
+                f"Leave such suites out of evaluate.suite (now {self.recipe.evaluate.suite})."
             )
-        return load_data_codec(self.folder)
+        return load_data_codec(self.model.codec)
 
     def header(self, *, with_data: bool) -> dict[str, Any]:
         """What eval.json says about the model, and about the data if they were used."""

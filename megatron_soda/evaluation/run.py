@@ -7,6 +7,7 @@ from typing import Any
 from ..config import Recipe
 from ..errors import SodaError
 from ..files import read_json, write_json
+from ..hf.card import update_card
 from ..log import log
 from ..registry import SUITES
 from ..run_folder import record_timing
@@ -33,6 +34,7 @@ def evaluate(recipe: Recipe, folder: Path) -> dict[str, Any]:
         print("\n".join(table(suite, suite.rows(result[suite.name]))))
     if not suites:
         write_json(path, result)
+    update_card(folder, result)
     record_timing(Path(recipe.run), "evaluate", {"seconds": time.monotonic() - began})
     return result
 

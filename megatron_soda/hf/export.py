@@ -1,36 +1,59 @@
 """`soda export`: a checkpoint as a stock Qwen3ForCausalLM folder, compared with our model before it is done.
 
-soda.json, beside the weights, says which checkpoint they are of and has the hash of every file (see load.py).
+    config.json, generation_config.json, model*.safetensors     what transformers and vLLM load
+    tokenizer.json, tokenizer_config.json, text_tokenizer.*     the tokenizer, and its text part
+    README.md, recipe.yaml                                      the model card; how it was trained
+    codec/                                                      the codec of its audio tokens
+    soda.json                                                   which checkpoint it comes from; hashes of the files
+
+Tensors go from the checkpoint to the files one at a time.
 """
 
 import hashlib
 import json
+import operator
 import shutil
 import time
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.markup import escape
-from torch import Tensor
 
-from ..config import Model, Recipe, save_recipe
+from ..config import Recipe, save_recipe
 from ..console import console
 from ..data.store import Store
 from ..errors import SodaError
 from ..files import read_json, read_sealed, reading, write_sealed
-from ..parallel import ranks
+from ..parallel import ranks  # noqa: F401  before anything of megatron-core
 from ..run_folder import record_timing
-from ..tokenizer import NAMES, TextTokenizer, data_tokenizer, document_string
+from ..tokenizer import NAMES, TextTokenizer, data_tokenizer
+from ..training import checkpoint
+from ..training.checkpoint_stream import TensorReader
 from ..vocab import TokenSpace
-from .load import CONFIG, DESCRIPTION, file_hashes, quiet_transformers, read_export
-from .tokenizer import save_tokenizer
+from .card import CARD, model_card
+from .compare import compare_logits, compare_tokenizer, example_documents
+from .load import CODEC, CODEC_FILES, CONFIG, DESCRIPTION, file_hashes, quiet_transformers, read_export
+from .qwen3 import hf_config, our_shape, parts, shapes
+from .tokenizer import compare_samples, save_tokenizer
+from .weights import ShardWriter
 
-TOLERANCE = {"fp32": 1e-4, "bf16": 0.25}  # of a logit; the second is bfloat16's own grain
-_CODEC = ("codec.json", "codec.safetensors")
-_OF_THE_DATA = (*_CODEC, *NAMES)
+IMPORTED = "imported"  # in a run folder: tokenizer and codec of an imported model
+_FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass
+class Source:
+    """What an export is made from."""
+
+    recipe: Recipe
+    checkpoint: Path
+    saved: Mapping[str, Any]  # checkpoint.json
+    space: TokenSpace
+    store: Store | None  # to compare with; an imported model may have no data
+    beside: Path  # the folder with the tokenizer and the codec
 
 
 def export(recipe: Recipe, folder: Path | None = None, to: Path | None = None) -> Path:
@@ -39,8 +62,6 @@ def export(recipe: Recipe, folder: Path | None = None, to: Path | None = None) -
 
     Raises SodaError without a checkpoint, for one of another model, and if transformers' logits differ from ours.
     """
-    from ..training import checkpoint
-
     began = time.monotonic()
     run = Path(recipe.run)
     if folder and (problems := checkpoint.damage(folder)):
@@ -52,46 +73,17 @@ def export(recipe: Recipe, folder: Path | None = None, to: Path | None = None) -
     with reading(newest / "checkpoint.json", "not the description of a checkpoint"):
         step = int(read_json(newest / "checkpoint.json")["step"])
     key = export_key(newest, recipe)
-    if _is_done(final, key, recipe.data_folder):
+    beside = _beside(recipe)
+    if _is_done(final, key, beside):
         console.print(f"{final}: step {step} is exported already, nothing to do")
         return final
-    from ..model.gpt import build_model
-
     quiet_transformers()
-    recipe = recipe.on_one_rank()
+    temporary = final.parent / f".{final.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
     with console.status("exporting"):
-        store = Store(recipe.data_folder / "test")
-        saved = checkpoint.read_description(newest, recipe.model, store.space)
-        made_by = saved.get("made_by") or store.made_by
-        store.check_made_by(made_by, f"the model ({newest})", recipe.data.accept)
-        device = ranks.init(recipe)
-        ours = build_model(recipe, store.space, device)
-        checkpoint.load(newest, [ours], None)
-        temporary = final.parent / f".{final.name}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        text = data_tokenizer(recipe.data_folder)
-        write_model(ours.state_dict(), recipe, store.space, temporary)
-        save_tokenizer(text, store.space, temporary, recipe.data.sequence_length)
-        difference = compare_logits(ours, temporary, store, recipe)
-        compare_tokenizer(temporary, store, text)
-        _copy_codec(recipe.data_folder, temporary)
-        shutil.copyfile(text.path, temporary / text.path.name)
-        save_recipe(recipe, temporary / "recipe.yaml")
-        config = read_json(temporary / "config.json")
-        write_sealed(
-            temporary / DESCRIPTION,
-            {
-                "name": recipe.name,
-                "step": step,
-                "key": key,
-                "space": store.space.to_dict(),
-                "made_by": made_by,
-                "max_logit_difference": difference,
-                "config": {name: config[name] for name in CONFIG},
-                "files": file_hashes(temporary, [path.name for path in temporary.iterdir()]),
-            },
-        )
+        source = _source(recipe, newest, beside)
+        difference = _write(source, key, temporary)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
     console.print(f"{final}: step {step}, largest logit difference to ours {difference:.1e}")
@@ -101,169 +93,141 @@ def export(recipe: Recipe, folder: Path | None = None, to: Path | None = None) -
 
 def export_key(folder: Path, recipe: Recipe) -> str:
     """Of the content of a checkpoint, not of its step, and of what the recipe says of the model."""
-    from ..training import checkpoint
-
-    parts = [recipe.name, asdict(recipe.model), recipe.data.sequence_length, recipe.precision.dtype]
+    parts = [recipe.name, asdict(recipe.model), recipe.data.sequence_length, recipe.export.weights]
     return hashlib.sha256(json.dumps([checkpoint.identity(folder), *parts]).encode()).hexdigest()[:16]
 
 
-def _is_done(folder: Path, key: str, data: Path) -> bool:
+def _beside(recipe: Recipe) -> Path:
+    imported = Path(recipe.run) / IMPORTED
+    there = (recipe.data_folder / "test.json").is_file() or not imported.is_dir()
+    return recipe.data_folder if there else imported
+
+
+def _source(recipe: Recipe, folder: Path, beside: Path) -> Source:
+    """SodaError if the checkpoint is of another model than the recipe's, or the data were made by another codec or
+    tokenizer than its own."""
+    if beside == recipe.data_folder:
+        store = Store(beside / "test")
+        saved = checkpoint.read_description(folder, recipe.model, store.space)
+        store.check_made_by(saved.get("made_by") or store.made_by, f"the model ({folder})", recipe.data.accept)
+        return Source(recipe, folder, saved, store.space, store, beside)
+    with reading(folder / "checkpoint.json", "not the description of a checkpoint"):
+        space = TokenSpace(**read_json(folder / "checkpoint.json")["space"])
+    saved = checkpoint.read_description(folder, recipe.model, space)
+    known = {**saved.get("made_by", {}), **saved.get("imported", {})}.get("tokenizer")
+    if (found := data_tokenizer(beside).fingerprint) != known:
+        raise SodaError(
+            f"{beside}: its tokenizer is {found}, that of the model ({folder}) is {known}. Import the model again."
+        )
+    return Source(recipe, folder, saved, space, None, beside)
+
+
+def _write(source: Source, key: str, folder: Path) -> float:
+    """Writes the whole model and returns the largest difference of a logit."""
+    recipe, space, store = source.recipe, source.space, source.store
+    text = data_tokenizer(source.beside)
+    write_model(source, folder)
+    tokenizer = save_tokenizer(text, space, folder, recipe.data.sequence_length)
+    documents = example_documents(space)
+    if store is not None:
+        documents = [store.document(i) for i in range(min(len(documents), len(store)))]
+        compare_tokenizer(folder, store, text)
+    else:
+        compare_samples(text, space, tokenizer, text.path)
+    difference = compare_logits(recipe, space, source.checkpoint, folder, documents)
+    _write_beside(source, text, key, folder)
+    config = read_json(folder / "config.json")
+    made_by = source.saved.get("made_by") or (store.made_by if store else {})
+    names = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != CARD]
+    write_sealed(
+        folder / DESCRIPTION,
+        {
+            "name": recipe.name,
+            "step": source.saved["step"],
+            "key": key,
+            "space": space.to_dict(),
+            "made_by": made_by,
+            "max_logit_difference": difference,
+            "config": {name: config[name] for name in CONFIG},
+            "files": file_hashes(folder, names),
+        },
+    )
+    for path in [folder, *folder.rglob("*")]:  # others may serve it, whatever the umask here
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    return difference
+
+
+def write_model(source: Source, folder: Path) -> None:
+    """Weights and configuration. SodaError if the checkpoint does not hold the model that the recipe describes."""
+    from transformers import GenerationConfig
+
+    m, space = source.recipe.model, source.space
+    reader, wanted = TensorReader(source.checkpoint), shapes(m, space.size)
+    dtype = _FORMATS.get(source.recipe.export.weights) or _dtype(reader)
+    writer = ShardWriter(folder, wanted, dtype)
+    try:
+        for part in parts(m):
+            shape, found = our_shape(part, wanted), reader.shape(part.name, part.layer)
+            rows_fit = operator.ge if part.kind == "vocabulary" else operator.eq  # a table is padded
+            if found is None or found[1:] != shape[1:] or not rows_fit(found[:1], shape[:1]):
+                raise SodaError(f"{source.checkpoint}: {part.name} is {found}, and should be {shape}")
+            theirs = part.split(reader.read(part.name, part.layer), m, space.size)
+            for name, tensor in zip(part.theirs, theirs, strict=True):
+                writer.write(name, tensor)
+    finally:
+        writer.close()
+    writer.finish()
+    if left := reader.names() - {part.name for part in parts(m)}:
+        raise SodaError(
+            f"{source.checkpoint}: has tensors that a Qwen3 has no place for: {', '.join(sorted(left)[:5])}"
+        )
+    hf_config(m, space, source.recipe.data.sequence_length, dtype).save_pretrained(folder)
+    ends = [space.eos, space.text_end, space.audio_end]
+    GenerationConfig(bos_token_id=space.bos, eos_token_id=ends, pad_token_id=space.eos).save_pretrained(folder)
+
+
+def _dtype(reader: TensorReader) -> torch.dtype:
+    return torch.bfloat16 if {reader.dtype(name) for name in reader.names()} == {torch.bfloat16} else torch.float32
+
+
+def _write_beside(source: Source, text: TextTokenizer, key: str, folder: Path) -> None:
+    """Codec, text tokenizer, recipe and model card."""
+    recipe = source.recipe
+    for name in CODEC_FILES:
+        if (source.beside / name).is_file():
+            (folder / CODEC).mkdir(exist_ok=True)
+            shutil.copyfile(source.beside / name, folder / CODEC / name)
+    shutil.copyfile(text.path, folder / text.path.name)
+    save_recipe(recipe, folder / "recipe.yaml")
+    (folder / CARD).write_text(model_card(recipe, source.space, source.saved, _results(recipe, key)), encoding="utf-8")
+
+
+def _results(recipe: Recipe, key: str) -> dict[str, Any]:
+    """What RUN/eval.json says about this export; empty if it is about another."""
+    path = Path(recipe.run) / "eval.json"
+    try:
+        found = read_json(path, dict) if path.is_file() else {}
+    except SodaError:  # soda evaluate says so, and writes it again
+        return {}
+    return found if found.get("export") == key else {}
+
+
+def _is_done(folder: Path, key: str, beside: Path) -> bool:
     """Whether `folder` is an export of this key, whole, with the codec and the tokenizer of the data folder."""
     if not (folder / DESCRIPTION).is_file():
         return False
     try:
         if read_sealed(folder / DESCRIPTION).get("key") == key:
             files = read_export(folder)["files"]
-            others = [n for n, entry in file_hashes(data, _OF_THE_DATA).items() if files.get(n) != entry]
+            now = {f"{CODEC}/{name}": entry for name, entry in file_hashes(beside, CODEC_FILES).items()}
+            now |= file_hashes(beside, NAMES)
+            others = [name for name, entry in now.items() if files.get(name) != entry]
             if not others:
                 return True
-            why = f"the data folder has another {others[0]}"
+            why = f"the data folder has another {Path(others[0]).name}"
         else:
             why = "it is of another checkpoint or recipe"
     except SodaError as error:
         why = str(error)
     console.print(f"[yellow]exported again[/]: {escape(why)}", highlight=False)
     return False
-
-
-def hf_config(m: Model, space: TokenSpace, max_length: int) -> Any:
-    from transformers import Qwen3Config
-
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(m.rope_theta)}
-    if m.rope_scaling_factor != 1.0:
-        rope |= {
-            "rope_type": "llama3",
-            "factor": m.rope_scaling_factor,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        }
-    return Qwen3Config(
-        vocab_size=space.size,
-        hidden_size=m.hidden_size,
-        intermediate_size=m.ffn_hidden_size,
-        num_hidden_layers=m.num_layers,
-        num_attention_heads=m.num_attention_heads,
-        num_key_value_heads=m.num_query_groups,
-        head_dim=m.head_dim,
-        max_position_embeddings=max_length,
-        rms_norm_eps=m.norm_epsilon,
-        initializer_range=m.init_std,
-        tie_word_embeddings=bool(m.tie_embeddings),
-        rope_parameters=rope,
-        bos_token_id=space.bos,
-        eos_token_id=space.eos,
-        attention_bias=False,
-        use_sliding_window=False,
-    )
-
-
-def hf_weights(state: dict[str, Tensor], m: Model, space: TokenSpace) -> dict[str, Tensor]:
-    """megatron-core's whole (one-rank) state dict in Qwen3's names, vocabulary padding cut off.
-
-    Raises KeyError for a tensor that is missing or of no known use.
-    """
-    state = {k: v for k, v in state.items() if v is not None and not k.endswith("_extra_state")}
-    group = m.num_attention_heads // m.num_query_groups
-    weights = {
-        "model.embed_tokens.weight": state.pop("embedding.word_embeddings.weight")[: space.size],
-        "model.norm.weight": state.pop("decoder.final_layernorm.weight"),
-    }
-    if not m.tie_embeddings:
-        weights["lm_head.weight"] = state.pop("output_layer.weight")[: space.size]
-    else:
-        state.pop("output_layer.weight", None)
-    for i in range(m.num_layers):
-        ours, theirs = f"decoder.layers.{i}.", f"model.layers.{i}."
-
-        def take(*names: str, prefix: str = ours) -> Tensor:
-            for name in names:  # the local name, or where Transformer Engine keeps it
-                if prefix + name in state:
-                    return state.pop(prefix + name)
-            raise KeyError(prefix + names[0])
-
-        qkv = take("self_attention.linear_qkv.weight")
-        qkv = qkv.view(m.num_query_groups, group + 2, m.head_dim, m.hidden_size)
-        gate, up = take("mlp.linear_fc1.weight").chunk(2)
-        layer = {
-            "input_layernorm": take("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"),
-            "self_attn.q_proj": qkv[:, :group].reshape(-1, m.hidden_size),
-            "self_attn.k_proj": qkv[:, group].reshape(-1, m.hidden_size),
-            "self_attn.v_proj": qkv[:, group + 1].reshape(-1, m.hidden_size),
-            "self_attn.q_norm": take("self_attention.q_layernorm.weight"),
-            "self_attn.k_norm": take("self_attention.k_layernorm.weight"),
-            "self_attn.o_proj": take("self_attention.linear_proj.weight"),
-            "post_attention_layernorm": take("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"),
-            "mlp.gate_proj": gate,
-            "mlp.up_proj": up,
-            "mlp.down_proj": take("mlp.linear_fc2.weight"),
-        }
-        weights |= {f"{theirs}{name}.weight": tensor for name, tensor in layer.items()}
-    if state:
-        raise KeyError(f"not exported: {', '.join(state)}")
-    return weights
-
-
-def write_model(state: dict[str, Tensor], recipe: Recipe, space: TokenSpace, folder: Path) -> None:
-    from transformers import Qwen3ForCausalLM
-
-    dtype = torch.bfloat16 if recipe.precision.dtype == "bf16" else torch.float32
-    config = hf_config(recipe.model, space, recipe.data.sequence_length)
-    weights = {k: v.detach().to("cpu", dtype).contiguous() for k, v in hf_weights(state, recipe.model, space).items()}
-    with torch.device("meta"):
-        model = Qwen3ForCausalLM(config)
-    missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
-    if set(missing) - ({"lm_head.weight"} if recipe.model.tie_embeddings else set()) or unexpected:
-        raise SodaError(f"{folder}: the export is not a whole Qwen3 model (missing {missing}, unknown {unexpected})")
-    model.tie_weights()
-    config.dtype = dtype
-    model.generation_config.bos_token_id, model.generation_config.eos_token_id = space.bos, space.eos
-    model.save_pretrained(folder)
-
-
-@torch.no_grad()
-def compare_logits(ours: Any, folder: Path, store: Store, recipe: Recipe, documents: int = 4) -> float:
-    """Largest difference of a logit over the first documents of `store`; SodaError above the tolerance."""
-    from transformers import AutoModelForCausalLM
-
-    from ..data.batch import Batcher
-    from ..data.windows import Window
-    from ..model.gpt import forward, inputs_of
-
-    device = next(ours.parameters()).device
-    theirs: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    theirs = theirs.to(device).eval()
-    ours.eval()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the order of sums must not depend on how busy a CPU is; on CUDA this changes nothing
-    worst = 0.0
-    for index in range(min(documents, len(store))):
-        ids = store.document(index)[: recipe.data.sequence_length + 1]
-        batch = Batcher(store.space, device=device)([Window(ids, len(ids) - 1)])
-        expected = forward(ours, inputs_of(ours, batch), logits=True)[..., : store.space.size].float()
-        found = theirs(batch.tokens).logits.float()
-        worst = max(worst, float(torch.nan_to_num((expected - found).abs(), nan=torch.inf).max()))
-    torch.set_num_threads(threads)
-    tolerance = TOLERANCE[recipe.precision.dtype]
-    if not worst < tolerance:
-        raise SodaError(f"{folder}: transformers' logits differ from ours by {worst:.3g}, more than {tolerance:g}")
-    return worst
-
-
-def compare_tokenizer(folder: Path, store: Store, text: TextTokenizer, documents: int = 50) -> None:
-    """Documents written as strings must come back as their ids; SodaError names the first that does not."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    for index in range(min(documents, len(store))):
-        ids = store.document(index)
-        string = document_string(ids, store.space, text)
-        found = tokenizer(string, add_special_tokens=False)["input_ids"]
-        if not np.array_equal(found, ids):
-            raise SodaError(f"{store.path}: document {index} has other ids in the exported tokenizer: {string[:80]!r}")
-
-
-def _copy_codec(data: Path, folder: Path) -> None:
-    for name in _CODEC:
-        if (data / name).is_file():
-            shutil.copyfile(data / name, folder / name)

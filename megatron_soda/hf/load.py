@@ -2,17 +2,21 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 
+from ..codecs import QUANTISER_FILE
+from ..codecs.description import DESCRIPTION as CODEC_DESCRIPTION
 from ..errors import SodaError
 from ..files import read_json, read_sealed, reading, sha256
 from ..tokenizer import TextTokenizer, data_tokenizer
 from ..vocab import TokenSpace
 
 DESCRIPTION = "soda.json"
+CODEC = "codec"  # folder: beside the model's own, vLLM would take the codec's safetensors for some of them
+CODEC_FILES = (CODEC_DESCRIPTION, QUANTISER_FILE)
 CONFIG = (  # what of config.json makes another model of the same weights, or none
     *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps", "rope_parameters", "tie_word_embeddings"),
@@ -32,6 +36,13 @@ class LoadedModel:
     text: TextTokenizer
     device: torch.device
 
+    @property
+    def codec(self) -> Path | None:
+        """The folder that describes the codec of its audio tokens; None if it knows no sound. Earlier versions wrote
+        the codec beside the model."""
+        places = (self.folder / CODEC, self.folder)
+        return next((place for place in places if (place / CODEC_DESCRIPTION).is_file()), None)
+
 
 def quiet_transformers() -> None:
     """Errors only, and no progress bars of its own: it warns of a context shorter than Llama-3's, which is meant."""
@@ -42,9 +53,9 @@ def quiet_transformers() -> None:
 
 
 def file_hashes(folder: Path, names: Iterable[str]) -> dict[str, list]:
-    """Bytes and SHA-256 of those of the files that are there."""
-    paths = [folder / name for name in sorted(names)]
-    return {path.name: [path.stat().st_size, sha256(path)] for path in paths if path.is_file()}
+    """Bytes and SHA-256 of those of the files that are there, by their paths in the folder."""
+    paths = {name: folder / name for name in sorted(names)}
+    return {name: [path.stat().st_size, sha256(path)] for name, path in paths.items() if path.is_file()}
 
 
 def read_export(folder: Path) -> dict[str, Any]:
@@ -58,7 +69,7 @@ def read_export(folder: Path) -> dict[str, Any]:
     with reading(path, "not the description of a model that soda exported"):
         described["space"] = TokenSpace(**described["space"])
         described["name"], described["step"] = str(described["name"]), int(described["step"])
-        files = {Path(name).name: (int(size), str(digest)) for name, (size, digest) in described["files"].items()}
+        files = {_inside(name): (int(size), str(digest)) for name, (size, digest) in described["files"].items()}
         sizes, described["made_by"] = dict(described["config"]), dict(described["made_by"])
     config = read_json(folder / "config.json", dict)
     for name, value in sizes.items():
@@ -74,6 +85,14 @@ def read_export(folder: Path) -> dict[str, Any]:
             what = f"{found} bytes, not {size}" if found != size else "other bytes than were exported"
             raise SodaError(f"{folder / name}: has {what}. {again}")
     return described
+
+
+def _inside(name: str) -> str:
+    """ValueError for a path that leads out of the folder it is relative to."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"{name!r} is no file of this folder")
+    return name
 
 
 def load_model(folder: Path) -> LoadedModel:

@@ -88,7 +88,7 @@ def extend_tokenizer(source: Path, folder: Path, codebooks: int, entries: int) -
         write_text(temporary / NAMES[1], base.to_str())
         text = TextTokenizer(temporary / NAMES[1])
         space = text.space(codebooks, entries)
-        _compare(text, space, save_tokenizer(text, space, temporary, None), path)
+        compare_samples(text, space, save_tokenizer(text, space, temporary, None), path)
         if folder.is_dir():
             folder.rmdir()
         os.replace(temporary, folder)
@@ -97,13 +97,54 @@ def extend_tokenizer(source: Path, folder: Path, codebooks: int, entries: int) -
     return space
 
 
+def split_tokenizer(path: Path, shape: tuple[int, int] | None) -> tuple[dict[str, Any], TokenSpace] | None:
+    """The text part of a tokenizer.json that has the markers and the audio codes, and its token space. None if it has
+    no markers. `shape`: codebooks and entries; None: codebooks of 2,048.
+
+    SodaError if its ids are not in SODA's order.
+    """
+    spec = read_spec(path)
+    whole = engine(spec, path)
+    markers = [whole.token_to_id(marker) for marker in MARKERS]
+    if not any(marker is not None for marker in markers):
+        return None
+    bos, eos, first = whole.token_to_id(BOS), whole.token_to_id(EOS), markers[0]
+    if (
+        first is None
+        or markers != list(range(first, first + len(MARKERS)))
+        or None in (bos, eos)
+        or max(bos, eos) > first
+    ):
+        found = dict(zip((BOS, EOS, *MARKERS), (bos, eos, *markers), strict=True))
+        raise SodaError(f"{path}: its markers are not in SODA's order: {found}")
+    base, codes = first + len(MARKERS), 0
+    while whole.token_to_id(chr(FIRST_AUDIO_CHARACTER + codes)) == base + codes:
+        codes += 1
+    codebooks, entries = shape or (codes // 2048, 2048)
+    if codebooks * entries != codes or not codes:
+        raise SodaError(f"{path}: has {codes:,} audio codes; say how many codebooks these are (--codebooks, --entries)")
+    if whole.get_vocab_size(with_added_tokens=True) != base + codes:
+        raise SodaError(f"{path}: has other tokens behind the {codes:,} audio codes")
+    with reading(path, NEITHER):
+        model, vocabulary = spec["model"], spec["model"]["vocab"]
+        if isinstance(vocabulary, dict):
+            gone = {piece for piece, number in vocabulary.items() if number >= first}
+            model["vocab"] = {piece: number for piece, number in vocabulary.items() if number < first}
+        else:
+            gone = {piece for piece, _ in vocabulary[first:]}
+            model["vocab"] = vocabulary[:first]
+        _drop_merges(model, gone)
+        spec["added_tokens"] = [token for token in spec["added_tokens"] if token["id"] < first]
+    return spec, TokenSpace(first, bos, eos, codebooks, entries)
+
+
 SAMPLES = (
     *("a", " Two  spaces, a tab\tand\na line ", "naïve façade", "<unk>[1]"),
     *("Добрый день", "你好，世界", "مرحبا", "🙂"),
 )
 
 
-def _compare(text: TextTokenizer, space: TokenSpace, tokenizer: Any, path: Path) -> None:
+def compare_samples(text: TextTokenizer, space: TokenSpace, tokenizer: Any, path: Path) -> None:
     """SodaError if a text has other ids in a document than alone."""
     for sample in SAMPLES:
         ids = text.encode(clean_text(sample, space))
@@ -125,8 +166,13 @@ def _rename(spec: dict[str, Any], names: dict[str, str]) -> None:
         model["vocab"] = {names.get(piece, piece): i for piece, i in vocabulary.items()}
     else:
         model["vocab"] = [[names.get(piece, piece), score] for piece, score in vocabulary]
-    if "merges" in model:
-        pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-        model["merges"] = [pair for pair in pairs if not names.keys() & {*pair, "".join(pair)}]
+    _drop_merges(model, set(names))
     for token in added:
         token["content"] = names.get(token["content"], token["content"])
+
+
+def _drop_merges(model: dict[str, Any], pieces: set[str]) -> None:
+    """Drops the merges that make or use any of the pieces."""
+    if "merges" in model and pieces:
+        pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+        model["merges"] = [pair for pair in pairs if not pieces & {*pair, "".join(pair)}]

@@ -42,8 +42,8 @@ def held_out_rows(folder: Path, split: str, model: LoadedModel, accept: Collecti
 
     store = Store(folder / split)
     store.check_space(model.space, str(model.folder))
-    if not (folder / "codec.json").is_file() or not (model.folder / "codec.json").is_file():
-        raise SodaError(f"{folder}: there is no speech in these data, so there is nothing to continue or imitate")
+    if not (folder / "codec.json").is_file() or model.codec is None:
+        raise SodaError(f"{folder}: there is no speech in these data, so there is nothing to continue or to speak like")
     if store.slots < store.space.codebooks:
         raise SodaError(
             f"{store.path}: semantic-only documents have one code per frame, from which no sound can be made"

@@ -14,8 +14,9 @@ from torch import Tensor
 from ..config import Recipe
 from ..config.training import Precision
 from ..data.batch import Batch
-from ..parallel.context import attention_mask, cut
+from ..parallel.context import attention_mask, cut, cut_sequences
 from ..vocab import TokenSpace
+from .legal_rows import LegalRows, Piece
 from .specs import choose_backend, is_packed, layer_spec
 
 VOCAB_DIVISOR = 128  # the embedding is padded to a multiple of this times the tensor-parallel size
@@ -31,6 +32,7 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
     m, p, t = recipe.model, recipe.parallel, recipe.training
     dtype = torch.float32 if recipe.precision.dtype == "fp32" else torch.bfloat16
     cuda = torch.cuda.is_available()
+    engine = choose_backend(t.backend) == "transformer_engine"
     interleaved = p.virtual_pipeline > 1
     return TransformerConfig(
         num_layers=m.num_layers,
@@ -68,13 +70,16 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
         recompute_granularity="full" if t.recompute else None,
         recompute_method="uniform" if t.recompute else None,
         recompute_num_layers=1 if t.recompute else None,
-        # Fusions that need apex or CUDA extensions; all are off where they would be missing.
+        # Transformer Engine's kernels. Rotary positions of packed sequences would else be applied document by document,
+        # each waiting for the device; in the other format the kernel takes the same positions in every sequence.
+        use_te_activation_func=engine,
+        apply_rope_fusion=engine and p.context == 1,
+        # Fusions that need apex or a compiler; and accumulate_in_place() does the last of them.
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
-        apply_rope_fusion=False,
         **(_fp8(recipe.precision) if recipe.precision.dtype == "fp8" else {}),
     )
 
@@ -127,7 +132,10 @@ class Rotary(torch.nn.Module):
 
 
 def build_model(recipe: Recipe, space: TokenSpace, device: torch.device, chunk: int | None = None) -> SodaModel:
-    """This rank's part of the model, initialised, on `device`. `chunk`: of this pipeline stage, if it has several."""
+    """This rank's part of the model, initialised, on `device`. `chunk`: of this pipeline stage, if it has several.
+
+    On torch's device "meta" it has no weights, and takes no memory: for those who fill it a layer at a time.
+    """
     config = transformer_config(recipe)
     m = recipe.model
     backend = choose_backend(recipe.training.backend)
@@ -151,7 +159,8 @@ def build_model(recipe: Recipe, space: TokenSpace, device: torch.device, chunk: 
         setattr(model, "rotary_pos_emb", Rotary(stock.inv_freq))  # noqa: B010  a module of another class
     for parameter in model.parameters():
         tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
-    initialise(model, space, recipe)
+    if device.type != "meta":
+        initialise(model, space, recipe)
     return model.to(device=device, dtype=config.params_dtype)
 
 
@@ -203,14 +212,14 @@ def _draw(shape: list[int], name: str, recipe: Recipe) -> Tensor:
     if name == "output_layer.weight":  # Levanter draws both from one key: the head starts as the scaled embedding
         name = "embedding.word_embeddings.weight"
     standard = torch.empty(shape, dtype=torch.float32)
-    return torch.nn.init.trunc_normal_(standard, a=-3, b=3, generator=_generator(f"{recipe.seed}/{name}")).mul_(scale)
+    return torch.nn.init.trunc_normal_(standard, a=-3, b=3, generator=generator_of(f"{recipe.seed}/{name}")).mul_(scale)
 
 
 def _normal(shape: list[int], std: float, name: str) -> Tensor:
-    return torch.empty(shape, dtype=torch.float32).normal_(std=std, generator=_generator(name))
+    return torch.empty(shape, dtype=torch.float32).normal_(std=std, generator=generator_of(name))
 
 
-def _generator(name: str) -> torch.Generator:
+def generator_of(name: str) -> torch.Generator:
     digest = hashlib.sha256(name.encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
@@ -231,12 +240,28 @@ class Inputs:
 
     batch: Batch  # its part of every sequence; `cu_seqlens` are the whole batch's
     mask: Tensor | None  # bool (sequences, 1, queries, keys), True where attention may look; None: packed sequences
+    pieces: list[Piece] | None = None  # what the head is to compute; None: everything, over all rows
+
+    def tensors(self) -> list[Tensor]:
+        pieces = [piece.index for piece in self.pieces or []]
+        return [x for x in (*vars(self.batch).values(), self.mask, *pieces) if isinstance(x, Tensor)]
 
 
-def inputs_of(model: SodaModel, batch: Batch) -> Inputs:
+def inputs_of(model: SodaModel, batch: Batch, legal: LegalRows | None = None, full_share: float = 0.0) -> Inputs:
     """Attention stays inside documents: by a mask in the local modules, by packed sequences in Transformer Engine
-    (which ignores masks)."""
-    return Inputs(cut(batch), None if model.packed else attention_mask(batch.segment_id))
+    (which ignores masks). `legal`: the head is over the rows that the grammar allows, but for `full_share` of the
+    positions."""
+    mask = None if model.packed else attention_mask(batch.segment_id)
+    mine = cut(batch)
+    if legal is None:
+        return Inputs(mine, mask)
+    group = cut_sequences(legal.all_for_a_share(legal.groups(batch), batch, full_share))
+    return Inputs(mine, mask, legal.pieces(flat(model, group), flat(model, mine.loss_weight)))
+
+
+def flat(model: SodaModel, x: Tensor) -> Tensor:
+    """(sequences, length), in the order of the hidden states: by sequence if packed, else by position."""
+    return (x if model.packed else x.t()).reshape(-1)
 
 
 def forward(model: Any, inputs: Inputs, *, logits: bool = False) -> Tensor:
@@ -251,13 +276,12 @@ def forward(model: Any, inputs: Inputs, *, logits: bool = False) -> Tensor:
         rotary: Any = module.rotary_pos_emb
         rotary.position_id = batch.position_id if module.reset_positions else batch.position_id[:1]
         return model(batch.tokens, batch.position_id, inputs.mask)
-    longest = int((batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).max())
     packed = PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=batch.cu_seqlens,
         cu_seqlens_kv=batch.cu_seqlens,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
+        max_seqlen_q=batch.longest,
+        max_seqlen_kv=batch.longest,
     )
     flat = batch.tokens.reshape(1, -1), batch.position_id.reshape(1, -1)
     output = model(*flat, None, packed_seq_params=packed)

@@ -5,15 +5,20 @@ on a few rows at a time, and takes the gradient at once, in the forward pass: lo
 gradient, and the gradient goes into the hidden states' and the weight's, all before the next rows.
 """
 
+from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-CHUNK_BYTES = {"cpu": 150 << 20, "cuda": 256 << 20}  # of float32 logits that are there at a time
+from .legal_rows import Piece
+
+CHUNK_BYTES = {"cpu": 150 << 20, "cuda": 1 << 30}  # of scores that are there at a time
 FEWEST_ROWS = 16
-ROWS_IN_CACHE = 4  # of 144,644 scores: 2 MB
+IN_CACHE = 4 * 144_644  # scores, 2 MB
+ALIGNED = 64  # columns that tensor cores like
 
 
 class _Head(torch.autograd.Function):
@@ -30,56 +35,62 @@ class _Head(torch.autograd.Function):
         z_weight: float,
         group: dist.ProcessGroup | None,
         weight_gradient: Tensor | None,
+        pieces: list[Piece] | None,
     ) -> tuple[Tensor, Tensor]:
         rank, ranks = (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
-        width = weight.shape[0]
-        start = rank * width
-        real = min(max(vocabulary - start, 0), width)  # the rows after these are padding
-        weight, padded_gradient = weight[:real], weight_gradient
-        rows = max(FEWEST_ROWS, CHUNK_BYTES.get(hidden.device.type, 150 << 20) // (4 * width))
-        rows = rows // 128 * 128 or rows  # whole tiles of a matrix product
+        start, local = rank * weight.shape[0], weight.shape[0]
+        real = min(max(vocabulary - start, 0), local)  # the rows after these are padding
+        scores_of = _scores_class(hidden)
+        itemsize = 4 if hidden.device.type == "cpu" else hidden.element_size()
+        room = CHUNK_BYTES.get(hidden.device.type, 150 << 20) // itemsize
         wanted = weight_gradient is not None or ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        if wanted and padded_gradient is None:
-            padded_gradient = torch.zeros(width, hidden.shape[1], dtype=hidden.dtype, device=hidden.device)
         hidden_gradient = torch.zeros_like(hidden) if wanted else None
+        if wanted and weight_gradient is None:
+            summed = torch.zeros(local, hidden.shape[1], dtype=hidden.dtype, device=hidden.device)
+        else:
+            summed = weight_gradient
         loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
         sums = torch.zeros(2, classes, dtype=torch.float64, device=hidden.device)
-        buffer = torch.empty(min(rows, len(hidden)), real, dtype=hidden.dtype, device=hidden.device)
-        for at in range(0, hidden.shape[0], rows):
-            part = slice(at, at + rows)
-            rows_here = hidden[part]
-            scores = torch.mm(rows_here, weight.t(), out=buffer[: len(rows_here)]).float()  # in place if it is float32
-            mine = (labels[part] >= start) & (labels[part] < start + real)
-            index = torch.where(mine, labels[part] - start, 0)[:, None]
-            if real:
-                score = torch.where(mine, scores.gather(1, index)[:, 0], 0.0)
-                highest, total = _exponentials(scores)
-            else:  # all of this rank's rows are padding
-                score, total = torch.zeros(2, len(mine), device=hidden.device)
+        buffer = hidden.new_empty(0)
+        for piece, part in _chunks(pieces or [Piece(None, local, 0, real)], len(hidden), room):
+            rows_here, of_label, own = hidden[part], loss_weight[part], piece.high - piece.low
+            width = min(-(-own // ALIGNED) * ALIGNED, local - piece.low) if scores_of.padded else own
+            some = weight[piece.low : piece.low + width]
+            index = labels[part] - (start + piece.low)
+            index = torch.where((index >= 0) & (index < own), index, -1)
+            if own:
+                if buffer.numel() < len(rows_here) * width:
+                    buffer = hidden.new_empty(len(rows_here) * width)
+                products = buffer[: len(rows_here) * width].view(-1, width)
+                torch.mm(rows_here, some.t(), out=products)
+                if piece.illegal is not None:
+                    products.index_fill_(1, piece.illegal, -torch.inf)
+                scores = scores_of(products, own, index)
+                highest, total, score = scores.highest, scores.total, scores.of_label
+            else:  # other ranks have all of these rows
+                scores = None
+                score, total = torch.zeros(2, len(rows_here), device=hidden.device)
                 highest = torch.full_like(score, -torch.inf)
             if ranks > 1:
-                own = highest.clone()
+                mine, highest = highest, highest.clone()
                 dist.all_reduce(highest, dist.ReduceOp.MAX, group)
-                from_own = (own - highest).exp()  # the exponentials are relative to this rank's highest
-                both = torch.stack([total * from_own, score])
+                both = torch.stack([total * (mine - highest).exp(), score])  # total is relative to this rank's highest
                 dist.all_reduce(both, group=group)
                 total, score = both
-            else:
-                from_own = 1.0
             log_total = highest + total.log()
             nll = log_total - score
-            of_label = loss_weight[part]
             loss += ((nll + z_weight * log_total.square()) * of_label).sum()
             sums[0].index_add_(0, class_id[part], (nll * of_label).double())
             sums[1].index_add_(0, class_id[part], of_label.double())
-            if hidden_gradient is None or padded_gradient is None or not real:
+            if hidden_gradient is None or summed is None or scores is None:
                 continue
-            scores.mul_((of_label * (1 + 2 * z_weight * log_total) / total * from_own)[:, None])
-            scores.scatter_add_(1, index, torch.where(mine, -of_label, 0.0)[:, None])
-            scores = scores.to(hidden.dtype)
-            torch.mm(scores, weight, out=hidden_gradient[part])
-            _add_product(padded_gradient[:real], scores.t(), hidden[part])
-        ctx.save_for_backward(hidden_gradient, None if weight_gradient is not None else padded_gradient)
+            gradient = scores.gradient(highest, of_label * (1 + 2 * z_weight * log_total) / total, of_label)
+            if isinstance(part, slice):
+                torch.mm(gradient, some, out=hidden_gradient[part])
+            else:
+                hidden_gradient[part] = gradient @ some
+            _add_product(summed[piece.low : piece.low + width], gradient.t(), rows_here)
+        ctx.save_for_backward(hidden_gradient, None if weight_gradient is not None else summed)
         ctx.mark_non_differentiable(sums)
         return loss.float(), sums
 
@@ -90,27 +101,73 @@ class _Head(torch.autograd.Function):
         if weight_gradient is None and incoming.device.type == "cpu" and incoming.item() != 1:
             raise RuntimeError(f"the head's gradient is in main_grad already; it cannot be scaled by {incoming.item()}")
         scaled = [None if g is None else g * incoming.to(g.dtype) for g in (hidden_gradient, weight_gradient)]
-        return *scaled, None, None, None, None, None, None, None, None
+        return *scaled, *[None] * 9
 
 
-def _exponentials(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row's highest score and sum(exp(score - highest)); scores become the exponentials."""
-    highest, total = torch.empty(2, len(scores), device=scores.device)
-    rows = ROWS_IN_CACHE if scores.device.type == "cpu" else len(scores)
-    for at in range(0, len(scores), rows):
-        some = scores[at : at + rows]
-        torch.amax(some, 1, out=highest[at : at + rows])
-        torch.sum(some.sub_(highest[at : at + rows, None]).exp_(), 1, out=total[at : at + rows])
-    return highest, total
+def _chunks(pieces: list[Piece], positions: int, room: int) -> Iterator[tuple[Piece, slice | Tensor]]:
+    """Parts of every piece whose scores fit `room` elements, and which positions they are."""
+    for piece in pieces:
+        rows = max(FEWEST_ROWS, room // piece.width)
+        rows = rows // 128 * 128 or rows  # whole tiles of a matrix product
+        count = positions if piece.index is None else len(piece.index)
+        for at in range(0, count, rows):
+            yield piece, slice(at, at + rows) if piece.index is None else piece.index[at : at + rows]
+
+
+class _TorchScores:
+    """The softmax of some rows. scores (rows, columns) are overwritten; index int64 (rows,) is the column of the label,
+    -1 if another rank has it. All results are float32 (rows,); `total` is relative to `highest`."""
+
+    padded = False
+
+    def __init__(self, scores: Tensor, columns: int, index: Tensor) -> None:
+        self.dtype, self.scores = scores.dtype, scores.float()  # the same memory if it is float32
+        self.mine, self.column = index >= 0, index.clamp(min=0)[:, None]
+        self.of_label = torch.where(self.mine, self.scores.gather(1, self.column)[:, 0], 0.0)
+        self.highest, self.total = torch.empty(2, len(scores), device=scores.device)
+        rows = max(1, IN_CACHE // columns) if scores.device.type == "cpu" else len(scores)
+        for at in range(0, len(scores), rows):  # scores become exp(score - highest)
+            some, part = self.scores[at : at + rows], slice(at, at + rows)
+            torch.amax(some, 1, out=self.highest[part])
+            torch.sum(some.sub_(self.highest[part, None]).exp_(), 1, out=self.total[part])
+
+    def gradient(self, highest: Tensor, factor: Tensor, weight: Tensor) -> Tensor:
+        """factor * exp(score - highest), less `weight` at the label: (rows, columns) in the dtype of the scores."""
+        self.scores.mul_((factor * (self.highest - highest).exp())[:, None])
+        self.scores.scatter_add_(1, self.column, torch.where(self.mine, -weight, 0.0)[:, None])
+        return self.scores.to(self.dtype)
+
+
+class _TritonScores:
+    """The same through kernels.py. Columns from `columns` on are padding, which keeps the rows aligned as matrix
+    products on tensor cores want them: 144,644 columns took several times as long as 144,768."""
+
+    padded = True
+
+    def __init__(self, scores: Tensor, columns: int, index: Tensor) -> None:
+        from . import kernels
+
+        self.kernels, self.scores, self.columns, self.index = kernels, scores, columns, index
+        self.highest, self.total, self.of_label = kernels.statistics(scores, columns, index)
+
+    def gradient(self, highest: Tensor, factor: Tensor, weight: Tensor) -> Tensor:
+        self.kernels.gradient_(self.scores, self.columns, self.index, highest, factor, weight)
+        return self.scores
+
+
+def _scores_class(hidden: Tensor) -> type[_TorchScores] | type[_TritonScores]:
+    return _TritonScores if hidden.is_cuda and find_spec("triton") else _TorchScores
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b, where total may be float32 and a, b bfloat16."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
-        return
-    for part, some in zip(total.split(16384), a.split(16384), strict=True):  # a product as large as total is memory
-        part.add_(torch.mm(some, b, out_dtype=total.dtype) if a.is_cuda else some @ b)
+    elif a.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)  # pyright: ignore[reportCallIssue]
+    else:
+        for part, some in zip(total.split(16384), a.split(16384), strict=True):  # a product as large as total is memory
+            part.add_(some @ b)
 
 
 def head_loss(
@@ -125,6 +182,7 @@ def head_loss(
     z_weight: float = 0.0,
     group: dist.ProcessGroup | None = None,
     weight_gradient: Tensor | None = None,
+    pieces: list[Piece] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sum of weighted losses of the tokens, and the sums that are logged; all logits are never there together.
 
@@ -136,9 +194,10 @@ def head_loss(
 
     The gradient of hidden is that of this rank's rows alone: the caller sums it over the group (megatron-core's
     copy_to_tensor_model_parallel_region or gather_from_sequence_parallel_region do).
+    `pieces`: the softmax of a position is over the rows that LegalRows found for it; None: over all, everywhere.
     `weight_gradient` (megatron-core's main_grad, shape of weight): the weight's gradient is added to it right away and
     autograd sees none. Then the loss must be differentiated with a gradient of 1, or RuntimeError (on CPU) is raised.
     """
     return _Head.apply(  # type: ignore[no-any-return]
-        hidden, weight, labels, loss_weight, class_id, classes, vocabulary, z_weight, group, weight_gradient
+        hidden, weight, labels, loss_weight, class_id, classes, vocabulary, z_weight, group, weight_gradient, pieces
     )

@@ -17,6 +17,9 @@ class Size:
     head: int  # the output table; 0 if it is the input one
     blocks: int  # layers and the last norm
     flops_per_token: int  # of training: see `train_flops`
+    frame_flops_per_token: (
+        int  # the same inside a frame with training.head_rows=legal: the head has one codebook's rows
+    )
     study_flops_per_token: int  # of training, counted as the paper's IsoFLOP study does: see `study_flops`
 
 
@@ -39,18 +42,20 @@ def size_of(model: Model, space: TokenSpace, sequence_length: int) -> Size:
         head=head,
         blocks=blocks,
         flops_per_token=train_flops(model, space, sequence_length),
+        frame_flops_per_token=train_flops(model, space, sequence_length, space.entries),
         study_flops_per_token=study_flops(model, space, sequence_length),
     )
 
 
-def train_flops(model: Model, space: TokenSpace, sequence_length: int) -> int:
+def train_flops(model: Model, space: TokenSpace, sequence_length: int, head_rows: int | None = None) -> int:
     """Forward and backward FLOPs of a token: 6 for every weight of a matrix product, the head's too, and attention over
-    the half of the window that lies before a token: 6 * length * heads * head_dim a layer. The MFU uses this. What is
-    computed twice (recomputation) and norms, rotary positions and softmax do not count."""
+    the half of the window that lies before a token: 6 * length * heads * head_dim a layer. The MFU uses this. What
+    is computed twice (recomputation) and norms, rotary positions and softmax do not count. `head_rows`: the head's rows
+    at a position, if not all (training.head_rows)."""
     m = model
     queries, keys = m.num_attention_heads * m.head_dim, m.num_query_groups * m.head_dim
     products = m.hidden_size * (2 * queries + 2 * keys) + 3 * m.hidden_size * m.ffn_hidden_size
-    return 6 * (m.num_layers * (products + sequence_length * queries) + space.size * m.hidden_size)
+    return 6 * (m.num_layers * (products + sequence_length * queries) + (head_rows or space.size) * m.hidden_size)
 
 
 def study_flops(model: Model, space: TokenSpace, sequence_length: int) -> int:

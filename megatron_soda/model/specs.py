@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from ..errors import SodaError
+from ..parallel.megatron import mlp_submodules
 
 
 def choose_backend(wanted: str) -> str:
@@ -41,8 +42,11 @@ def layer_spec(backend: str, config: TransformerConfig, chunk: int | None = None
     """What megatron-core's GPTModel is to build. `chunk`: of this pipeline stage, if it has several."""
     if backend == "transformer_engine":
         spec: Any = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True)
+        mlp_submodules(spec).activation_func = SwiGLU
+        attention = spec.submodules.self_attention.submodules
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
         if not is_packed(backend, config):
-            spec.submodules.self_attention.submodules.core_attention = MaskedAttention
+            attention.core_attention = MaskedAttention
         return spec
     layer: Any = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
@@ -52,6 +56,32 @@ def layer_spec(backend: str, config: TransformerConfig, chunk: int | None = None
     layers: list[ModuleSpec] = [layer] * get_num_layers_to_build(config, chunk)
     norm: Any = RMSNorm
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
+
+
+def accumulate_in_place(model: torch.nn.Module) -> None:
+    """Transformer Engine's products add a weight's gradient to its main_grad themselves. Only with megatron-core's
+    DistributedDataParallel around the model, which makes main_grad. The setting for it in megatron-core's config would
+    ask apex's kernel of the layers that are not Transformer Engine's."""
+    for module in model.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            setattr(module, "fuse_wgrad_accumulation", True)  # noqa: B010  not an attribute of every module
+
+
+class SwiGLU(MegatronModule):
+    """In one kernel on CUDA. Transformer Engine's own goes through its fuser of operations, which takes longer on the
+    host than the kernel does on the device; so do its RMSNorms, and attention's norms are torch's fused ones."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__(config=config)
+
+    def forward(self, both: Tensor) -> Tensor:
+        """(..., 2 * ffn_hidden_size), the gate first -> (..., ffn_hidden_size)."""
+        if both.is_cuda and importlib.util.find_spec("triton"):
+            from .kernels import swiglu
+
+            return swiglu(both)
+        gate, up = both.chunk(2, -1)
+        return torch.nn.functional.silu(gate) * up
 
 
 class RMSNorm(torch.nn.RMSNorm):

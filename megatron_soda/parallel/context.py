@@ -4,7 +4,7 @@ A sequence is cut into twice as many pieces as there are ranks. Rank r holds pie
 rank has early tokens, which attend to little, and late ones. A single rank holds everything, and nothing is copied.
 """
 
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import torch
 from megatron.core import parallel_state
@@ -20,13 +20,19 @@ def places(length: int, ranks: int, rank: int, device: torch.device | None = Non
 
 
 def cut(batch: Batch) -> Batch:
-    """This rank's part of a batch. `cu_seqlens` remains that of the whole batch."""
+    """The part of a batch that this rank has. `cu_seqlens` and `longest` stay those of the whole."""
+    if parallel_state.get_context_parallel_world_size() == 1:
+        return batch
+    parts = {name: cut_sequences(x) for name, x in vars(batch).items() if name not in ("cu_seqlens", "longest")}
+    return replace(batch, **parts)
+
+
+def cut_sequences(x: Tensor) -> Tensor:
+    """(sequences, length) -> (sequences, length / ranks): this rank's places."""
     ranks = parallel_state.get_context_parallel_world_size()
     if ranks == 1:
-        return batch
-    mine = places(batch.tokens.shape[1], ranks, parallel_state.get_context_parallel_rank(), batch.tokens.device)
-    parts = {f.name: getattr(batch, f.name)[:, mine] for f in fields(batch) if f.name != "cu_seqlens"}
-    return replace(batch, **parts)
+        return x
+    return x[:, places(x.shape[1], ranks, parallel_state.get_context_parallel_rank(), x.device)]
 
 
 def attention_mask(segment_id: Tensor) -> Tensor:

@@ -54,9 +54,17 @@ def install() -> None:
 
     import megatron.core.distributed.param_and_grad_buffer as megatron_buffer
     import megatron.core.optimizer.clip_grads as megatron_clip
+    import megatron.core.optimizer.optimizer as megatron_optimizer
     import megatron.core.tensor_parallel.random as megatron_random
+    from megatron.core import utils
 
+    # Where Transformer Engine or apex is installed these are kernels for CUDA alone.
+    megatron_clip.multi_tensor_applier = utils.local_multi_tensor_applier
+    megatron_clip.l2_norm_impl = utils.local_multi_tensor_l2_norm
     megatron_clip.multi_tensor_scale_impl = _scale_in_place
+    megatron_clip.multi_tensor_scale_tensor_impl = None  # pyright: ignore[reportAttributeAccessIssue]  0.19.2 has it
+    megatron_optimizer.multi_tensor_applier = utils.local_multi_tensor_applier
+    megatron_optimizer.multi_tensor_scale_impl = utils.local_multi_tensor_scale
     megatron_buffer.dist_reduce_scatter_func = _reduce_scatter_in_place
     megatron_buffer.dist_all_gather_func = _all_gather_in_place
     megatron_buffer._coalescing_manager = lambda *a, **k: contextlib.nullcontext()  # it has nothing to gather then

@@ -8,6 +8,8 @@ Transformer Engine's spec is modified after it is created (its function has diff
 """
 
 import logging
+from functools import partial
+from typing import Any
 
 from megatron.core.optimizer import distrib_optimizer, optimizer
 
@@ -22,3 +24,9 @@ def adapt() -> None:
     # buffers itself. Users can change neither.
     for name in ("models.gpt.gpt_model", "distributed.distributed_data_parallel"):
         logging.getLogger(f"megatron.core.{name}").setLevel(logging.ERROR)
+
+
+def mlp_submodules(layer: Any) -> Any:
+    """What the MLP of a layer's spec is made of. 0.16.1 has a spec for it, 0.19.2 a function with arguments."""
+    mlp = layer.submodules.mlp
+    return mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules

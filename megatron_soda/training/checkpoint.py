@@ -135,9 +135,22 @@ def manifest_of(folder: Path, known: Entries | None = None) -> Entries:
     return entries
 
 
+def seal(temporary: Path, final: Path, description: dict[str, Any], entries: Entries) -> None:
+    """Makes a checkpoint of a folder of tensors and their index: adds what describes them, and renames it."""
+    write_json(temporary / "checkpoint.json", description)
+    write_json(temporary / "manifest.json", manifest_of(temporary, entries))
+    _remove(final)  # a damaged one of this step
+    os.replace(temporary, final)
+    sync_folder(final.parent)
+
+
+def describe_model(model: Model, space: TokenSpace) -> dict[str, Any]:
+    sizes = {k: v for k, v in asdict(model).items() if k not in _NOT_OF_THE_MODEL}
+    return {"model": sizes, "space": space.to_dict()}
+
+
 def describe(recipe: Recipe, space: TokenSpace) -> dict[str, Any]:
     """What must match between a checkpoint and a recipe."""
-    sizes = {k: v for k, v in asdict(recipe.model).items() if k not in _NOT_OF_THE_MODEL}
     optimizer = {
         "name": recipe.optimizer.name,
         "distributed": recipe.parallel.distributed_optimizer,
@@ -146,15 +159,14 @@ def describe(recipe: Recipe, space: TokenSpace) -> dict[str, Any]:
         # Nor does it give torch's Adam and a fused one the same step count.
         "torch": recipe.parallel.distributed_optimizer or choose_adam(recipe.optimizer.name == "cautious")[2],
     }
-    return {"model": sizes, "space": space.to_dict(), "optimizer": optimizer}
+    return {**describe_model(recipe.model, space), "optimizer": optimizer}
 
 
 def read_description(folder: Path, model: Model, space: TokenSpace, optimizer: dict | None = None) -> dict[str, Any]:
     """Reads checkpoint.json. Raises SodaError for a different model, vocabulary or (if given) optimizer, naming what
     differs."""
     saved = read_json(folder / "checkpoint.json")
-    sizes = {k: v for k, v in asdict(model).items() if k not in _NOT_OF_THE_MODEL}
-    for part, values in (("model", sizes), ("space", space.to_dict()), ("optimizer", optimizer or {})):
+    for part, values in {**describe_model(model, space), "optimizer": optimizer or {}}.items():
         for key, value in values.items():
             if saved.get(part, {}).get(key) != value:
                 raise SodaError(
@@ -231,11 +243,7 @@ class Saver:
     def _appear(self, entries: Entries) -> None:
         """Once every rank's tensors are on disk: adds their description and renames."""
         assert self.final is not None
-        write_json(self._temporary / "checkpoint.json", self.state)
-        write_json(self._temporary / "manifest.json", manifest_of(self._temporary, entries))
-        _remove(self.final)  # a damaged one for this step
-        os.replace(self._temporary, self.final)
-        sync_folder(self.final.parent)
+        seal(self._temporary, self.final, self.state, entries)
         self._forget(self.state["step"])
 
     def _forget(self, newest: int) -> None:

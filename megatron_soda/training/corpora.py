@@ -30,6 +30,11 @@ class Stores:
         return self.valid.space
 
     @property
+    def slots(self) -> set[int]:
+        """Codes of a frame: all codebooks, or 1 in semantic-only stores."""
+        return {store.slots for store in self.all()}
+
+    @property
     def made_by(self) -> dict[str, str]:
         """Fingerprints of the codec and the tokenizer; Mixture has checked that all corpora share them."""
         return {kind: value for store in self.train.values() for kind, value in store.made_by.items()}
@@ -132,9 +137,12 @@ class Corpora:
         return self.stores.space
 
     def _check_same(self, recipe: Recipe, origin: Origin) -> None:
-        """The finished steps must have used what the recipe says they did, or data would be lost or repeated, and the
-        ids must mean what the model has learned."""
-        if origin.folder is None:
+        """The steps behind us must have used up what the recipe says they have, or data would be lost or repeated; and
+        the model must know what the ids mean."""
+        if origin.kind == "weights only":  # no step is done, but the model knows some ids
+            for store in self.stores.train.values():
+                store.check_made_by(origin.saved["made_by"], f"the model ({origin.folder})", recipe.data.accept)
+        if origin.kind in ("fresh", "weights only"):
             return
         saved, samples = origin.saved, origin.first_sample(origin.step)
         if saved["samples"] != samples:

@@ -159,6 +159,8 @@ def finish_load(optimizer: MegatronOptimizer) -> None:
             continue
         for group in part.optimizer.param_groups:
             group.update(part.optimizer.defaults)
+            if "step" in group:  # Transformer Engine's kernel refuses torch's, which is no int
+                group["step"] = int(group["step"])
             for parameter in group["params"]:
                 state = part.optimizer.state.get(parameter)
                 if state and "step" in state and "step" in group:

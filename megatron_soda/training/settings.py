@@ -34,9 +34,9 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
 
 
 def compare_settings(recipe: Recipe, origin: Origin) -> list[str]:
-    """What has changed since the checkpoint, one line each. Raises SodaError if the learning rate would jump up in the
-    middle of a run, because after a decay that undoes its effect."""
-    if origin.folder is None:
+    """What has changed since the checkpoint, a line each. SodaError if the learning rate would jump up in the middle of
+    a run: after a decay that undoes what it reached."""
+    if origin.kind in ("fresh", "weights only"):
         return []
     was, now = origin.saved.get("training"), settings_of(recipe)
     if was is None:

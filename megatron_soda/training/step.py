@@ -22,13 +22,30 @@ from ..config import Recipe, choice
 from ..data.batch import Batcher
 from ..data.windows import Samples, Window, Windows
 from ..errors import SodaError
-from ..model.gpt import Inputs, build_model, forward, head_weight, inputs_of
+from ..model.gpt import Inputs, build_model, flat, forward, head_weight, inputs_of, padded_size
 from ..model.head import head_loss
-from ..model.specs import choose_backend
+from ..model.legal_rows import LegalRows
+from ..model.specs import accumulate_in_place, choose_backend
 from ..parallel import cpu
 from ..parallel.watch import place
 from ..vocab import TokenSpace
 from .optimizer import Optimizer
+
+
+@contextlib.contextmanager
+def beside(stream: Any) -> Iterator[list[Tensor]]:
+    """On CUDA, runs the body on a stream of its own: it has to wait for what it computes, and would otherwise also wait
+    for the step before. The tensors that the body puts into the list are then the current stream's to use."""
+    made: list[Tensor] = []
+    if stream is None:
+        yield made
+        return
+    current = torch.cuda.current_stream(stream.device)
+    with torch.cuda.stream(stream):
+        yield made
+    current.wait_stream(stream)
+    for tensor in made:
+        tensor.record_stream(current)
 
 
 class Seconds:
@@ -77,9 +94,9 @@ def nll_vector(sums: Tensor, names: list[str]) -> dict[str, float]:
 
 
 class Engine:
-    """Model, gradients and optimizer of this rank, and how they take a step."""
+    """Model, gradients and optimizer of this rank, and how they take a step. `slots`: see LegalRows; default all."""
 
-    def __init__(self, recipe: Recipe, space: TokenSpace, device: torch.device) -> None:
+    def __init__(self, recipe: Recipe, space: TokenSpace, device: torch.device, slots: set[int] | None = None) -> None:
         self.recipe, self.space, self.device = recipe, space, device
         self.backend = choose_backend(recipe.training.backend)
         if recipe.precision.dtype == "fp8" and self.backend != "transformer_engine":
@@ -100,11 +117,17 @@ class Engine:
             DistributedDataParallel(self.config, ddp_config, model, disable_bucketing=i > 0)
             for i, model in enumerate(self.models)
         ]
+        if self.backend == "transformer_engine":
+            for model in self.models:
+                accumulate_in_place(model)
         self.optimizer = Optimizer(recipe, self.ddp, space)
         for model in self.models:
             model.config.grad_scale_func = self.optimizer.inner.scale_loss
             model.config.finalize_model_grads_func = self._finalize
         self.batcher = Batcher(space, class_weights(recipe, space), recipe.data.reset_positions, device)
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.legal_rows = self._legal_rows(slots or {space.codebooks})
+        self.head_work = [0, 0]  # rows of the head that positions needed, positions
         self.schedule: Any = get_forward_backward_func()
         self._weight_sum = torch.zeros((), dtype=torch.float64, device=device)
         data_parallel = parallel_state.get_data_parallel_world_size()
@@ -112,18 +135,36 @@ class Engine:
         self.seconds = Seconds()
         cpu.return_freed_memory()
 
+    @property
+    def head_rows(self) -> int | None:
+        """Rows of the head at a position so far, the mean; None: all."""
+        return round(self.head_work[0] / self.head_work[1]) if self.head_work[1] else None
+
+    def _legal_rows(self, slots: set[int]) -> LegalRows | None:
+        if self.recipe.training.head_rows == "all":
+            return None
+        ranks, rank = self.recipe.parallel.tensor, parallel_state.get_tensor_model_parallel_rank()
+        return LegalRows(self.space, slots, padded_size(self.space, ranks) // ranks, rank, self.device)
+
     def _finalize(self, model: list, _count: Tensor | None, pg_collection: Any = None, **kwargs: Any) -> None:
         """Divides by the global sum of loss weights; megatron-core's own count is an integer."""
         finalize_model_grads(model, self._weight_sum.clone(), pg_collection, **kwargs)
 
     def micro_batch(self, samples: Samples, first_sample: int, index: int) -> Inputs:
         """This rank's part of micro-batch `index`; the samples of a step are the same at every layout."""
-        with self.seconds.of("data"):
+        with self.seconds.of("data"), beside(self.stream) as made:
             size = self.recipe.training.micro_batch_size
             rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
             start = first_sample + (index * ranks + rank) * size
             batch = self.batcher([samples[start + i] for i in range(size)])
-        return inputs_of(self.models[0], batch)
+            full_share = self.recipe.training.head_full_share if self.models[0].training else 0.0
+            inputs = inputs_of(self.models[0], batch, self.legal_rows, full_share)
+            made += inputs.tensors()
+            for piece in inputs.pieces or ():
+                count = piece.index.numel() if piece.index is not None else 0
+                self.head_work[0] += count * piece.width
+                self.head_work[1] += count
+        return inputs
 
     def _loss(self, model: Any, inputs: Inputs, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The head on the last stage's hidden states: loss, a count that nobody uses, the sums by class."""
@@ -134,10 +175,7 @@ class Engine:
         else:
             hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden, group)
         weight: Any = head_weight(model)
-        packed = self.models[0].packed  # sequences one after the other; else position by position
-        labels, weights, classes = (
-            (x if packed else x.t()).reshape(-1) for x in (batch.labels, batch.loss_weight, batch.class_id)
-        )
+        labels, weights, classes = (flat(self.models[0], x) for x in (batch.labels, batch.loss_weight, batch.class_id))
         loss, sums = head_loss(
             hidden.view(-1, hidden.shape[-1]),
             weight.detach(),
@@ -149,6 +187,7 @@ class Engine:
             z_weight=self.recipe.training.z_loss,
             group=group,
             weight_gradient=weight.main_grad if torch.is_grad_enabled() else None,
+            pieces=inputs.pieces,
         )
         self._weight_sum += sums[1].sum()
         return loss, torch.ones((), dtype=torch.int, device=self.device), sums
@@ -205,8 +244,8 @@ class Engine:
     @torch.no_grad()
     def is_finite(self) -> bool:
         """Whether all parameters and all of Adam's state are, on every rank. Each is read once, and nothing copied."""
-        ends = [end.float() for tensor in self._state() for end in torch.aminmax(tensor)]  # they pass NaN on
-        finite = torch.isfinite(torch.stack(ends)).all().float().to(self.device)
+        ends = [end.to(self.device, torch.float32) for tensor in self._state() for end in torch.aminmax(tensor)]
+        finite = torch.isfinite(torch.stack(ends)).all().float()  # the ends pass NaN on
         dist.all_reduce(finite, dist.ReduceOp.MIN)
         return bool(finite.item())
 

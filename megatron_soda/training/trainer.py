@@ -73,7 +73,7 @@ class Trainer:
         self.corpora, self.source, self.origin = corpora, corpora.source, origin
         self.step = self.started = origin.step
         self.settings = settings_of(recipe)
-        self.engine = Engine(recipe, corpora.space, device)
+        self.engine = Engine(recipe, corpora.space, device, corpora.stores.slots)
         models, optimizer = self.engine.models, self.engine.optimizer.inner
         origin.load(models, optimizer)
         self.saver = checkpoint.Saver(recipe, models, optimizer, self._description(), origin.folder)
@@ -82,7 +82,6 @@ class Trainer:
         self.peak = peak_tflops(recipe, self.device_name)
         with preflight.together(device):
             self.metrics = Metrics(recipe, self.step) if ranks.is_first() else None
-        self.flops = train_flops(recipe.model, corpora.space, self.source.length)
         self.skipped: int = origin.saved.get("skipped_steps", 0)
         self.validated = -1, torch.zeros(2, 1)  # after which step, and the loss sums
         self.returns: list[int] = []  # checkpoints given up because the steps after them were not finite
@@ -93,6 +92,10 @@ class Trainer:
         """What every checkpoint of this run records about itself."""
         model = checkpoint.describe(self.recipe, self.corpora.space)
         return {**model, "data": self.corpora.description, "made_by": self.corpora.made_by, "training": self.settings}
+
+    def _flops(self) -> int:
+        """Of a token."""
+        return train_flops(self.recipe.model, self.engine.space, self.source.length, self.engine.head_rows)
 
     def announce(self, lines: list[str], notes: list[str]) -> None:
         """Records and logs what this run is, including `lines` and `notes`."""
@@ -111,6 +114,8 @@ class Trainer:
             parameters=parameters,
         )
         here = f"from step {self.step}" if self.step else "from the start"
+        if self.origin.kind == "weights only":
+            here = f"from the weights of {self.origin.folder}"
         for line in lines:
             log.info(line)
         log.info(f"{parameters:,} parameters; {layout}; {engine.backend} layers, {engine.optimizer.backend}")
@@ -174,7 +179,7 @@ class Trainer:
                 "grad_norm": result.grad_norm,
                 "learning_rate": self.rate(self.step - 1),
                 "tokens_per_second": speed,
-                "mfu": mfu(self.flops, speed, dist.get_world_size(), self.peak),
+                "mfu": mfu(self._flops(), speed, dist.get_world_size(), self.peak),
                 "memory_gib": memory_gib(),
                 "seconds": now - self.began,
                 "step_seconds": {part: s / steps for part, s in parts.items()},
@@ -250,6 +255,7 @@ class Trainer:
             {
                 "samples": samples,
                 "branch": branch_state(self.origin.branch),
+                "init": self.origin.saved.get("init", {}),
                 "tokens": self.origin.tokens(self.step),
                 "consumed": self.source.consumed(samples),
                 "skipped_steps": self.skipped,
@@ -261,7 +267,7 @@ class Trainer:
         raises SodaError. The loop continues from `self.step`."""
         self.saver.finish()  # what is being written is from before, and finite
         told = f"step {self.step}: {what}."
-        at_start = self.origin.folder is not None and self.step - self.started <= _FIRST_STEPS
+        at_start = self.origin.kind in ("resumed", "branched") and self.step - self.started <= _FIRST_STEPS
         if at_start and self.origin.kind == "resumed" and len(self.returns) < _MOST_RETURNS:
             with place.of("starting"):
                 before = checkpoint.newest_whole(self.run_folder, before=self.started)

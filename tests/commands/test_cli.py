@@ -13,7 +13,7 @@ from megatron_soda import cli, train
 from megatron_soda.files import write_sealed
 from tests.helpers import write_data
 
-COMMANDS = "prepare validate inspect convert-store train export evaluate generate report doctor".split()
+COMMANDS = "prepare validate inspect convert-store train export import evaluate generate report doctor".split()
 
 
 def soda(monkeypatch, *arguments: str) -> int:
@@ -49,6 +49,9 @@ def test_help_has_examples(monkeypatch, capsys, command):
         (["train", "R", "training.backend=transformer_engine", "data.path=D"], "needs a CUDA device"),
         (["export", "R"], "no checkpoint in it"),
         (["generate", "R"], "no checkpoint in it"),
+        (["import", "nowhere", "run=run"], "nowhere: no such folder"),
+        (["import", "empty", "run=run"], "empty: no config.json in it"),
+        (["import", "empty"], "give a run folder: run=runs/NAME"),
         (["report", "R"], "run"),
         (["prepare", "R", "prepare.speech=nowhere"], "nowhere"),
         (["prepare", "R", "prepare.codec=mimi", "prepare.codec_path=nowhere", "prepare.speech=D"], "D"),
@@ -185,6 +188,7 @@ LONG = {
     "validate": "megatron_soda.data.validate.validate",
     "convert-store": "megatron_soda.data.convert.convert_stores",
     "export": "megatron_soda.hf.export.export",
+    "import": "megatron_soda.hf.importing.import_model",
     "evaluate": "megatron_soda.commands.evaluate.model_folder",
     "generate": "megatron_soda.commands.generate.model_folder",
     "report": "megatron_soda.report.build_report",

@@ -8,12 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from megatron_soda.config import save_recipe
 from megatron_soda.errors import SodaError
 from megatron_soda.files import write_json, write_sealed
+from megatron_soda.hf.card import update_card
 from megatron_soda.hf.load import load_model, read_export
 from megatron_soda.tokenizer import TextTokenizer, train_sentencepiece
+from tests.distributed.test_checkpoint_files import reseal
 from tests.distributed.test_layouts import train
 from tests.helpers import run_tool, small_recipe, write_data
 from tests.test_tokenizer import SENTENCES
@@ -39,21 +42,19 @@ def real_text_data(tmp_path_factory) -> Path:
 
 def export(run: str, data: str, overrides: list[str], swap: bool = False) -> str:
     """On a rank of the pool. `swap` exchanges two matrices of the export, a mistake that it must notice."""
+    from unittest import mock
+
     from megatron_soda.hf import export as module
+    from megatron_soda.hf.qwen3 import Part
 
-    weights = module.hf_weights
+    split = Part.split
 
-    def swapped(*arguments):
-        result = weights(*arguments)
-        a, b = "model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.up_proj.weight"
-        result[a], result[b] = result[b], result[a]
-        return result
+    def swapped(part: Part, *arguments):
+        result = split(part, *arguments)
+        return result[::-1] if part.kind == "gate_up" and part.layer == 0 else result
 
-    module.hf_weights = swapped if swap else weights
-    try:
+    with mock.patch.object(Part, "split", swapped if swap else split):
         return str(module.export(small_recipe(Path(run), Path(data), *overrides)))
-    finally:
-        module.hf_weights = weights
 
 
 @pytest.mark.parametrize(
@@ -107,6 +108,132 @@ def test_any_checkpoint_goes_anywhere_by_megatrons_flags(pool, real_text_data, t
     of_export = (Path(folder) / "model.safetensors").read_bytes()
     assert (tmp_path / "out" / "6" / "model.safetensors").read_bytes() == of_export
     assert (tmp_path / "out" / "3" / "model.safetensors").read_bytes() != of_export
+    back = ["--model-type", "GPT", "--loader", "hf", "--saver", "core", "--load-dir", tmp_path / "out" / "6"]
+    flags = ["convert_checkpoint.py", *map(str, back), "--save-dir", str(tmp_path / "again")]
+    ((status, _, said),) = pool.run(1, run_tool, *flags)
+    assert status == 0, said
+    (again,) = pool.run(1, export_run, str(tmp_path / "again"))
+    assert (Path(again) / "model.safetensors").read_bytes() == of_export
+
+
+def export_run(run: str) -> str:
+    """On a rank of the pool: a run by its own recipe."""
+    from megatron_soda.commands.resolve import resolve
+    from megatron_soda.hf.export import export
+
+    return str(export(resolve(run, [])))
+
+
+def test_others_load_the_folder_as_it_is(pool, real_text_data, tmp_path):
+    """transformers by its own classes, and vLLM, which takes every *.safetensors at the top for the model's."""
+    from safetensors import safe_open
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    data = tmp_path / "data"
+    shutil.copytree(real_text_data, data)
+    save_file({"books": torch.ones(3)}, data / "codec.safetensors")
+    pool.run(1, train, str(tmp_path), str(data), ["training.steps=1"])
+    (folder,) = map(Path, pool.run(1, export_for_others, str(tmp_path), str(data)))
+    model, loading = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(loading.values()), loading
+    found = set()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            found |= set(file.keys())
+    assert found == {name for name, _ in model.named_parameters()}
+    assert sorted(p.name for p in (folder / "codec").iterdir()) == ["codec.json", "codec.safetensors"]
+    loaded = load_model(folder)
+    assert loaded.codec == folder / "codec"
+    space = loaded.space
+    generation = GenerationConfig.from_pretrained(folder)
+    assert generation.eos_token_id == [space.eos, space.text_end, space.audio_end]
+    assert AutoTokenizer.from_pretrained(folder).eos_token_id == space.eos
+    assert oct(folder.stat().st_mode & 0o777) == "0o755"
+    for path in folder.rglob("*"):
+        assert oct(path.stat().st_mode & 0o777) == ("0o755" if path.is_dir() else "0o644"), path
+    for name in ("codec.json", "codec.safetensors"):  # earlier versions wrote the codec beside the model
+        (folder / "codec" / name).rename(folder / name)
+    (folder / "codec").rmdir()
+    described = json.loads((folder / "soda.json").read_text())
+    described["files"] = {name.removeprefix("codec/"): entry for name, entry in described["files"].items()}
+    write_sealed(folder / "soda.json", {name: value for name, value in described.items() if name != "crc32"})
+    assert load_model(folder).codec == folder
+    described["files"]["../data/codec.json"] = [1, ""]
+    write_sealed(folder / "soda.json", {name: value for name, value in described.items() if name != "crc32"})
+    with pytest.raises(SodaError, match=r"soda\.json: not the description"):
+        load_model(folder)
+
+
+def export_for_others(run: str, data: str) -> str:
+    """On a rank of the pool, whose files would be nobody else's."""
+    import os
+
+    before = os.umask(0o077)
+    try:
+        return export(run, data, ["training.steps=1"])
+    finally:
+        os.umask(before)
+
+
+def test_all_of_a_checkpoint_is_exported(pool, real_text_data, tmp_path):
+    """A tensor that is lacking, or has no place in a Qwen3, is an error, not a silent gap."""
+    pool.run(1, train, str(tmp_path), str(real_text_data), ["training.steps=1"])
+    index = tmp_path / "checkpoints" / "step_00000001" / "index.json"
+    whole = json.loads(index.read_text())
+
+    def with_changes(change) -> None:
+        changed = json.loads(json.dumps(whole))
+        change(changed["tensors"])
+        index.write_text(json.dumps(changed))
+        reseal(index.parent)
+
+    name = "decoder.layers.mlp.linear_fc2.weight"
+    for change, said in (
+        (lambda tensors: tensors.pop(name), r"decoder\.layers\.mlp\.linear_fc2\.weight is None, and should be"),
+        (lambda tensors: tensors.update({"decoder.extra": tensors[name]}), r"no place for: decoder\.extra"),
+    ):
+        with_changes(change)
+        with pytest.raises(RuntimeError, match=said):
+            pool.run(1, export, str(tmp_path), str(real_text_data), ["training.steps=1"])
+        assert not (tmp_path / "hf").exists()
+
+
+def test_the_model_card(pool, real_text_data, tmp_path):
+    overrides = ["training.steps=1", "name=my soda"]
+    pool.run(1, train, str(tmp_path), str(real_text_data), overrides)
+    (folder,) = map(Path, pool.run(1, export, str(tmp_path), str(real_text_data), overrides))
+    card = (folder / "README.md").read_text()
+    model = load_model(folder)
+    count = sum(p.numel() for p in model.model.parameters())
+    for said in (
+        "# my soda",
+        f"{count:,}, of which",
+        "step 1, 256 tokens",
+        "Not evaluated yet",
+        "1 steps of 8 windows",
+    ):
+        assert said in card, card
+    results = {"nll": {"all": {"model_nats": 1.25, "unigram_nats": 2.5}}, "split": "test", "documents": 3}
+    update_card(folder, results)
+    now = (folder / "README.md").read_text()
+    assert "| All tokens | 1.2500 | 2.5000 |" in now
+    assert "Not evaluated yet" not in now
+    assert now.partition("<!--")[0] == card.partition("<!--")[0]
+    update_card(folder, results)
+    assert (folder / "README.md").read_text() == now
+    (folder / "README.md").write_text("my own words")
+    update_card(folder, results)
+    assert (folder / "README.md").read_text() == "my own words"
+    assert load_model(folder).step == 1  # a card may be written anew
+    write_json(tmp_path / "eval.json", {"export": model.key, **results})
+    shutil.rmtree(folder)
+    pool.run(1, export, str(tmp_path), str(real_text_data), overrides)
+    assert "| All tokens | 1.2500 | 2.5000 |" in (folder / "README.md").read_text()
+    for damaged in ({"export": model.key, "nll": {"classes": 5, "all": {"model_nats": None}}}, {"export": "another"}):
+        write_json(tmp_path / "eval.json", damaged)
+        shutil.rmtree(folder)
+        pool.run(1, export, str(tmp_path), str(real_text_data), overrides)
+        assert "1.25" not in (folder / "README.md").read_text()
 
 
 def test_an_export_of_another_training_is_not_served(pool, real_text_data, tmp_path):
@@ -144,7 +271,7 @@ def test_an_export_of_another_training_is_not_served(pool, real_text_data, tmp_p
     shutil.copytree(real_text_data, data)
     write_json(data / "codec.json", {"name": "none", "fingerprint": "other", "arguments": {"spec": "embedded"}})
     pool.run(1, export, str(tmp_path), str(data), overrides)
-    assert "other" in (tmp_path / "hf" / "codec.json").read_text()
+    assert "other" in (tmp_path / "hf" / "codec" / "codec.json").read_text()
 
 
 CHANGES = {
@@ -225,35 +352,6 @@ def test_a_wrong_export_is_refused(pool, real_text_data, tmp_path):
     with pytest.raises(RuntimeError, match="transformers' logits differ from ours"):
         pool.run(1, export, str(tmp_path), str(real_text_data), [], True)
     assert not (tmp_path / "hf").exists()
-
-
-def test_transformer_engine_names_export_too(pool, real_text_data, tmp_path):
-    """Transformer Engine keeps a norm's weight in the linear layer behind it."""
-    assert all(pool.run(1, _rename_and_export, str(tmp_path), str(real_text_data)))
-
-
-def _rename_and_export(run: str, data: str) -> bool:
-    from megatron_soda.data.store import Store
-    from megatron_soda.hf.export import hf_weights
-    from megatron_soda.model.gpt import build_model
-    from megatron_soda.parallel import ranks
-
-    recipe = small_recipe(Path(run), Path(data))
-    device = ranks.init(recipe)
-    space = Store(Path(data) / "test").space
-    state = build_model(recipe, space, device).state_dict()
-    renamed = {
-        k.replace(".input_layernorm.", ".self_attention.linear_qkv.layer_norm_").replace(
-            ".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_"
-        ): v
-        for k, v in state.items()
-    }
-    a, b = (hf_weights(s, recipe.model, space) for s in (state, renamed))
-    try:
-        hf_weights({**state, "something.else": state["decoder.final_layernorm.weight"]}, recipe.model, space)
-    except KeyError:
-        return set(renamed) != set(state) and set(a) == set(b) and all(torch.equal(a[k], b[k]) for k in a)
-    return False
 
 
 def test_no_checkpoint_and_another_model(pool, real_text_data, tmp_path):

@@ -86,15 +86,15 @@ def logits_of(pool, folder: Path, layout: str, ids: np.ndarray, *overrides: str)
 
 def save_qwen3(folder: str, overrides: list[str]) -> None:
     """On one rank of the pool: the same freshly initialised weights as a transformers model."""
-    from megatron_soda.hf.export import write_model
     from megatron_soda.model.gpt import build_model
     from megatron_soda.parallel import ranks
+    from tests import qwen3
 
     recipe = small_recipe(
         Path(folder), Path(folder), f"data.sequence_length={LENGTH}", "model.init_std=0.2", *overrides
     )
     model = build_model(recipe, SPACE, ranks.init(recipe))
-    write_model(model.state_dict(), recipe, SPACE, Path(folder))
+    qwen3.save_qwen3(model.state_dict(), recipe, SPACE, Path(folder))
 
 
 @pytest.mark.parametrize(
@@ -207,13 +207,13 @@ def test_every_layout_starts_from_the_same_weights(pool, tmp_path, init):
 
 def as_qwen3(folder: str, overrides: list[str]) -> dict[str, np.ndarray]:
     """On one rank of the pool: a fresh model's matrices, each by itself, in Qwen3's names."""
-    from megatron_soda.hf.export import hf_weights
     from megatron_soda.model.gpt import build_model
     from megatron_soda.parallel import ranks
+    from tests import qwen3
 
     recipe = small_recipe(Path(folder), Path(folder), *overrides)
     model = build_model(recipe, SPACE, ranks.init(recipe))
-    return {name: w.numpy().copy() for name, w in hf_weights(model.state_dict(), recipe.model, SPACE).items()}
+    return {name: w.numpy().copy() for name, w in qwen3.as_qwen3(model.state_dict(), recipe.model, SPACE).items()}
 
 
 def check_truncated_normal(values: np.ndarray, scale: float) -> None:

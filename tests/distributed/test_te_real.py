@@ -120,10 +120,10 @@ def layout(*overrides: str) -> dict[str, Any]:
 
 
 def exported() -> dict[str, Any]:
-    from megatron_soda.hf.export import hf_weights
+    from tests.qwen3 import as_qwen3
 
     model = spec.recipe_of("local").model
-    parts = [hf_weights(chunks(b)[0].state_dict(), model, SPACE) for b in ("local", "transformer_engine")]
+    parts = [as_qwen3(chunks(b)[0].state_dict(), model, SPACE) for b in ("local", "transformer_engine")]
     return {"names": [list(p) for p in parts], "other": [k for k, v in parts[0].items() if not v.equal(parts[1][k])]}
 
 
@@ -163,7 +163,7 @@ def training(folder: Path, *overrides: str) -> dict[str, Any]:
     is allowed, with torch's AdamW for the second half. And what is in its state."""
     from transformer_engine.pytorch.optimizers import FusedAdam
 
-    from megatron_soda.training import loop, optimizer
+    from megatron_soda.training import checkpoint, optimizer, trainer
 
     data, states = write_data(folder / "data"), []
     torchs = optimizer.choose_adam
@@ -181,10 +181,10 @@ def training(folder: Path, *overrides: str) -> dict[str, Any]:
 
     def train(name: str, *adams: tuple[int, Callable[..., Any]]) -> list[list[float]]:
         for count, choose in adams:
-            optimizer.choose_adam = loop.checkpoint.choose_adam = choose
+            optimizer.choose_adam = checkpoint.choose_adam = choose
             flat = ["schedule.warmup_share=0", "schedule.decay_share=0"]
             wanted = ["training.backend=local", f"training.steps={count}", "checkpoint.save_every=3", *flat, *overrides]
-            loop.train(small_recipe(folder / name, data, *wanted))
+            trainer.train(small_recipe(folder / name, data, *wanted))
         rows = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
         return [[row["loss"], row["grad_norm"]] for row in rows if "loss" in row]
 
@@ -199,7 +199,7 @@ def training(folder: Path, *overrides: str) -> dict[str, Any]:
             found["from_torch"] = train("from_torch", (3, torchs), (6, fused))
         return found
     finally:
-        optimizer.choose_adam = loop.checkpoint.choose_adam = torchs
+        optimizer.choose_adam = checkpoint.choose_adam = torchs
         optimizer.Optimizer.step = finish
 
 
@@ -213,6 +213,7 @@ def adam(_chunk: int, _noop: Any, tensors: Any, rate: float, beta1: float, beta2
          mode: int, correct: int, decay: float) -> None:  # fmt: skip
     """In the place of Transformer Engine's kernel: AdamW on lists of gradients, parameters and both moments."""
     assert mode == 1
+    assert isinstance(step, int)
     first, second = (1 - beta1**step, 1 - beta2**step) if correct else (1, 1)
     for gradient, parameter, mean, square in zip(*tensors, strict=True):
         mean.lerp_(gradient, 1 - beta1)

@@ -69,13 +69,13 @@ def test_a_suite_without_data_needs_none(exported, toy):
 def test_what_a_suite_needs_is_missing_before_anything_is_measured(exported, toy, monkeypatch):
     monkeypatch.setattr(Toy, "needs", ("codec",))
     monkeypatch.setattr(Toy, "measure", lambda *_: pytest.fail("measured"))
-    (exported.folder / "codec.json").unlink()
+    (exported.folder / "codec" / "codec.json").unlink()
     described = json.loads((exported.folder / "soda.json").read_text())
     from megatron_soda.files import write_sealed
 
-    del described["files"]["codec.json"]
+    del described["files"]["codec/codec.json"]
     write_sealed(exported.folder / "soda.json", {k: v for k, v in described.items() if k != "crc32"})
-    with pytest.raises(SodaError, match=r"no codec\.json in it"):
+    with pytest.raises(SodaError, match="no codec in it"):
         evaluate(exported.recipe("suite=[toy]"), exported.folder)
     assert not (exported.run / "eval.json").exists()
 

@@ -210,6 +210,8 @@ def _fill(parameter: torch.nn.Parameter, init_method: Callable[..., Any] | None,
 class _LinearBase(TransformerEngineBaseModule):
     """The product and its exchanges between tensor-parallel ranks."""
 
+    fuse_wgrad_accumulation = False
+
     def build(self, in_features, out_features, bias, return_bias, parallel_mode, init_method, tracker, device, dtype):
         if parallel_mode not in ("row", "column", None):
             raise AssertionError(f"parallel_mode {parallel_mode} not supported")
@@ -251,7 +253,7 @@ class _LinearBase(TransformerEngineBaseModule):
             given = mappings.gather_from_sequence_parallel_region(given, True, self.tp_group)
         elif parallel == "column":
             given = mappings.copy_to_tensor_model_parallel_region(given, self.tp_group)
-        result = functional.linear(given, self.weight)
+        result = _product(given, self.weight, self.fuse_wgrad_accumulation and torch.is_grad_enabled())
         if parallel == "row" and self.sequence_parallel:
             result = mappings.reduce_scatter_to_sequence_parallel_region(result, self.tp_group)
         elif parallel == "row":
@@ -259,6 +261,27 @@ class _LinearBase(TransformerEngineBaseModule):
         if self.return_bias:
             return result, self.bias
         return result + self.bias if self.use_bias else result
+
+
+class _AddsToMainGrad(torch.autograd.Function):
+    """The weight's gradient goes to weight.main_grad; autograd gets one that holds nothing of use."""
+
+    @staticmethod
+    def forward(ctx: Any, given: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(given, weight)
+        ctx.weight = weight
+        return functional.linear(given, weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        given, weight = ctx.saved_tensors
+        ctx.weight.main_grad.add_(gradient.flatten(0, -2).t() @ given.flatten(0, -2))
+        ctx.weight.grad_added_to_main_grad = True
+        return gradient @ weight, torch.full_like(weight, torch.nan)
+
+
+def _product(given: Tensor, weight: Tensor, fused: bool) -> Tensor:
+    return _AddsToMainGrad.apply(given, weight) if fused else functional.linear(given, weight)  # type: ignore[return-value]
 
 
 def _not_in_fake(**flags: Any) -> None:
@@ -298,12 +321,12 @@ class Linear(_LinearBase):
     ) -> None:
         super().__init__(name)
         _not_in_fake(
-            fuse_wgrad_accumulation=fuse_wgrad_accumulation,
             parameters_split=parameters_split,
             delay_wgrad_compute=delay_wgrad_compute,
             overlap=ub_overlap_ag or ub_overlap_rs or ub_overlap_rs_dgrad or ub_bulk_dgrad or ub_bulk_wgrad,
             symmetric_ar_type=symmetric_ar_type,
         )
+        self.fuse_wgrad_accumulation = fuse_wgrad_accumulation
         self.take_group(tp_group, tp_size)
         self.sequence_parallel = self.tp_size > 1 and sequence_parallel
         self.save_original_input, self.ub_name = save_original_input, ub_name
@@ -353,7 +376,6 @@ class LayerNormLinear(_LinearBase):
     ) -> None:
         super().__init__(name)
         _not_in_fake(
-            fuse_wgrad_accumulation=fuse_wgrad_accumulation,
             parameters_split=parameters_split,
             delay_wgrad_compute=delay_wgrad_compute,
             overlap=ub_overlap_ag or ub_overlap_rs or ub_overlap_rs_dgrad or ub_bulk_dgrad or ub_bulk_wgrad,
@@ -364,6 +386,7 @@ class LayerNormLinear(_LinearBase):
             raise AssertionError("Unsupported normalization type!")
         if parallel_mode == "row":
             raise NotImplementedError("Normalization does not support tensor-parallel distribution.")
+        self.fuse_wgrad_accumulation = fuse_wgrad_accumulation
         self.take_group(tp_group, tp_size)
         self.sequence_parallel = self.tp_size > 1 and sequence_parallel
         self.eps, self.normalization, self.zero_centered_gamma = eps, normalization, zero_centered_gamma
@@ -519,6 +542,28 @@ def _forgive_extra_state(module: Any, keys: Any) -> None:
     keys.missing_keys[:] = [key for key in keys.missing_keys if "core_attention._extra_state" not in key]
 
 
+def apply_rotary_pos_emb(
+    t: Tensor,
+    freqs: Tensor,
+    tensor_format: str = "sbhd",
+    start_positions: Tensor | None = None,
+    interleaved: bool = False,
+    fused: bool = False,
+    cu_seqlens: Tensor | None = None,
+    cp_size: int = 1,
+    cp_rank: int = 0,
+) -> Tensor:
+    """Of packed sequences (tokens, heads, head_dim): positions count from the start of each."""
+    _not_in_fake(other_format=tensor_format != "thd", interleaved=interleaved, cp_size=cp_size > 1)
+    starts = cu_seqlens.long()
+    position = torch.arange(len(t)) - starts[:-1].repeat_interleave(starts.diff())
+    if freqs.dtype != torch.float32 or int(position.max()) >= len(freqs):
+        raise AssertionError(f"{len(freqs)} angles of {freqs.dtype} for positions up to {int(position.max())}")
+    angles = freqs[position, 0]  # (tokens, 1, head_dim)
+    first, second = t.chunk(2, -1)
+    return (t * angles.cos() + torch.cat([-second, first], -1) * angles.sin()).to(t.dtype)
+
+
 # --- transformer_engine.pytorch.distributed and .cpu_offload
 
 
@@ -588,6 +633,8 @@ class FusedAdam(torch.optim.Optimizer):
     def step(self, closure: Any = None, grad_scaler: Any = None) -> None:
         for group in self.param_groups:
             group["step"] = step = group.get("step", 0) + 1
+            if not isinstance(step, int):
+                raise TypeError(f"multi_tensor_adam(): incompatible function arguments: step is {step!r}")
             first, second = group["betas"]
             corrections = (1 - first**step, 1 - second**step) if group["bias_correction"] else (1, 1)
             for parameter in group["params"]:
@@ -657,6 +704,8 @@ MODULES: dict[str, dict[str, Any]] = {
     "transformer_engine.pytorch.cpu_offload": _by_name(get_cpu_offload_context),
     "transformer_engine.pytorch.module": {},
     "transformer_engine.pytorch.module.base": _by_name(TransformerEngineBaseModule),
+    "transformer_engine.pytorch.attention": {},
+    "transformer_engine.pytorch.attention.rope": _by_name(apply_rotary_pos_emb),
     "transformer_engine.pytorch.ops": _empty("Sequential", "FusibleOperation"),
     "transformer_engine.pytorch.optimizers": _by_name(
         *(FusedAdam, FusedSGD, multi_tensor_applier, multi_tensor_l2norm),

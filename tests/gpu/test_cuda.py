@@ -183,7 +183,7 @@ def test_the_head_against_cpu(dtype):
     ones, classes = torch.ones(700), labels % 3
     found = []
     for device, kind in (("cpu", torch.float32), ("cuda", dtype)):
-        x = hidden.to(dtype).to(device, kind).requires_grad_()
+        x = hidden.to(dtype).to(device, kind).clone().requires_grad_()
         w, gradient = weight.to(dtype).to(device, kind), torch.zeros(20_000, 64, device=device)
         loss, sums = head_loss(
             x, w, labels.to(device), ones.to(device), classes.to(device),

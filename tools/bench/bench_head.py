@@ -65,8 +65,9 @@ def make(side: str, device: torch.device, preset: str, precision: str, tokens: i
     )
     generator = torch.Generator().manual_seed(0)
     weight: Any = layer.weight
-    torch.nn.init.normal_(weight, std=config.init_method_std, generator=generator)
+    drawn = torch.randn(weight.shape, generator=generator) * config.init_method_std
     layer.to(device)
+    weight.data.copy_(drawn)
     ddp = DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), layer)
     ddp.zero_grad_buffer()
     hidden = torch.randn(tokens, 1, config.hidden_size, generator=generator).to(device, config.params_dtype)

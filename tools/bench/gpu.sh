@@ -53,10 +53,10 @@ part_setup() {
 }
 
 part_tests() {
-  SHOW=30 step tests-kernels 200 "$python" -m pytest -q -x tests/gpu/test_kernels.py --durations 5
+  SHOW=${SHOW:-30} step tests-kernels 200 "$python" -m pytest -q -x tests/gpu/test_kernels.py --durations 5
   local together=()  # they wait for imports most of the time
-  "$python" -c "import xdist" 2>/dev/null && together=(-n 6)
-  SHOW=80 step tests-cuda 400 "$python" -m pytest -q tests/gpu/test_cuda.py --durations 25 --tb short "${together[@]}"
+  "$python" -c "import xdist" 2>/dev/null && together=(-n 8)
+  OMP_NUM_THREADS=2 SHOW=${SHOW:-80} step tests-cuda 400 "$python" -m pytest -q tests/gpu/test_cuda.py --durations 25 --tb short "${together[@]}"
 }
 
 part_sanitizer() {
@@ -72,20 +72,22 @@ part_head() {
   done
 }
 
-size() { # NAME BATCH ARGUMENTS...: BF16 and each FP8
+size() { # NAME SEQUENCES ARGUMENTS...: BF16 and FP8
   local name=$1 batch=$2
   shift 2
   for precision in ${PRECISIONS:-bf16 fp8}; do
-    step "train-$name-$precision" 300 "$python" tools/bench/bench_train.py --sequence-length 4096 --micro-batch "$batch" \
-      --documents 4 --steps 10 --warmup 5 --rounds 1 --precision "$precision" "$@"
+    step "train-$name-$precision" 120 "$python" tools/bench/bench_train.py --sequence-length 4096 --micro-batch "$batch" \
+      --micro-batches 2 --documents 4 --steps 8 --warmup 4 --rounds 1 --precision "$precision" "$@"
   done
 }
 
 part_train() {
-  size 135m 8 --preset 135m
-  size 600m 4 --preset 600m
-  size 1.7b 2 --preset 1.7b --sides ours
-  size 4b-18 1 --preset 4b --layers 18 --sides ours
+  size 135m 16 --preset 135m --sides ours
+  size 135m-8 8 --preset 135m --sides ours,megatron-core  # theirs has no memory for 16
+  size 600m 8 --preset 600m --sides ours
+  size 1.7b 4 --preset 1.7b --sides ours
+  PRECISIONS=fp8 size 1.7b-delayed 4 --preset 1.7b --sides ours --fp8-recipe delayed
+  size 4b-18 2 --preset 4b --layers 18 --sides ours
 }
 
 part_fp8() {

@@ -1,0 +1,101 @@
+"""Which rows of the head a position needs: those of the tokens that the grammar allows there.
+
+Inside a frame that is one codebook of 144,644 rows, so a softmax over them costs a fraction, and it is exact: the
+likelihood of a document, given that it is a legal one. Positions that need the same rows are computed together, as one
+dense product over the range of ids that holds them; what else is in the range is masked.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data.batch import Batch
+from ..errors import SodaError
+from ..vocab import FIRST_CODE, TEXT, Grammar, TokenSpace
+
+
+@dataclass
+class Piece:
+    """Positions of a micro-batch, and the rows of the head they need."""
+
+    index: Tensor | None  # int64 (positions,), into the flattened micro-batch; None: all of it
+    width: int  # rows that they need of all ranks together; chunks are cut by it, the same on every rank
+    low: int  # this rank has of these its own rows [low, high)
+    high: int
+    illegal: Tensor | None = None  # int64, counted from `low`: rows in between that do not compete
+
+
+class LegalRows:
+    """For one rank, which has the head's rows [rank * local, (rank + 1) * local).
+
+    `slots`: the codes of a frame in every kind of store that is trained on (vocab.Grammar). Where a window cannot show
+    whether text is bare or in a span, or frames have one code or all, rows of either are allowed.
+    """
+
+    def __init__(
+        self, space: TokenSpace, slots: set[int], local: int, rank: int = 0, device: torch.device | str = "cpu"
+    ) -> None:
+        kinds = space.kind_table()
+        allowed = np.logical_or.reduce([Grammar(space, n).following() for n in slots])
+        sets, group = np.unique(allowed.reshape(-1, allowed.shape[-1]), axis=0, return_inverse=True)
+        self.n_kinds = FIRST_CODE + space.codebooks
+        self.kinds = torch.from_numpy(kinds.astype(np.int64)).to(device)
+        self.group = torch.from_numpy(group.reshape(allowed.shape[:2])).to(device)
+        self.allowed = torch.from_numpy(sets).to(device)
+        start = rank * local
+        real = min(max(space.size - start, 0), local)
+        self.rows = [_piece(np.flatnonzero(of_set[kinds]), start, real, device) for of_set in sets]
+        self.rows.append(Piece(None, local, 0, real))  # the last group: all rows
+
+    def groups(self, batch: Batch) -> Tensor:
+        """int64 (sequences, length), of whole sequences: which set of rows a position needs. SodaError for a label that
+        is not in it and has a weight."""
+        kinds = self.kinds[batch.tokens]
+        place = torch.arange(kinds.shape[1], device=kinds.device).where(kinds != TEXT, -1).cummax(1).values
+        context = torch.where(place >= 0, kinds.gather(1, place.clamp(min=0)), self.n_kinds)
+        group = self.group[context, (kinds == TEXT).long()]
+        wrong = ~self.allowed[group, self.kinds[batch.labels]] & (batch.loss_weight != 0)
+        if wrong.any():
+            sequence, place = wrong.nonzero()[0].tolist()
+            raise SodaError(
+                f"a window of the store has token {int(batch.labels[sequence, place])} after token "
+                f"{int(batch.tokens[sequence, place])}, where the grammar does not allow it. `soda validate` shows "
+                "where the store is damaged; training.head_rows=all trains on it as it is."
+            )
+        return group
+
+    def all_for_a_share(self, group: Tensor, batch: Batch, share: float) -> Tensor:
+        """The same groups, but about `share` of the positions need all rows. Which ones depends on their tokens and
+        places alone, so it is the same at every layout."""
+        if not share:
+            return group
+        mixed = (batch.tokens * 2654435761 + batch.labels * 40503 + batch.position_id * 97) & 0xFFFFFFFF
+        mixed = ((mixed ^ (mixed >> 15)) * 2246822519) & 0xFFFFFFFF
+        return group.where(mixed ^ (mixed >> 13) >= int(share * 2**32), len(self.rows) - 1)
+
+    def pieces(self, group: Tensor, weight: Tensor) -> list[Piece]:
+        """Of flattened positions (positions,): those with a weight, by the rows they need. Waits for the device."""
+        counted = group.where(weight != 0, len(self.rows))
+        order = counted.argsort(stable=True)
+        counts = torch.bincount(counted, minlength=len(self.rows) + 1).tolist()[:-1]
+        parts = order[: sum(counts)].split(counts)
+        return [
+            Piece(part, rows.width, rows.low, rows.high, rows.illegal)
+            for part, rows in zip(parts, self.rows, strict=True)
+            if len(part)
+        ]
+
+
+def _piece(ids: np.ndarray, start: int, real: int, device: torch.device | str) -> Piece:
+    """Sorted legal ids -> the rows of them that a rank has."""
+    if not len(ids):
+        return Piece(None, 1, 0, 0)
+    mine = ids[(ids >= start) & (ids < start + real)] - start
+    if not len(mine):
+        return Piece(None, int(ids[-1] - ids[0] + 1), 0, 0)
+    low, high = int(mine[0]), int(mine[-1]) + 1
+    illegal = np.setdiff1d(np.arange(low, high), mine) - low
+    masked = torch.from_numpy(illegal).to(device) if len(illegal) else None
+    return Piece(None, int(ids[-1] - ids[0] + 1), low, high, masked)

@@ -1,0 +1,200 @@
+"""The head over legal rows: against float64 and the grammar's automaton, split over ranks, and in training."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_soda.data.batch import Batcher
+from megatron_soda.data.windows import Window
+from megatron_soda.errors import SodaError
+from megatron_soda.model.legal_rows import LegalRows
+from megatron_soda.vocab import Grammar, TokenSpace
+from tests.distributed.test_layouts import metrics, train
+from tests.helpers import SPACE, documents
+
+CLASSES = len(SPACE.class_names)
+WIDE = TokenSpace(text_size=30, bos=0, eos=2, codebooks=3, entries=11)
+
+
+def automaton(ids: np.ndarray, space: TokenSpace, slots: int) -> np.ndarray:
+    """bool (len(ids), size): what may follow each token of whole documents, one after the other."""
+    grammar, kinds = Grammar(space, slots), space.kind_table()
+    legal, state, found = grammar.legal(), Grammar.START, []
+    for token in ids:
+        state = grammar.step[state, int(kinds[token])]
+        if state == Grammar.END:
+            state = Grammar.START
+        found.append(legal[state])
+    return np.array(found)
+
+
+def rows_of(legal: LegalRows, batch, share: float = 0.0) -> np.ndarray:
+    """bool (positions, local rows): the rows that the head computes for each position."""
+    group = legal.all_for_a_share(legal.groups(batch), batch, share).reshape(-1)
+    found = np.zeros((len(group), legal.rows[-1].width), bool)
+    for piece in legal.pieces(group, batch.loss_weight.reshape(-1)):
+        mine = np.zeros(legal.rows[-1].width, bool)
+        mine[piece.low : piece.high] = True
+        if piece.illegal is not None:
+            mine[piece.low + piece.illegal.numpy()] = False
+        found[piece.index.numpy()] = mine
+    return found
+
+
+def batch_of(ids: np.ndarray, space: TokenSpace = SPACE):
+    return Batcher(space)([Window(ids, len(ids) - 1)])
+
+
+@pytest.mark.parametrize("space", [SPACE, WIDE, replace(WIDE, codebooks=1)], ids=["small", "three", "one"])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_rows_are_the_automatons(space, ranks):
+    ids = np.concatenate(documents(40, 0, space))
+    wanted = automaton(ids[:-1], space, space.codebooks)
+    local = -(-space.size // ranks) + 1
+    found = [rows_of(LegalRows(space, {space.codebooks}, local, rank), batch_of(ids, space)) for rank in range(ranks)]
+    assert np.array_equal(np.concatenate(found, 1)[:, : space.size], wanted)
+    assert not np.concatenate(found, 1)[:, space.size :].any()
+
+
+def test_windows_that_begin_anywhere():
+    """What is legal is never left out; only where a window begins with text is it not known which text."""
+    ids = np.concatenate(documents(20))
+    wanted = automaton(ids, SPACE, SPACE.codebooks)
+    legal = LegalRows(SPACE, {SPACE.codebooks}, SPACE.size)
+    text = SPACE.kind_table()[ids] == 0
+    unsure = 0
+    for start in range(0, len(ids) - 40, 3):
+        found, exact = rows_of(legal, batch_of(ids[start : start + 40])), wanted[start : start + 39]
+        assert (found >= exact).all()
+        first = int(np.argmin(text[start : start + 40]))
+        assert np.array_equal(found[first:], exact[first:])
+        unsure += first
+        assert found[:first].sum() == exact[:first].sum() + first  # EOS or TEXT_END besides
+    assert unsure > 20
+
+
+def test_semantic_only_stores_beside_full_ones():
+    ids = np.array([SPACE.bos, SPACE.audio_start, SPACE.audio_base, SPACE.audio_base + 1, SPACE.audio_end, SPACE.eos])
+    semantic = rows_of(LegalRows(SPACE, {1}, SPACE.size), batch_of(ids.astype(np.int32)))
+    assert np.array_equal(semantic, automaton(ids[:-1], SPACE, 1))
+    both = rows_of(LegalRows(SPACE, {1, SPACE.codebooks}, SPACE.size), batch_of(ids.astype(np.int32)))
+    second = SPACE.audio_base + SPACE.entries
+    assert both[2, second : second + SPACE.entries].all()
+    both[2, second : second + SPACE.entries] = both[3, second : second + SPACE.entries] = False
+    assert np.array_equal(both, semantic)
+
+
+def test_an_illegal_label_is_named():
+    ids = documents(1)[0][:4].copy()
+    ids[3] = SPACE.bos
+    legal, batch = LegalRows(SPACE, {SPACE.codebooks}, SPACE.size), batch_of(ids)
+    with pytest.raises(SodaError, match=f"token {SPACE.bos} after token {ids[2]}, where the grammar"):
+        legal.groups(batch)
+    batch.loss_weight[0, 2] = 0  # the padding of a last window is not looked at
+    assert not rows_of(legal, batch)[2].any()
+
+
+def test_a_share_over_all_rows():
+    ids = np.concatenate(documents(300))
+    legal, batch = LegalRows(SPACE, {SPACE.codebooks}, SPACE.size), batch_of(ids)
+    full = rows_of(legal, batch, 0.25).all(1)
+    assert full.mean() == pytest.approx(0.25, abs=4 * (0.25 * 0.75 / len(full)) ** 0.5)
+    again = rows_of(legal, batch, 0.25).all(1)
+    assert np.array_equal(full, again)
+    assert np.array_equal(rows_of(legal, batch, 0.25)[~full], rows_of(legal, batch)[~full])
+
+
+def compute(share: float, rows: int, z: float) -> list[float]:
+    """On a rank of the pool: the largest differences to float64, relative to its largest value."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state, tensor_parallel
+
+    from megatron_soda.model import head
+
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=ranks)
+    rng = np.random.default_rng(3)
+    local = -(-SPACE.size // ranks) + 2
+    ids = np.concatenate(documents(12))
+    batch = batch_of(ids)
+    batch.loss_weight *= torch.tensor(rng.choice([0.0, 0.5, 1.0, 2.0], batch.loss_weight.shape)).float()
+    hidden, weight = rng.normal(size=(len(ids) - 1, 16)), rng.normal(size=(ranks * local, 16))
+    legal = LegalRows(SPACE, {SPACE.codebooks}, local, rank)
+    allowed = automaton(ids[:-1], SPACE, SPACE.codebooks)
+    group = legal.all_for_a_share(legal.groups(batch), batch, share).reshape(-1)
+    allowed |= (group == len(legal.rows) - 1).numpy()[:, None]
+    logits = np.where(allowed, hidden @ weight[: SPACE.size].T, -np.inf)
+    labels, weights, classes = (x.reshape(-1) for x in (batch.labels, batch.loss_weight, batch.class_id))
+    at = np.arange(len(labels))
+    log_total = np.log(np.exp(logits).sum(1))
+    nll, of_label = log_total - logits[at, labels], weights.double().numpy()
+    gradient = np.exp(logits - log_total[:, None]) * (1 + 2 * z * log_total)[:, None]
+    gradient[at, labels] -= 1
+    gradient *= of_label[:, None]
+    padded = np.concatenate([gradient.T @ hidden, np.zeros((ranks * local - SPACE.size, 16))])
+    sums = np.stack([np.bincount(classes, x, CLASSES) for x in (nll * of_label, of_label)])
+
+    x, mine = torch.tensor(hidden).float().requires_grad_(), torch.tensor(np.split(weight, ranks)[rank]).float()
+    summed, kept = torch.zeros_like(mine), (head.CHUNK_BYTES, head.FEWEST_ROWS)
+    head.CHUNK_BYTES, head.FEWEST_ROWS = {"cpu": rows * 4 * local}, 1
+    try:
+        found, found_sums = head.head_loss(
+            tensor_parallel.copy_to_tensor_model_parallel_region(x), mine, labels, weights, classes,
+            classes=CLASSES, vocabulary=SPACE.size, z_weight=z, group=dist.group.WORLD, weight_gradient=summed,
+            pieces=legal.pieces(group, weights),
+        )  # fmt: skip
+    finally:
+        head.CHUNK_BYTES, head.FEWEST_ROWS = kept
+    found.backward()
+    pairs = [
+        (float(found), ((nll + z * log_total**2) * of_label).sum()),
+        (found_sums.numpy(), sums),
+        (x.grad.numpy(), gradient @ weight[: SPACE.size]),
+        (summed.numpy(), np.split(padded, ranks)[rank]),
+    ]
+    return [float(np.abs(a - b).max() / max(1.0, np.abs(b).max())) for a, b in pairs]
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize(("share", "rows", "z"), [(0.0, 1000, 1e-4), (0.0, 3, 0.1), (0.25, 7, 1e-4)])
+def test_against_float64(pool, world, share, rows, z):
+    for rank in pool.run(world, compute, share, rows, z):
+        assert max(rank) < 3e-6
+
+
+LEGAL = ["training.head_rows=legal", "training.head_full_share=0.2"]
+LAYOUTS = {
+    "tp2": (2, ["parallel.tensor=2", "parallel.sequence=true"]),
+    "pp2": (2, ["parallel.pipeline=2"]),
+    "dp2": (2, ["parallel.distributed_optimizer=true"]),
+    "cp2": (2, ["parallel.context=2"]),
+    "tp2pp2": (4, ["parallel.tensor=2", "parallel.pipeline=2"]),
+}
+
+
+@pytest.fixture(scope="module")
+def alone(pool, data, tmp_path_factory):
+    run = tmp_path_factory.mktemp("legal")
+    pool.run(1, train, str(run), str(data), LEGAL)
+    return metrics(run)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_training_is_the_same_at_every_layout(pool, data, alone, tmp_path, layout):
+    world, overrides = LAYOUTS[layout]
+    pool.run(world, train, str(tmp_path), str(data), [*LEGAL, *overrides])
+    for a, b in zip(alone, metrics(tmp_path), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], abs=1e-5)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], abs=1e-4)
+
+
+def test_a_run_can_switch(pool, data, tmp_path):
+    """From all rows to legal ones at a checkpoint. The loss falls at once by what the grammar knows."""
+    flat = ["schedule.warmup_share=0", "schedule.decay_share=0"]
+    pool.run(1, train, str(tmp_path), str(data), ["training.steps=10", *flat])
+    pool.run(1, train, str(tmp_path), str(data), ["training.steps=20", "training.head_rows=legal", *flat])
+    found = metrics(tmp_path)
+    assert len(found) == 20
+    assert found[10]["loss"] < found[9]["loss"] - 0.5
