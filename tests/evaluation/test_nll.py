@@ -11,6 +11,7 @@ from megatron_soda.data.store import Store
 from megatron_soda.evaluation.suites import nll
 from megatron_soda.evaluation.suites.nll import evaluate_nll, unigram
 from megatron_soda.hf.load import load_model
+from megatron_soda.vocab import Grammar
 from tests.exported import CONTEXT
 
 
@@ -34,17 +35,23 @@ def unigram_by_hand(train: Store) -> list[float]:
 
 
 @torch.no_grad()
-def by_hand(model, test: Store, train: Store, documents: int) -> dict[str, list[tuple[float, float]]]:
-    """(nats of the model, nats of the unigram) of every label by class; each document alone, its context cut."""
-    network = model.model.double()
-    table = unigram_by_hand(train)
-    found: dict[str, list[tuple[float, float]]] = {}
+def by_hand(model, test: Store, train: Store, documents: int) -> dict[str, list[tuple[float, float, float]]]:
+    """(nats of the model, of the model among legal tokens, of the unigram) of every label by class; each document
+    alone, its context cut."""
+    network, grammar = model.model.double(), Grammar(test.space)
+    table, kinds, legal = unigram_by_hand(train), test.space.kind_table(), grammar.legal()
+    found: dict[str, list[tuple[float, float, float]]] = {}
     for i in range(documents):
         ids = [int(token) for token in test.document(i)][: CONTEXT + 1]
         logits = network(input_ids=torch.tensor([ids[:-1]])).logits[0].numpy()
-        for row, label in zip(logits, ids[1:], strict=True):
-            nats = float(np.log(np.exp(row - row.max()).sum()) + row.max() - row[label])
-            found.setdefault(name_of(label, test.space), []).append((nats, table[label]))
+        state = Grammar.START
+        for row, token, label in zip(logits, ids[:-1], ids[1:], strict=True):
+            state = grammar.step[state, int(kinds[token])]
+            among_all, among_legal = (
+                float(np.log(np.exp(some - row.max()).sum()) + row.max() - row[label])
+                for some in (row, row[legal[state]])
+            )
+            found.setdefault(name_of(label, test.space), []).append((among_all, among_legal, table[label]))
     return found
 
 
@@ -63,11 +70,12 @@ def test_nll_is_that_of_a_loop_over_tokens(exported, monkeypatch, documents):
     result = evaluate_nll(model, test, train, documents)
     expected = by_hand(model, test, train, documents or len(test))
     assert set(result["classes"]) == set(expected) == set(test.space.class_names)
-    everything = [pair for pairs in expected.values() for pair in pairs]
-    for row, pairs in [(result["all"], everything), *((result["classes"][name], expected[name]) for name in expected)]:
-        ours, baseline = np.mean(pairs, axis=0)
-        assert row["tokens"] == len(pairs)
+    everything = [label for labels in expected.values() for label in labels]
+    for row, labels in [(result["all"], everything), *((result["classes"][name], expected[name]) for name in expected)]:
+        ours, among_legal, baseline = np.mean(labels, axis=0)
+        assert row["tokens"] == len(labels)
         assert row["model_nats"] == pytest.approx(ours, abs=1e-5)
+        assert row["legal_nats"] == pytest.approx(among_legal, abs=1e-5)
         assert row["unigram_nats"] == pytest.approx(baseline, abs=1e-10)
         assert row["model_bits"] == pytest.approx(ours / math.log(2), abs=1e-5)
     means = [np.mean(expected[f"acoustic_{k}"], axis=0) for k in (1, 2, 3)]

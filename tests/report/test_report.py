@@ -245,6 +245,17 @@ def test_mixed_and_bad_verdicts(quick_run: Path) -> None:
     assert "Does not beat the per-slot unigram baseline on any class" in build(quick_run).text
 
 
+def test_a_model_trained_over_legal_rows_is_shown_by_its_own_softmax(quick_run: Path) -> None:
+    evaluation = json.loads((quick_run / "eval.json").read_text())
+    for row in evaluation["nll"]["classes"].values():
+        row["legal_nats"], row["legal_bits"] = row["unigram_nats"] - 0.625, 1.0
+    (quick_run / "eval.json").write_text(json.dumps(evaluation))
+    assert "-0.625" not in build(quick_run).text
+    evaluation["nll"]["head_rows"] = "legal"
+    (quick_run / "eval.json").write_text(json.dumps(evaluation))
+    assert build(quick_run).text.count("-0.625") == len(evaluation["nll"]["classes"])
+
+
 def test_sounds_that_cannot_be_shown_are_named(fake_run: Path) -> None:
     folder = fake_run / "samples"
     (folder / "broken.wav").write_bytes(b"RIFFnothing")

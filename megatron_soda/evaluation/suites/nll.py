@@ -1,7 +1,7 @@
 """The NLL vector of a model on held-out documents, compared with a smoothed per-slot unigram."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -10,12 +10,14 @@ from ...registry import SUITES
 from ..suite import Row, Suite
 
 if TYPE_CHECKING:
+    from ...data.batch import Batcher
     from ...data.store import Store
     from ...hf.load import LoadedModel
+    from ...model.legal_rows import LegalRows
     from ..bench import Bench
 
 TOKENS_AT_ONCE = 8192
-COLUMNS = ("tokens", "model_nats", "model_bits", "unigram_nats", "unigram_bits")
+ROWS_AT_ONCE = 512  # of logits, in one piece of memory
 TOTALS = {"acoustic_mean": "All acoustic", "all": "All tokens"}
 
 
@@ -27,7 +29,9 @@ class Nll(Suite):
         "The negative log-likelihood (NLL) is how surprised the model is by the true next token: lower is better, 0 "
         "would be perfect foresight. It is given in nats (natural logarithm) with bits below (1 nat = 1.443 bits; one "
         "bit less halves the guesses). The per-slot unigram ignores all context and only knows how often each token "
-        "occurs in its place: what lies below it, the model has learned from context."
+        "occurs in its place: what lies below it, the model has learned from context. A model trained with "
+        "training.head_rows=legal chooses among the tokens that the grammar allows, as the unigram does; others choose "
+        "among all tokens."
     )
     needs = ("data",)
     unit, small_unit, counted, against = "nats", "bits", "tokens", "unigram"
@@ -45,7 +49,8 @@ class Nll(Suite):
 
     def measure(self, bench: "Bench") -> dict[str, Any]:
         test, train = bench.data
-        return evaluate_nll(bench.model, test, train, bench.recipe.evaluate.documents)
+        result = evaluate_nll(bench.model, test, train, bench.recipe.evaluate.documents)
+        return result | {"head_rows": bench.recipe.training.head_rows}
 
     def rows(self, result: Mapping[str, Any]) -> list[Row]:
         classes = result.get("classes")
@@ -53,14 +58,15 @@ class Nll(Suite):
             *(classes.items() if isinstance(classes, dict) else ()),
             *((name, result.get(name)) for name in TOTALS),
         ]
+        side = self._side(result)
         return [
             Row(
                 name,
-                row.get("model_nats"),
+                row.get(f"{side}_nats"),
                 label=TOTALS.get(name, ""),
                 count=row.get("tokens"),
                 baseline=row.get("unigram_nats"),
-                small=(row.get("model_bits"), row.get("unigram_bits")),
+                small=(row.get(f"{side}_bits"), row.get("unigram_bits")),
                 total=name in TOTALS,
             )
             for name, row in named
@@ -70,12 +76,19 @@ class Nll(Suite):
     def rest(self, result: Mapping[str, Any]) -> dict[str, Any]:
         classes = result.get("classes")
         named = {**(classes if isinstance(classes, dict) else {}), **{name: result.get(name) for name in TOTALS}}
+        side = self._side(result)
+        shown = ("tokens", f"{side}_nats", f"{side}_bits", "unigram_nats", "unigram_bits")
         more = {
-            name: {key: value for key, value in row.items() if key not in COLUMNS}
+            name: {key: value for key, value in row.items() if key not in shown}
             for name, row in named.items()
             if isinstance(row, dict)
         }
         return more | {key: value for key, value in result.items() if key != "classes" and key not in TOTALS}
+
+    @staticmethod
+    def _side(result: Mapping[str, Any]) -> str:
+        """Whose figures the table shows: those of the softmax that the model was trained with."""
+        return "legal" if result.get("head_rows") == "legal" else "model"
 
 
 def unigram(store: "Store") -> np.ndarray:
@@ -96,22 +109,27 @@ def evaluate_nll(model: "LoadedModel", test: "Store", train: "Store", documents:
     """Teacher-forced NLL of every token after BOS, for each document separately, truncated at the model's context
     length.
 
-    documents: how many of `test` to use; 0: all. Returns {"classes": {name: row}, "acoustic_mean": row, "all": row},
-    where a row has the number of tokens, and nats and bits for model and unigram.
+    documents: how many of `test` to use; 0: all. Returns {"classes": {name: row}, "acoustic_mean": row, "all": row}. A
+    row has the number of tokens, and nats and bits: `model` of the softmax over all tokens, `legal` of the one over
+    those that the grammar allows (model minus legal is -log of their share), and of the unigram.
     """
     from rich.progress import track
 
     from ...console import console
+    from ...data.batch import Batcher
+    from ...model.legal_rows import LegalRows
 
     names, table, baseline = model.space.class_names, model.space.class_table(), unigram(train)
+    batcher = Batcher(model.space)
+    legal = LegalRows(model.space, {test.slots}, model.space.size)
     limit = model.model.config.max_position_embeddings
     count = min(documents, len(test)) if documents else len(test)
     chosen = sorted((test.document(i)[: limit + 1] for i in range(count)), key=len)
-    sums = np.zeros((3, len(names)))  # tokens, nats of the model, nats of the unigram
+    sums = np.zeros((4, len(names)))  # tokens; nats of the model, of the model among legal tokens, of the unigram
     for batch in track(_batches(chosen), "evaluate", console=console):
-        for document, nats in zip(batch, _nats(model, batch), strict=True):
+        for document, nats in zip(batch, _nats(model, batcher, legal, batch), strict=True):
             labels = document[1:]
-            for total, weights in zip(sums, (None, nats[: len(labels)], baseline[labels]), strict=True):
+            for total, weights in zip(sums, (None, *nats[:, : len(labels)], baseline[labels]), strict=True):
                 total += np.bincount(table[labels], weights, len(names))
     rows = {name: _row(*sums[:, i]) for i, name in enumerate(names) if sums[0, i]}
     acoustic = [rows[name] for name in names[3:] if name in rows]
@@ -122,18 +140,32 @@ def evaluate_nll(model: "LoadedModel", test: "Store", train: "Store", documents:
     return result
 
 
-def _nats(model: "LoadedModel", documents: list[np.ndarray]) -> np.ndarray:
-    """float64 (documents, longest - 1): -log p of every token after the first; meaningless beyond a document's end."""
+def _nats(
+    model: "LoadedModel", batcher: "Batcher", legal: "LegalRows", documents: list[np.ndarray]
+) -> Iterator[np.ndarray]:
+    """For each document float64 (2, longest - 1): -log p of every token after the first, by the softmax over all tokens
+    and over legal ones; meaningless beyond the document's end."""
     import torch
 
-    ids = torch.full((len(documents), max(map(len, documents))), model.space.eos)
-    for row, document in zip(ids, documents, strict=True):
-        row[: len(document)] = torch.from_numpy(document.astype(np.int64))
+    from ...data.windows import Window
+
+    longest = max(map(len, documents))
+    padded = [np.pad(document, (0, longest - len(document)), constant_values=model.space.eos) for document in documents]
+    batch = batcher([Window(ids, len(document) - 1) for ids, document in zip(padded, documents, strict=True)])
     with torch.no_grad():
-        logits: torch.Tensor = model.model(input_ids=ids[:, :-1].to(model.device)).logits
-        labels = ids[:, 1:].to(model.device)
-        nats = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")
-    return nats.double().cpu().numpy()
+        logits: torch.Tensor = model.model(input_ids=batch.tokens.to(model.device)).logits
+        flat = logits.flatten(0, 1)
+        score = flat.gather(1, batch.labels.flatten()[:, None].to(model.device))[:, 0].float()
+        over_all = torch.cat([part.float().logsumexp(1) for part in flat.split(ROWS_AT_ONCE)])
+        over_legal = torch.zeros_like(score)
+        for piece in legal.pieces(legal.groups(batch).flatten(), batch.loss_weight.flatten()):
+            for index in piece.index.to(model.device).split(ROWS_AT_ONCE):
+                some = flat[index, piece.low : piece.high].float()
+                if piece.illegal is not None:
+                    some.index_fill_(1, piece.illegal.to(model.device), -torch.inf)
+                over_legal[index] = some.logsumexp(1)
+        both = torch.stack([over_all - score, over_legal - score]).unflatten(1, batch.labels.shape)
+    yield from both.transpose(0, 1).double().cpu().numpy()
 
 
 def _batches(documents: list[np.ndarray]) -> list[list[np.ndarray]]:
@@ -147,8 +179,8 @@ def _batches(documents: list[np.ndarray]) -> list[list[np.ndarray]]:
     return batches
 
 
-def _row(tokens: float, model: float, baseline: float) -> dict[str, float]:
-    nats = {"model": model / tokens, "unigram": baseline / tokens}
+def _row(tokens: float, model: float, legal: float, baseline: float) -> dict[str, float]:
+    nats = {"model": model / tokens, "legal": legal / tokens, "unigram": baseline / tokens}
     row: dict[str, float] = {"tokens": int(tokens)}
     for name, value in nats.items():
         row[f"{name}_nats"] = float(value)
