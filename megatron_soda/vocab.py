@@ -56,6 +56,11 @@ class TokenSpace:
         """Number of ids, without padding."""
         return self.audio_base + self.codebooks * self.entries
 
+    @property
+    def sections(self) -> list[int]:
+        """Where the text with the markers begins, then each codebook, and where the last one ends."""
+        return [0, *range(self.audio_base, self.size, self.entries), self.size]
+
     # ---- codes
 
     def audio_ids(self, codes: np.ndarray) -> np.ndarray:

@@ -20,6 +20,22 @@ TOOLS = Path(__file__).resolve().parent.parent / "tools"
 SPACE = TokenSpace(text_size=64, bos=1, eos=2, codebooks=4, entries=16)
 
 
+def dealt(space: TokenSpace, ranks: int, rank: int) -> np.ndarray:
+    """The ids of a tensor-parallel rank's rows, in order: of the text with its markers, and of each codebook, the
+    ranks have consecutive parts, and rank r's are as many as there are ids n with n % ranks == ranks - 1 - r."""
+    mine = []
+    for section in np.split(np.arange(space.size), np.arange(space.codebooks) * space.entries + space.audio_base):
+        counts = np.bincount(ranks - 1 - section % ranks, minlength=ranks)
+        mine.append(np.split(section, np.cumsum(counts)[:-1])[rank])
+    return np.concatenate(mine)
+
+
+def deal(table: np.ndarray, local: int, space: TokenSpace, ranks: int, rank: int) -> np.ndarray:
+    """A rank's part of a table in the order of ids: (local, width), padded with zeros."""
+    mine = table[dealt(space, ranks, rank)]
+    return np.concatenate([mine, np.zeros((local - len(mine), mine.shape[1]), mine.dtype)])
+
+
 def documents(count: int, seed: int = 0, space: TokenSpace = SPACE) -> list[np.ndarray]:
     """Documents with some structure to learn: codes depend on the codes before and on the text."""
     rng = np.random.default_rng(seed)

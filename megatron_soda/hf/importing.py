@@ -185,7 +185,7 @@ def _compare_with(path: Path, text: TextTokenizer, space: TokenSpace) -> None:
 
 
 def _write(arrival: Arrival, final: Path, text: TextTokenizer, space: TokenSpace, known: int, rows: Rows) -> None:
-    from ..model.gpt import padded_size
+    from ..model.rows import padded_size
 
     m, weights, recipe = arrival.recipe.model, arrival.weights, arrival.recipe
     dtype, padded = weights.dtype, padded_size(space, 1)

@@ -1,11 +1,12 @@
 """The SODA decoder as megatron-core's GPTModel, with weights that do not depend on the layout."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -17,14 +18,8 @@ from ..data.batch import Batch
 from ..parallel.context import attention_mask, cut, cut_sequences
 from ..vocab import TokenSpace
 from .legal_rows import LegalRows, Piece
+from .rows import TABLES, Rows
 from .specs import choose_backend, is_packed, layer_spec
-
-VOCAB_DIVISOR = 128  # the embedding is padded to a multiple of this times the tensor-parallel size
-
-
-def padded_size(space: TokenSpace, tensor_parallel_size: int) -> int:
-    divisor = VOCAB_DIVISOR * tensor_parallel_size
-    return -(-space.size // divisor) * divisor
 
 
 def transformer_config(recipe: Recipe) -> TransformerConfig:
@@ -108,9 +103,46 @@ class SodaModel(GPTModel):
     with_head = False
     packed = False  # documents are given as packed sequences, not by a mask: specs.is_packed
     reset_positions = False  # the recipe's data.reset_positions
+    rows: Rows  # of the embedding and the head
+    row_of_id: Tensor | None = None  # int64 (vocabulary,); None: a row's number is its id
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return super()._postprocess(hidden_states, *args, **kwargs) if self.with_head else hidden_states
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        state: dict[str, Any] = super().sharded_state_dict(*args, **kwargs)
+        if self.rows.ranks > 1:
+            rank = parallel_state.get_tensor_model_parallel_rank()
+            tables = {name: tensor for name, tensor in state.items() if tensor.key in TABLES}
+            state.update({name: in_order_of_ids(tensor, self.rows, rank) for name, tensor in tables.items()})
+        return state
+
+
+def in_order_of_ids(part: ShardedTensor, rows: Rows, rank: int) -> ShardedTensorFactory:
+    """How checkpoints store a rank's part of a table, and Adam's state for it: each block at the place of its ids, and
+    no padding. Tables with padding (of one rank, or written by an older version) are read as well."""
+    blocks = [block for block in rows.blocks(rank) if block]
+    sizes = [len(block) for block in blocks]
+
+    @torch.no_grad()
+    def build(key: str, data: Tensor, replica: Any, _: slice | None) -> list[ShardedTensor]:
+        return [
+            ShardedTensor(
+                key,
+                some,
+                some.dtype,
+                local_shape=tuple(some.shape),
+                global_shape=(rows.space.size, some.shape[1]),
+                global_offset=(block.start, 0),
+                axis_fragmentations=None,  # the blocks of the ranks differ in size
+                replica_id=replica,
+                allow_shape_mismatch=True,
+            )
+            for block, some in zip(blocks, data[: sum(sizes)].split(sizes), strict=True)
+        ]
+
+    factory: Any = ShardedTensorFactory
+    return factory(part.key, part.data, build, rows.join, part.replica_id)
 
 
 class Rotary(torch.nn.Module):
@@ -138,11 +170,11 @@ def build_model(recipe: Recipe, space: TokenSpace, device: torch.device, chunk: 
     """
     config = transformer_config(recipe)
     m = recipe.model
-    backend = choose_backend(recipe.training.backend)
+    backend, rows = choose_backend(recipe.training.backend), Rows(space, recipe.parallel.tensor)
     model = SodaModel(
         config=config,
         transformer_layer_spec=layer_spec(backend, config, chunk),
-        vocab_size=padded_size(space, recipe.parallel.tensor),
+        vocab_size=rows.local * rows.ranks,
         max_sequence_length=recipe.data.sequence_length,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=chunk),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=chunk),
@@ -154,6 +186,7 @@ def build_model(recipe: Recipe, space: TokenSpace, device: torch.device, chunk: 
         vp_stage=chunk,
     )
     model.packed, model.reset_positions = is_packed(backend, config), recipe.data.reset_positions
+    model.rows, model.row_of_id = rows, rows.of_ids().to(device) if rows.ranks > 1 else None
     if not model.packed:
         stock: Any = model.rotary_pos_emb
         setattr(model, "rotary_pos_emb", Rotary(stock.inv_freq))  # noqa: B010  a module of another class
@@ -168,10 +201,11 @@ def build_model(recipe: Recipe, space: TokenSpace, device: torch.device, chunk: 
 def initialise(model: GPTModel, space: TokenSpace, recipe: Recipe) -> None:
     """Matrices as `model.init` says, ones for norms, zeros for padded vocabulary rows; and the model's class stds.
 
-    Every tensor is drawn whole from a generator seeded by its global name, then cut as megatron-core cuts it, so a
-    run starts from the same model at every layout.
+    Every tensor is drawn whole from a generator seeded by its global name, then cut as megatron-core cuts it (or, a
+    table, as Rows does), so a run starts from the same model at every layout.
     """
     size, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
+    rows = Rows(space, size)
     parameters: Any = model.named_parameters()
     for name, parameter in parameters:
         if parameter.ndim == 1:
@@ -182,18 +216,16 @@ def initialise(model: GPTModel, space: TokenSpace, recipe: Recipe) -> None:
         shape = list(parameter.shape)
         if axis >= 0:
             shape[axis] *= size
-        is_vocabulary = name.startswith(("embedding.", "output_layer."))
-        padded_rows = shape[0]
-        if is_vocabulary:
+        if name in TABLES:
             shape[0] = space.size
         full = _draw(shape, name, recipe)
-        if is_vocabulary:
+        if name in TABLES:
             m = recipe.model
             class_std = m.embedding_class_std if name.startswith("embedding.") else m.head_class_std
             of_class = _normal([len(space.class_names), shape[1]], class_std, f"{recipe.seed}/{name}/classes")
             full += of_class[torch.from_numpy(space.class_table()).long()]
-            full = torch.cat([full, torch.zeros(padded_rows - space.size, shape[1])])
-        if axis >= 0:
+            full = rows.cut(full, rank)
+        elif axis >= 0:
             # SwiGLU's two matrices lie in one tensor, and each rank holds a part of both.
             parts = full.chunk(2, 0) if "linear_fc1" in name else (full,)
             full = torch.cat([part.chunk(size, axis)[rank] for part in parts])
@@ -238,7 +270,7 @@ def global_name(model: Any, name: str) -> str:
 class Inputs:
     """What this rank takes of a batch."""
 
-    batch: Batch  # its part of every sequence; `cu_seqlens` are the whole batch's
+    batch: Batch  # its part of every sequence; tokens and labels as rows (rows.py); `cu_seqlens` are the whole batch's
     mask: Tensor | None  # bool (sequences, 1, queries, keys), True where attention may look; None: packed sequences
     pieces: list[Piece] | None = None  # what the head is to compute; None: everything, over all rows
 
@@ -253,6 +285,8 @@ def inputs_of(model: SodaModel, batch: Batch, legal: LegalRows | None = None, fu
     positions."""
     mask = None if model.packed else attention_mask(batch.segment_id)
     mine = cut(batch)
+    if model.row_of_id is not None:
+        mine = replace(mine, tokens=model.row_of_id[mine.tokens], labels=model.row_of_id[mine.labels])
     if legal is None:
         return Inputs(mine, mask)
     group = cut_sequences(legal.all_for_a_share(legal.groups(batch), batch, full_share))
@@ -267,7 +301,7 @@ def flat(model: SodaModel, x: Tensor) -> Tensor:
 def forward(model: Any, inputs: Inputs, *, logits: bool = False) -> Tensor:
     """Hidden states (length of this rank, sequences, hidden_size) of this stage; packed: (all tokens, 1, hidden_size).
 
-    `logits`: on the last stage (sequences, length, vocabulary of this rank) instead.
+    `logits`: on the last stage (sequences, length, rows of this rank) instead, padding included.
     """
     module: SodaModel = getattr(model, "module", model)
     module.with_head = logits and module.post_process

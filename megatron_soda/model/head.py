@@ -31,7 +31,7 @@ class _Head(torch.autograd.Function):
         loss_weight: Tensor,
         class_id: Tensor,
         classes: int,
-        vocabulary: int,
+        rows: int,
         z_weight: float,
         group: dist.ProcessGroup | None,
         weight_gradient: Tensor | None,
@@ -39,7 +39,6 @@ class _Head(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         rank, ranks = (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
         start, local = rank * weight.shape[0], weight.shape[0]
-        real = min(max(vocabulary - start, 0), local)  # the rows after these are padding
         scores_of = _scores_class(hidden)
         itemsize = 4 if hidden.device.type == "cpu" else hidden.element_size()
         room = CHUNK_BYTES.get(hidden.device.type, 150 << 20) // itemsize
@@ -52,7 +51,7 @@ class _Head(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
         sums = torch.zeros(2, classes, dtype=torch.float64, device=hidden.device)
         buffer = hidden.new_empty(0)
-        for piece, part in _chunks(pieces or [Piece(None, local, 0, real)], len(hidden), room):
+        for piece, part in _chunks(pieces or [Piece(None, local, 0, rows)], len(hidden), room):
             rows_here, of_label, own = hidden[part], loss_weight[part], piece.high - piece.low
             width = min(-(-own // ALIGNED) * ALIGNED, local - piece.low) if scores_of.padded else own
             some = weight[piece.low : piece.low + width]
@@ -178,7 +177,7 @@ def head_loss(
     class_id: Tensor,
     *,
     classes: int,
-    vocabulary: int,
+    rows: int,
     z_weight: float = 0.0,
     group: dist.ProcessGroup | None = None,
     weight_gradient: Tensor | None = None,
@@ -186,9 +185,9 @@ def head_loss(
 ) -> tuple[Tensor, Tensor]:
     """Sum of weighted losses of the tokens, and the sums that are logged; all logits are never there together.
 
-    hidden: (tokens, hidden_size), the same on every rank of `group`. weight: (local vocabulary, hidden_size), rank r
-    holding the rows [r * local, (r + 1) * local); rows from `vocabulary` on are padding and take no probability.
-    labels, class_id: int64 (tokens,), labels are global ids. loss_weight: float32 (tokens,).
+    hidden: (tokens, hidden_size), the same on every rank of `group`. weight: (local, hidden_size), rank r holding the
+    rows [r * local, (r + 1) * local); those from `rows` on, on each rank, are padding and take no probability.
+    labels, class_id: int64 (tokens,), labels are numbers of rows. loss_weight: float32 (tokens,).
     Returns a float32 scalar, sum(loss_weight * (nll + z_weight * logsumexp**2)), nats, and float64 (2, classes): by
     class the sums of loss_weight * nll and of loss_weight. z-loss: paper, section 4.
 
@@ -199,5 +198,5 @@ def head_loss(
     autograd sees none. Then the loss must be differentiated with a gradient of 1, or RuntimeError (on CPU) is raised.
     """
     return _Head.apply(  # type: ignore[no-any-return]
-        hidden, weight, labels, loss_weight, class_id, classes, vocabulary, z_weight, group, weight_gradient, pieces
+        hidden, weight, labels, loss_weight, class_id, classes, rows, z_weight, group, weight_gradient, pieces
     )

@@ -2,7 +2,7 @@
 
 Inside a frame that is one codebook of 144,644 rows, so a softmax over them costs a fraction, and it is exact: the
 likelihood of a document, given that it is a legal one. Positions that need the same rows are computed together, as one
-dense product over the range of ids that holds them; what else is in the range is masked.
+dense product over the range of rows that holds them; what else is in the range is masked.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..data.batch import Batch
 from ..errors import SodaError
-from ..vocab import FIRST_CODE, TEXT, Grammar, TokenSpace
+from ..vocab import FIRST_CODE, TEXT, Grammar
+from .rows import Rows
 
 
 @dataclass
@@ -21,22 +22,21 @@ class Piece:
     """Positions of a micro-batch, and the rows of the head they need."""
 
     index: Tensor | None  # int64 (positions,), into the flattened micro-batch; None: all of it
-    width: int  # rows that they need of all ranks together; chunks are cut by it, the same on every rank
-    low: int  # this rank has of these its own rows [low, high)
+    width: int  # the most rows that a rank computes for them; chunks are cut by it, the same on every rank
+    low: int  # this rank's are its own rows [low, high)
     high: int
     illegal: Tensor | None = None  # int64, counted from `low`: rows in between that do not compete
 
 
 class LegalRows:
-    """For one rank, which has the head's rows [rank * local, (rank + 1) * local).
+    """For one tensor-parallel rank: of what the grammar allows, the rows that it holds.
 
     `slots`: the codes of a frame in every kind of store that is trained on (vocab.Grammar). Where a window cannot show
     whether text is bare or in a span, or frames have one code or all, rows of either are allowed.
     """
 
-    def __init__(
-        self, space: TokenSpace, slots: set[int], local: int, rank: int = 0, device: torch.device | str = "cpu"
-    ) -> None:
+    def __init__(self, rows: Rows, slots: set[int], rank: int = 0, device: torch.device | str = "cpu") -> None:
+        space = rows.space
         kinds = space.kind_table()
         allowed = np.logical_or.reduce([Grammar(space, n).following() for n in slots])
         sets, group = np.unique(allowed.reshape(-1, allowed.shape[-1]), axis=0, return_inverse=True)
@@ -44,10 +44,9 @@ class LegalRows:
         self.kinds = torch.from_numpy(kinds.astype(np.int64)).to(device)
         self.group = torch.from_numpy(group.reshape(allowed.shape[:2])).to(device)
         self.allowed = torch.from_numpy(sets).to(device)
-        start = rank * local
-        real = min(max(space.size - start, 0), local)
-        self.rows = [_piece(np.flatnonzero(of_set[kinds]), start, real, device) for of_set in sets]
-        self.rows.append(Piece(None, local, 0, real))  # the last group: all rows
+        of_rank = [kinds[rows.ids(r)] for r in range(rows.ranks)]
+        self.sets = [_piece([np.flatnonzero(of_set[k]) for k in of_rank], rank, device) for of_set in sets]
+        self.sets.append(Piece(None, rows.local, 0, rows.count(rank)))  # the last group: all rows
 
     def groups(self, batch: Batch) -> Tensor:
         """int64 (sequences, length), of whole sequences: which set of rows a position needs. SodaError for a label that
@@ -73,29 +72,27 @@ class LegalRows:
             return group
         mixed = (batch.tokens * 2654435761 + batch.labels * 40503 + batch.position_id * 97) & 0xFFFFFFFF
         mixed = ((mixed ^ (mixed >> 15)) * 2246822519) & 0xFFFFFFFF
-        return group.where(mixed ^ (mixed >> 13) >= int(share * 2**32), len(self.rows) - 1)
+        return group.where(mixed ^ (mixed >> 13) >= int(share * 2**32), len(self.sets) - 1)
 
     def pieces(self, group: Tensor, weight: Tensor) -> list[Piece]:
         """Of flattened positions (positions,): those with a weight, by the rows they need. Waits for the device."""
-        counted = group.where(weight != 0, len(self.rows))
+        counted = group.where(weight != 0, len(self.sets))
         order = counted.argsort(stable=True)
-        counts = torch.bincount(counted, minlength=len(self.rows) + 1).tolist()[:-1]
+        counts = torch.bincount(counted, minlength=len(self.sets) + 1).tolist()[:-1]
         parts = order[: sum(counts)].split(counts)
         return [
-            Piece(part, rows.width, rows.low, rows.high, rows.illegal)
-            for part, rows in zip(parts, self.rows, strict=True)
+            Piece(part, of_set.width, of_set.low, of_set.high, of_set.illegal)
+            for part, of_set in zip(parts, self.sets, strict=True)
             if len(part)
         ]
 
 
-def _piece(ids: np.ndarray, start: int, real: int, device: torch.device | str) -> Piece:
-    """Sorted legal ids -> the rows of them that a rank has."""
-    if not len(ids):
-        return Piece(None, 1, 0, 0)
-    mine = ids[(ids >= start) & (ids < start + real)] - start
+def _piece(legal: list[np.ndarray], rank: int, device: torch.device | str) -> Piece:
+    """The legal rows of every rank, ascending -> the piece of one of them."""
+    width = max(int(rows[-1] - rows[0] + 1) if len(rows) else 1 for rows in legal)
+    mine = legal[rank]
     if not len(mine):
-        return Piece(None, int(ids[-1] - ids[0] + 1), 0, 0)
+        return Piece(None, width, 0, 0)
     low, high = int(mine[0]), int(mine[-1]) + 1
     illegal = np.setdiff1d(np.arange(low, high), mine) - low
-    masked = torch.from_numpy(illegal).to(device) if len(illegal) else None
-    return Piece(None, int(ids[-1] - ids[0] + 1), low, high, masked)
+    return Piece(None, width, low, high, torch.from_numpy(illegal).to(device) if len(illegal) else None)

@@ -22,7 +22,7 @@ from ..config import Recipe, choice
 from ..data.batch import Batcher
 from ..data.windows import Samples, Window, Windows
 from ..errors import SodaError
-from ..model.gpt import Inputs, build_model, flat, forward, head_weight, inputs_of, padded_size
+from ..model.gpt import Inputs, build_model, flat, forward, head_weight, inputs_of
 from ..model.head import head_loss
 from ..model.legal_rows import LegalRows
 from ..model.specs import accumulate_in_place, choose_backend
@@ -109,7 +109,7 @@ class Engine:
         virtual = recipe.parallel.virtual_pipeline
         chunks = list(range(virtual)) if virtual > 1 else [None]
         self.models = [build_model(recipe, space, device, chunk) for chunk in chunks]
-        self.config = self.models[0].config
+        self.config, self.rows = self.models[0].config, self.models[0].rows
         ddp_config = DistributedDataParallelConfig(
             use_distributed_optimizer=recipe.parallel.distributed_optimizer, grad_reduce_in_fp32=True
         )
@@ -143,8 +143,7 @@ class Engine:
     def _legal_rows(self, slots: set[int]) -> LegalRows | None:
         if self.recipe.training.head_rows == "all":
             return None
-        ranks, rank = self.recipe.parallel.tensor, parallel_state.get_tensor_model_parallel_rank()
-        return LegalRows(self.space, slots, padded_size(self.space, ranks) // ranks, rank, self.device)
+        return LegalRows(self.rows, slots, parallel_state.get_tensor_model_parallel_rank(), self.device)
 
     def _finalize(self, model: list, _count: Tensor | None, pg_collection: Any = None, **kwargs: Any) -> None:
         """Divides by the global sum of loss weights; megatron-core's own count is an integer."""
@@ -162,7 +161,7 @@ class Engine:
             made += inputs.tensors()
             for piece in inputs.pieces or ():
                 count = piece.index.numel() if piece.index is not None else 0
-                self.head_work[0] += count * piece.width
+                self.head_work[0] += count * piece.width * self.rows.ranks
                 self.head_work[1] += count
         return inputs
 
@@ -183,7 +182,7 @@ class Engine:
             weights,
             classes,
             classes=len(self.space.class_names),
-            vocabulary=self.space.size,
+            rows=self.rows.count(parallel_state.get_tensor_model_parallel_rank()),
             z_weight=self.recipe.training.z_loss,
             group=group,
             weight_gradient=weight.main_grad if torch.is_grad_enabled() else None,

@@ -33,7 +33,7 @@ def compute(vocabulary: int, padded: int, z: float, scale: float, rows: int, seq
     ranks, rank = dist.get_world_size(), dist.get_rank()
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=ranks)
     rng = np.random.default_rng(7)
-    hidden = rng.normal(size=(TOKENS, HIDDEN))
+    hidden, start = rng.normal(size=(TOKENS, HIDDEN)), rank * padded // ranks
     weight = np.full((padded, HIDDEN), 9.0)  # padded rows would win if they counted
     weight[:vocabulary] = rng.normal(size=(vocabulary, HIDDEN)) * scale
     labels, classes = rng.integers(0, vocabulary, TOKENS), rng.integers(0, CLASSES, TOKENS)
@@ -56,7 +56,8 @@ def compute(vocabulary: int, padded: int, z: float, scale: float, rows: int, seq
     try:
         found, found_sums = head.head_loss(
             whole, local, torch.tensor(labels), torch.tensor(weights, dtype=torch.float32), torch.tensor(classes),
-            classes=CLASSES, vocabulary=vocabulary, z_weight=z, group=dist.group.WORLD, weight_gradient=gradient,
+            classes=CLASSES, rows=min(max(vocabulary - start, 0), len(local)), z_weight=z, group=dist.group.WORLD,
+            weight_gradient=gradient,
         )  # fmt: skip
     finally:
         head.CHUNK_BYTES, head.FEWEST_ROWS = kept, 16
@@ -96,7 +97,7 @@ def scale_the_loss() -> None:
     weight = torch.zeros(8, 4)
     hidden = torch.ones(2, 4, requires_grad=True)
     labels, ones = torch.zeros(2, dtype=torch.int64), torch.ones(2)
-    loss, _ = head_loss(hidden, weight, labels, ones, labels, classes=1, vocabulary=8, weight_gradient=weight.clone())
+    loss, _ = head_loss(hidden, weight, labels, ones, labels, classes=1, rows=8, weight_gradient=weight.clone())
     (2 * loss).backward()
 
 

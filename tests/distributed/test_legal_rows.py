@@ -10,9 +10,10 @@ from megatron_soda.data.batch import Batcher
 from megatron_soda.data.windows import Window
 from megatron_soda.errors import SodaError
 from megatron_soda.model.legal_rows import LegalRows
-from megatron_soda.vocab import Grammar, TokenSpace
-from tests.distributed.test_layouts import metrics, train
-from tests.helpers import SPACE, documents
+from megatron_soda.model.rows import Rows
+from megatron_soda.vocab import LLAMA3, MARKERS, Grammar, TokenSpace
+from tests.distributed.test_layouts import metrics, same, train
+from tests.helpers import SPACE, deal, dealt, documents
 
 CLASSES = len(SPACE.class_names)
 WIDE = TokenSpace(text_size=30, bos=0, eos=2, codebooks=3, entries=11)
@@ -31,11 +32,12 @@ def automaton(ids: np.ndarray, space: TokenSpace, slots: int) -> np.ndarray:
 
 
 def rows_of(legal: LegalRows, batch, share: float = 0.0) -> np.ndarray:
-    """bool (positions, local rows): the rows that the head computes for each position."""
+    """bool (positions, rows of this rank): those that the head computes for each position."""
     group = legal.all_for_a_share(legal.groups(batch), batch, share).reshape(-1)
-    found = np.zeros((len(group), legal.rows[-1].width), bool)
+    found = np.zeros((len(group), legal.sets[-1].high), bool)
     for piece in legal.pieces(group, batch.loss_weight.reshape(-1)):
-        mine = np.zeros(legal.rows[-1].width, bool)
+        mine = np.zeros(legal.sets[-1].high, bool)
+        assert piece.high <= len(mine)  # no padding
         mine[piece.low : piece.high] = True
         if piece.illegal is not None:
             mine[piece.low + piece.illegal.numpy()] = False
@@ -52,17 +54,31 @@ def batch_of(ids: np.ndarray, space: TokenSpace = SPACE):
 def test_rows_are_the_automatons(space, ranks):
     ids = np.concatenate(documents(40, 0, space))
     wanted = automaton(ids[:-1], space, space.codebooks)
-    local = -(-space.size // ranks) + 1
-    found = [rows_of(LegalRows(space, {space.codebooks}, local, rank), batch_of(ids, space)) for rank in range(ranks)]
-    assert np.array_equal(np.concatenate(found, 1)[:, : space.size], wanted)
-    assert not np.concatenate(found, 1)[:, space.size :].any()
+    for rank in range(ranks):
+        found = rows_of(LegalRows(Rows(space, ranks), {space.codebooks}, rank), batch_of(ids, space))
+        assert np.array_equal(found, wanted[:, dealt(space, ranks, rank)])
+
+
+@pytest.mark.parametrize("space", [SPACE, WIDE, LLAMA3], ids=["small", "three", "soda"])
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_ranks_share_the_work(space, ranks):
+    """Whatever a position needs, each rank computes an equal part of it; a range may hold a few masked rows besides."""
+    legal = [LegalRows(Rows(space, ranks), {space.codebooks}, rank) for rank in range(ranks)]
+    markers = 2 + len(MARKERS)  # BOS and EOS too
+    for sets in zip(*(one.sets for one in legal), strict=True):
+        rows = [piece.high - piece.low - (0 if piece.illegal is None else len(piece.illegal)) for piece in sets]
+        assert max(rows) - min(rows) <= 1 + markers
+        ranges = [piece.high - piece.low for piece in sets]
+        assert max(ranges) <= max(rows) + markers
+        assert sets[0].width in (max(ranges), Rows(space, ranks).local)  # the same on every rank
+        assert len({piece.width for piece in sets}) == 1
 
 
 def test_windows_that_begin_anywhere():
     """What is legal is never left out; only where a window begins with text is it not known which text."""
     ids = np.concatenate(documents(20))
     wanted = automaton(ids, SPACE, SPACE.codebooks)
-    legal = LegalRows(SPACE, {SPACE.codebooks}, SPACE.size)
+    legal = LegalRows(Rows(SPACE), {SPACE.codebooks})
     text = SPACE.kind_table()[ids] == 0
     unsure = 0
     for start in range(0, len(ids) - 40, 3):
@@ -77,9 +93,9 @@ def test_windows_that_begin_anywhere():
 
 def test_semantic_only_stores_beside_full_ones():
     ids = np.array([SPACE.bos, SPACE.audio_start, SPACE.audio_base, SPACE.audio_base + 1, SPACE.audio_end, SPACE.eos])
-    semantic = rows_of(LegalRows(SPACE, {1}, SPACE.size), batch_of(ids.astype(np.int32)))
+    semantic = rows_of(LegalRows(Rows(SPACE), {1}), batch_of(ids.astype(np.int32)))
     assert np.array_equal(semantic, automaton(ids[:-1], SPACE, 1))
-    both = rows_of(LegalRows(SPACE, {1, SPACE.codebooks}, SPACE.size), batch_of(ids.astype(np.int32)))
+    both = rows_of(LegalRows(Rows(SPACE), {1, SPACE.codebooks}), batch_of(ids.astype(np.int32)))
     second = SPACE.audio_base + SPACE.entries
     assert both[2, second : second + SPACE.entries].all()
     both[2, second : second + SPACE.entries] = both[3, second : second + SPACE.entries] = False
@@ -89,7 +105,7 @@ def test_semantic_only_stores_beside_full_ones():
 def test_an_illegal_label_is_named():
     ids = documents(1)[0][:4].copy()
     ids[3] = SPACE.bos
-    legal, batch = LegalRows(SPACE, {SPACE.codebooks}, SPACE.size), batch_of(ids)
+    legal, batch = LegalRows(Rows(SPACE), {SPACE.codebooks}), batch_of(ids)
     with pytest.raises(SodaError, match=f"token {SPACE.bos} after token {ids[2]}, where the grammar"):
         legal.groups(batch)
     batch.loss_weight[0, 2] = 0  # the padding of a last window is not looked at
@@ -98,7 +114,7 @@ def test_an_illegal_label_is_named():
 
 def test_a_share_over_all_rows():
     ids = np.concatenate(documents(300))
-    legal, batch = LegalRows(SPACE, {SPACE.codebooks}, SPACE.size), batch_of(ids)
+    legal, batch = LegalRows(Rows(SPACE), {SPACE.codebooks}), batch_of(ids)
     full = rows_of(legal, batch, 0.25).all(1)
     assert full.mean() == pytest.approx(0.25, abs=4 * (0.25 * 0.75 / len(full)) ** 0.5)
     again = rows_of(legal, batch, 0.25).all(1)
@@ -106,7 +122,7 @@ def test_a_share_over_all_rows():
     assert np.array_equal(rows_of(legal, batch, 0.25)[~full], rows_of(legal, batch)[~full])
 
 
-def compute(share: float, rows: int, z: float) -> list[float]:
+def compute(share: float, at_a_time: int, z: float, sequence: bool) -> list[float]:
     """On a rank of the pool: the largest differences to float64, relative to its largest value."""
     import torch.distributed as dist
     from megatron.core import parallel_state, tensor_parallel
@@ -116,16 +132,18 @@ def compute(share: float, rows: int, z: float) -> list[float]:
     ranks, rank = dist.get_world_size(), dist.get_rank()
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=ranks)
     rng = np.random.default_rng(3)
-    local = -(-SPACE.size // ranks) + 2
+    rows = Rows(SPACE, ranks)
+    mine, row_of_id = dealt(SPACE, ranks, rank), rows.of_ids()
     ids = np.concatenate(documents(12))
+    ids = ids[: len(ids) // 4 * 4 - 3]
     batch = batch_of(ids)
     batch.loss_weight *= torch.tensor(rng.choice([0.0, 0.5, 1.0, 2.0], batch.loss_weight.shape)).float()
-    hidden, weight = rng.normal(size=(len(ids) - 1, 16)), rng.normal(size=(ranks * local, 16))
-    legal = LegalRows(SPACE, {SPACE.codebooks}, local, rank)
+    hidden, weight = rng.normal(size=(len(ids) - 1, 16)), rng.normal(size=(SPACE.size, 16))
+    legal = LegalRows(rows, {SPACE.codebooks}, rank)
     allowed = automaton(ids[:-1], SPACE, SPACE.codebooks)
     group = legal.all_for_a_share(legal.groups(batch), batch, share).reshape(-1)
-    allowed |= (group == len(legal.rows) - 1).numpy()[:, None]
-    logits = np.where(allowed, hidden @ weight[: SPACE.size].T, -np.inf)
+    allowed |= (group == len(legal.sets) - 1).numpy()[:, None]
+    logits = np.where(allowed, hidden @ weight.T, -np.inf)
     labels, weights, classes = (x.reshape(-1) for x in (batch.labels, batch.loss_weight, batch.class_id))
     at = np.arange(len(labels))
     log_total = np.log(np.exp(logits).sum(1))
@@ -133,17 +151,21 @@ def compute(share: float, rows: int, z: float) -> list[float]:
     gradient = np.exp(logits - log_total[:, None]) * (1 + 2 * z * log_total)[:, None]
     gradient[at, labels] -= 1
     gradient *= of_label[:, None]
-    padded = np.concatenate([gradient.T @ hidden, np.zeros((ranks * local - SPACE.size, 16))])
     sums = np.stack([np.bincount(classes, x, CLASSES) for x in (nll * of_label, of_label)])
 
-    x, mine = torch.tensor(hidden).float().requires_grad_(), torch.tensor(np.split(weight, ranks)[rank]).float()
-    summed, kept = torch.zeros_like(mine), (head.CHUNK_BYTES, head.FEWEST_ROWS)
-    head.CHUNK_BYTES, head.FEWEST_ROWS = {"cpu": rows * 4 * local}, 1
+    x, part = torch.tensor(hidden).float().requires_grad_(), torch.full((rows.local, 16), 9.0)
+    if sequence:
+        x = torch.tensor(np.split(hidden, ranks)[rank]).float().requires_grad_()
+        whole = tensor_parallel.gather_from_sequence_parallel_region(x)
+    else:
+        whole = tensor_parallel.copy_to_tensor_model_parallel_region(x)
+    part[: len(mine)] = torch.tensor(weight[mine])  # padding would win if it counted
+    summed, kept = torch.zeros_like(part), (head.CHUNK_BYTES, head.FEWEST_ROWS)
+    head.CHUNK_BYTES, head.FEWEST_ROWS = {"cpu": at_a_time * 4 * SPACE.entries}, 1
     try:
         found, found_sums = head.head_loss(
-            tensor_parallel.copy_to_tensor_model_parallel_region(x), mine, labels, weights, classes,
-            classes=CLASSES, vocabulary=SPACE.size, z_weight=z, group=dist.group.WORLD, weight_gradient=summed,
-            pieces=legal.pieces(group, weights),
+            whole, part, row_of_id[labels], weights, classes, classes=CLASSES, rows=len(mine), z_weight=z,
+            group=dist.group.WORLD, weight_gradient=summed, pieces=legal.pieces(group, weights),
         )  # fmt: skip
     finally:
         head.CHUNK_BYTES, head.FEWEST_ROWS = kept
@@ -151,22 +173,23 @@ def compute(share: float, rows: int, z: float) -> list[float]:
     pairs = [
         (float(found), ((nll + z * log_total**2) * of_label).sum()),
         (found_sums.numpy(), sums),
-        (x.grad.numpy(), gradient @ weight[: SPACE.size]),
-        (summed.numpy(), np.split(padded, ranks)[rank]),
+        (x.grad.numpy(), np.split(gradient @ weight, ranks)[rank] if sequence else gradient @ weight),
+        (summed.numpy(), deal(gradient.T @ hidden, rows.local, SPACE, ranks, rank)),
     ]
     return [float(np.abs(a - b).max() / max(1.0, np.abs(b).max())) for a, b in pairs]
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
-@pytest.mark.parametrize(("share", "rows", "z"), [(0.0, 1000, 1e-4), (0.0, 3, 0.1), (0.25, 7, 1e-4)])
-def test_against_float64(pool, world, share, rows, z):
-    for rank in pool.run(world, compute, share, rows, z):
+@pytest.mark.parametrize(("world", "sequence"), [(1, False), (2, False), (2, True), (4, False), (4, True)])
+@pytest.mark.parametrize(("share", "at_a_time", "z"), [(0.0, 1000, 1e-4), (0.0, 3, 0.1), (0.25, 7, 1e-4)])
+def test_against_float64(pool, world, sequence, share, at_a_time, z):
+    for rank in pool.run(world, compute, share, at_a_time, z, sequence):
         assert max(rank) < 3e-6
 
 
-LEGAL = ["training.head_rows=legal", "training.head_full_share=0.2"]
+LEGAL = ["training.head_rows=legal", "training.head_full_share=0.2", "model.num_query_groups=4"]
 LAYOUTS = {
     "tp2": (2, ["parallel.tensor=2", "parallel.sequence=true"]),
+    "tp4": (4, ["parallel.tensor=4"]),
     "pp2": (2, ["parallel.pipeline=2"]),
     "dp2": (2, ["parallel.distributed_optimizer=true"]),
     "cp2": (2, ["parallel.context=2"]),
@@ -185,9 +208,15 @@ def alone(pool, data, tmp_path_factory):
 def test_training_is_the_same_at_every_layout(pool, data, alone, tmp_path, layout):
     world, overrides = LAYOUTS[layout]
     pool.run(world, train, str(tmp_path), str(data), [*LEGAL, *overrides])
-    for a, b in zip(alone, metrics(tmp_path), strict=True):
-        assert b["loss"] == pytest.approx(a["loss"], abs=1e-5)
-        assert b["grad_norm"] == pytest.approx(a["grad_norm"], abs=1e-4)
+    assert same(alone, metrics(tmp_path))
+
+
+def test_a_tied_head_over_legal_rows(pool, data, tmp_path):
+    for world, overrides in ((1, []), LAYOUTS["tp4"], LAYOUTS["tp2pp2"]):
+        tied = [*LEGAL, "model.tie_embeddings=true", *overrides]
+        pool.run(world, train, str(tmp_path / f"{len(overrides)}"), str(data), tied)
+    alone, *others = (metrics(tmp_path / str(n)) for n in range(3))
+    assert all(same(alone, found) for found in others)
 
 
 def test_a_run_can_switch(pool, data, tmp_path):

@@ -82,7 +82,7 @@ def test_the_whole_head(kernels, monkeypatch):
         monkeypatch.setattr(head, "_scores_class", lambda _, scores=scores: scores)
         x, gradient = hidden.clone().requires_grad_(), torch.zeros_like(weight)
         loss, sums = head.head_loss(
-            x, weight, labels, of_label, classes, classes=3, vocabulary=200, z_weight=0.1, weight_gradient=gradient
+            x, weight, labels, of_label, classes, classes=3, rows=200, z_weight=0.1, weight_gradient=gradient
         )
         loss.backward()
         found.append((loss.detach(), sums, x.grad, gradient))

@@ -187,7 +187,7 @@ def test_the_head_against_cpu(dtype):
         w, gradient = weight.to(dtype).to(device, kind), torch.zeros(20_000, 64, device=device)
         loss, sums = head_loss(
             x, w, labels.to(device), ones.to(device), classes.to(device),
-            classes=3, vocabulary=19_000, z_weight=1e-4, weight_gradient=gradient,
+            classes=3, rows=19_000, z_weight=1e-4, weight_gradient=gradient,
         )  # fmt: skip
         loss.backward()
         found.append([t.detach().float().cpu() for t in (loss, sums, x.grad, gradient)])

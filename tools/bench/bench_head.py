@@ -47,8 +47,9 @@ def make(side: str, device: torch.device, preset: str, precision: str, tokens: i
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.tensor_parallel import ColumnParallelLinear, vocab_parallel_cross_entropy
 
-    from megatron_soda.model.gpt import padded_size, transformer_config
+    from megatron_soda.model.gpt import transformer_config
     from megatron_soda.model.head import head_loss
+    from megatron_soda.model.rows import padded_size
 
     recipe = load_recipe(None, [f"model.preset={preset}", f"precision.dtype={precision}"])
     if not parallel_state.model_parallel_is_initialized():
@@ -86,7 +87,7 @@ def make(side: str, device: torch.device, preset: str, precision: str, tokens: i
             weights,
             classes,
             classes=len(LLAMA3.class_names),
-            vocabulary=LLAMA3.size,
+            rows=LLAMA3.size,
             z_weight=1e-4,
             group=group,
             weight_gradient=weight.main_grad,

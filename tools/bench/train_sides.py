@@ -116,7 +116,8 @@ def megatron_core(recipe: Recipe, documents: int, _same_malloc: bool) -> Callabl
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
-    from megatron_soda.model.gpt import initialise, padded_size, transformer_config
+    from megatron_soda.model.gpt import initialise, transformer_config
+    from megatron_soda.model.rows import padded_size
     from megatron_soda.model.specs import choose_backend
 
     device = ranks.init(recipe)
