@@ -27,8 +27,9 @@ class Training:
     head_rows: Literal["all", "legal"] = "all"
     """legal: the softmax of a position is over the tokens that the grammar allows there, a fraction of the work. all:
     over all tokens, as in the paper."""
-    head_full_share: Share = 0.0
-    """With head_rows=legal, the share of positions whose softmax is over all rows, for decoders without the grammar."""
+    head_other_share: Share = 0.0
+    """With head_rows=legal, the share of the other tokens that compete too, in turns, for decoders without the grammar.
+    """
     recompute: bool = False
     """Recompute the activations inside layers in the backward pass instead of keeping them."""
     backend: Literal["auto", "transformer_engine", "local"] = "auto"

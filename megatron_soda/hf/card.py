@@ -122,11 +122,11 @@ def _head_rows(recipe: Recipe) -> list[str]:
     t = recipe.training
     if t.head_rows == "all":
         return []
-    share = f"at {t.head_full_share:.1%} of the positions" if t.head_full_share else "nowhere"
+    others = "no others" if not t.head_other_share else f"a sample of {t.head_other_share:.1%} of the others"
     return [
-        "The softmax was over the tokens that the grammar of documents allows at a position, and over the whole "
-        f"vocabulary {share} (`training.head_rows`, `training.head_full_share`): decode within the grammar, as "
-        "`soda generate` does. Free sampling may give illegal tokens.",
+        "In training, the tokens that the grammar of documents allows at a position competed with one another and with "
+        f"{others} (`training.head_rows`, `training.head_other_share`): decode within the grammar, as `soda generate` "
+        "does. Free sampling may give illegal tokens.",
         "",
     ]
 

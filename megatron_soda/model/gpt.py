@@ -279,18 +279,19 @@ class Inputs:
         return [x for x in (*vars(self.batch).values(), self.mask, *pieces) if isinstance(x, Tensor)]
 
 
-def inputs_of(model: SodaModel, batch: Batch, legal: LegalRows | None = None, full_share: float = 0.0) -> Inputs:
+def inputs_of(model: SodaModel, batch: Batch, legal: LegalRows | None = None, others: bool = False) -> Inputs:
     """Attention stays inside documents: by a mask in the local modules, by packed sequences in Transformer Engine
-    (which ignores masks). `legal`: the head is over the rows that the grammar allows, but for `full_share` of the
-    positions."""
+    (which ignores masks). `legal`: the head is over the rows that the grammar allows, and with `others` over a sample
+    of the rest."""
     mask = None if model.packed else attention_mask(batch.segment_id)
     mine = cut(batch)
     if model.row_of_id is not None:
         mine = replace(mine, tokens=model.row_of_id[mine.tokens], labels=model.row_of_id[mine.labels])
     if legal is None:
         return Inputs(mine, mask)
-    group = cut_sequences(legal.all_for_a_share(legal.groups(batch), batch, full_share))
-    return Inputs(mine, mask, legal.pieces(flat(model, group), flat(model, mine.loss_weight)))
+    group = flat(model, cut_sequences(legal.groups(batch)))
+    turn = legal.turn(batch) if others else None
+    return Inputs(mine, mask, legal.pieces(group, flat(model, mine.loss_weight), turn))
 
 
 def flat(model: SodaModel, x: Tensor) -> Tensor:

@@ -52,43 +52,35 @@ class _Head(torch.autograd.Function):
         sums = torch.zeros(2, classes, dtype=torch.float64, device=hidden.device)
         buffer = hidden.new_empty(0)
         for piece, part in _chunks(pieces or [Piece(None, local, 0, rows)], len(hidden), room):
-            rows_here, of_label, own = hidden[part], loss_weight[part], piece.high - piece.low
-            width = min(-(-own // ALIGNED) * ALIGNED, local - piece.low) if scores_of.padded else own
-            some = weight[piece.low : piece.low + width]
+            of_label, own = loss_weight[part], piece.high - piece.low
             index = labels[part] - (start + piece.low)
             index = torch.where((index >= 0) & (index < own), index, -1)
-            if own:
-                if buffer.numel() < len(rows_here) * width:
-                    buffer = hidden.new_empty(len(rows_here) * width)
-                products = buffer[: len(rows_here) * width].view(-1, width)
-                torch.mm(rows_here, some.t(), out=products)
-                if piece.illegal is not None:
-                    products.index_fill_(1, piece.illegal, -torch.inf)
-                scores = scores_of(products, own, index)
-                highest, total, score = scores.highest, scores.total, scores.of_label
-            else:  # other ranks have all of these rows
-                scores = None
-                score, total = torch.zeros(2, len(rows_here), device=hidden.device)
-                highest = torch.full_like(score, -torch.inf)
-            if ranks > 1:
-                mine, highest = highest, highest.clone()
-                dist.all_reduce(highest, dist.ReduceOp.MAX, group)
-                both = torch.stack([total * (mine - highest).exp(), score])  # total is relative to this rank's highest
-                dist.all_reduce(both, group=group)
-                total, score = both
+            width = min(-(-own // ALIGNED) * ALIGNED, local - piece.low) if scores_of.padded else own
+            if buffer.numel() < len(index) * width:
+                buffer = hidden.new_empty(len(index) * width)
+            legal = _Block(hidden[part], weight, slice(piece.low, piece.low + width))
+            legal.compute(scores_of, own, index, buffer, piece.illegal)
+            blocks = [(legal, 1.0)]
+            highest, total, score = legal.over_ranks(group if ranks > 1 else None)
             log_total = highest + total.log()
             nll = log_total - score
-            loss += ((nll + z_weight * log_total.square()) * of_label).sum()
             sums[0].index_add_(0, class_id[part], (nll * of_label).double())
             sums[1].index_add_(0, class_id[part], of_label.double())
-            if hidden_gradient is None or summed is None or scores is None:
+            if piece.others is not None:
+                others = _Block(hidden[part], weight, piece.others)
+                others.compute(scores_of, len(piece.others), torch.full_like(index, -1))
+                blocks.append((others, piece.one_in))
+                mine, (of_others, total_others, _) = highest, others.over_ranks(group if ranks > 1 else None)
+                highest = torch.maximum(mine, of_others)
+                total = total * (mine - highest).exp() + piece.one_in * total_others * (of_others - highest).exp()
+                log_total = highest + total.log()
+                nll = log_total - score
+            loss += ((nll + z_weight * log_total.square()) * of_label).sum()
+            if hidden_gradient is None or summed is None:
                 continue
-            gradient = scores.gradient(highest, of_label * (1 + 2 * z_weight * log_total) / total, of_label)
-            if isinstance(part, slice):
-                torch.mm(gradient, some, out=hidden_gradient[part])
-            else:
-                hidden_gradient[part] = gradient @ some
-            _add_product(summed[piece.low : piece.low + width], gradient.t(), rows_here)
+            factor = of_label * (1 + 2 * z_weight * log_total) / total
+            for block, times in blocks:
+                block.add_gradient(hidden_gradient, part, summed, highest, times * factor, of_label)
         ctx.save_for_backward(hidden_gradient, None if weight_gradient is not None else summed)
         ctx.mark_non_differentiable(sums)
         return loss.float(), sums
@@ -111,6 +103,63 @@ def _chunks(pieces: list[Piece], positions: int, room: int) -> Iterator[tuple[Pi
         count = positions if piece.index is None else len(piece.index)
         for at in range(0, count, rows):
             yield piece, slice(at, at + rows) if piece.index is None else piece.index[at : at + rows]
+
+
+class _Block:
+    """Some positions by some rows of this rank's weight. rows: a range, or the numbers of rows that lie apart."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, rows: slice | Tensor) -> None:
+        self.hidden, self.rows, self.weight = hidden, rows, weight[rows]
+        self.scores: _TorchScores | _TritonScores | None = None  # None: other ranks have all the rows
+
+    def compute(
+        self,
+        scores_of: "type[_TorchScores | _TritonScores]",
+        columns: int,
+        index: Tensor,
+        buffer: Tensor | None = None,
+        illegal: Tensor | None = None,
+    ) -> None:
+        if not columns:
+            return
+        shape = len(self.hidden), len(self.weight)
+        products = self.hidden.new_empty(shape) if buffer is None else buffer[: shape[0] * shape[1]].view(shape)
+        torch.mm(self.hidden, self.weight.t(), out=products)
+        if illegal is not None:
+            products.index_fill_(1, illegal, -torch.inf)
+        self.scores = scores_of(products, columns, index)
+
+    def over_ranks(self, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the rows of all ranks, float32 (positions,): the highest score, the sum of exp(score - highest), and the
+        score of the label (0 if no rank has it)."""
+        if self.scores is not None:
+            mine, total, score = self.scores.highest, self.scores.total, self.scores.of_label
+        else:
+            score, total = torch.zeros(2, len(self.hidden), device=self.hidden.device)
+            mine = torch.full_like(score, -torch.inf)
+        if group is None:
+            return mine, total, score
+        highest = mine.clone()
+        dist.all_reduce(highest, dist.ReduceOp.MAX, group)
+        both = torch.stack([total * (mine - highest).exp(), score])  # total is relative to this rank's highest
+        dist.all_reduce(both, group=group)
+        return highest, both[0], both[1]
+
+    def add_gradient(
+        self, of_hidden: Tensor, part: slice | Tensor, of_weight: Tensor, highest: Tensor, factor: Tensor, label: Tensor
+    ) -> None:
+        """factor * exp(score - highest), less `label` at the label, into the gradients of both."""
+        if self.scores is None:
+            return
+        gradient = self.scores.gradient(highest, factor, label)
+        if isinstance(part, slice):
+            of_hidden[part].addmm_(gradient, self.weight)
+        else:
+            of_hidden[part] += gradient @ self.weight
+        if isinstance(self.rows, slice):
+            _add_product(of_weight[self.rows], gradient.t(), self.hidden)
+        else:
+            of_weight.index_add_(0, self.rows, (gradient.t() @ self.hidden).to(of_weight.dtype))
 
 
 class _TorchScores:

@@ -5,7 +5,7 @@ likelihood of a document, given that it is a legal one. Positions that need the 
 dense product over the range of rows that holds them; what else is in the range is masked.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -26,6 +26,8 @@ class Piece:
     low: int  # this rank's are its own rows [low, high)
     high: int
     illegal: Tensor | None = None  # int64, counted from `low`: rows in between that do not compete
+    others: Tensor | None = None  # int64: this rank's rows of a sample of those that are not legal
+    one_in: float = 1.0  # row of them
 
 
 class LegalRows:
@@ -35,7 +37,9 @@ class LegalRows:
     whether text is bare or in a span, or frames have one code or all, rows of either are allowed.
     """
 
-    def __init__(self, rows: Rows, slots: set[int], rank: int = 0, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, rows: Rows, slots: set[int], rank: int = 0, device: torch.device | str = "cpu", one_in: int = 0
+    ) -> None:
         space = rows.space
         kinds = space.kind_table()
         allowed = np.logical_or.reduce([Grammar(space, n).following() for n in slots])
@@ -46,7 +50,9 @@ class LegalRows:
         self.allowed = torch.from_numpy(sets).to(device)
         of_rank = [kinds[rows.ids(r)] for r in range(rows.ranks)]
         self.sets = [_piece([np.flatnonzero(of_set[k]) for k in of_rank], rank, device) for of_set in sets]
-        self.sets.append(Piece(None, rows.local, 0, rows.count(rank)))  # the last group: all rows
+        self.ids = torch.from_numpy(rows.ids(rank)).to(device)
+        self.one_in, self.width_of_others = one_in, rows.local // one_in + 1 if one_in else 0
+        self.others: dict[tuple[int, int], Tensor] = {}  # by set and turn
 
     def groups(self, batch: Batch) -> Tensor:
         """int64 (sequences, length), of whole sequences: which set of rows a position needs. SodaError for a label that
@@ -65,26 +71,35 @@ class LegalRows:
             )
         return group
 
-    def all_for_a_share(self, group: Tensor, batch: Batch, share: float) -> Tensor:
-        """The same groups, but about `share` of the positions need all rows. Which ones depends on their tokens and
-        places alone, so it is the same at every layout."""
-        if not share:
-            return group
-        mixed = (batch.tokens * 2654435761 + batch.labels * 40503 + batch.position_id * 97) & 0xFFFFFFFF
-        mixed = ((mixed ^ (mixed >> 15)) * 2246822519) & 0xFFFFFFFF
-        return group.where(mixed ^ (mixed >> 13) >= int(share * 2**32), len(self.sets) - 1)
+    def pieces(self, group: Tensor, weight: Tensor, turn: int | None = None) -> list[Piece]:
+        """Of flattened positions (positions,): those with a weight, by the rows they need. Waits for the device.
 
-    def pieces(self, group: Tensor, weight: Tensor) -> list[Piece]:
-        """Of flattened positions (positions,): those with a weight, by the rows they need. Waits for the device."""
+        turn: the sample of rows that are not legal; None: no sample.
+        """
         counted = group.where(weight != 0, len(self.sets))
         order = counted.argsort(stable=True)
         counts = torch.bincount(counted, minlength=len(self.sets) + 1).tolist()[:-1]
         parts = order[: sum(counts)].split(counts)
         return [
-            Piece(part, of_set.width, of_set.low, of_set.high, of_set.illegal)
-            for part, of_set in zip(parts, self.sets, strict=True)
+            self._with_others(replace(of_set, index=part), number, turn)
+            for number, (part, of_set) in enumerate(zip(parts, self.sets, strict=True))
             if len(part)
         ]
+
+    def turn(self, batch: Batch) -> int | None:
+        """Which sample a batch takes: by its tokens alone, so the same at every layout."""
+        if not self.one_in:
+            return None
+        return int((batch.tokens * 2654435761 + batch.position_id * 97).sum() % self.one_in)
+
+    def _with_others(self, piece: Piece, number: int, turn: int | None) -> Piece:
+        if turn is None:
+            return piece
+        if (number, turn) not in self.others:
+            sampled = (self.ids % self.one_in == turn) & ~self.allowed[number][self.kinds[self.ids]]
+            self.others[number, turn] = sampled.nonzero()[:, 0]
+        width = piece.width + self.width_of_others
+        return replace(piece, width=width, others=self.others[number, turn], one_in=self.one_in)
 
 
 def _piece(legal: list[np.ndarray], rank: int, device: torch.device | str) -> Piece:

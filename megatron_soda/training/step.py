@@ -143,7 +143,8 @@ class Engine:
     def _legal_rows(self, slots: set[int]) -> LegalRows | None:
         if self.recipe.training.head_rows == "all":
             return None
-        return LegalRows(self.rows, slots, parallel_state.get_tensor_model_parallel_rank(), self.device)
+        share, rank = self.recipe.training.head_other_share, parallel_state.get_tensor_model_parallel_rank()
+        return LegalRows(self.rows, slots, rank, self.device, round(1 / share) if share else 0)
 
     def _finalize(self, model: list, _count: Tensor | None, pg_collection: Any = None, **kwargs: Any) -> None:
         """Divides by the global sum of loss weights; megatron-core's own count is an integer."""
@@ -156,8 +157,7 @@ class Engine:
             rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
             start = first_sample + (index * ranks + rank) * size
             batch = self.batcher([samples[start + i] for i in range(size)])
-            full_share = self.recipe.training.head_full_share if self.models[0].training else 0.0
-            inputs = inputs_of(self.models[0], batch, self.legal_rows, full_share)
+            inputs = inputs_of(self.models[0], batch, self.legal_rows, others=self.models[0].training)
             made += inputs.tensors()
             for piece in inputs.pieces or ():
                 count = piece.index.numel() if piece.index is not None else 0

@@ -11,8 +11,8 @@ from tests.helpers import SPACE
     ("overrides", "said"),
     [
         ([], None),
-        (["training.head_rows=legal"], "over the whole vocabulary nowhere"),
-        (["training.head_rows=legal", "training.head_full_share=0.0625"], "vocabulary at 6.2% of the positions"),
+        (["training.head_rows=legal"], "with no others"),
+        (["training.head_rows=legal", "training.head_other_share=0.0625"], "a sample of 6.2% of the others"),
     ],
 )
 def test_which_rows_the_softmax_was_over(overrides, said):

@@ -250,10 +250,10 @@ def test_a_model_trained_over_legal_rows_is_shown_by_its_own_softmax(quick_run: 
     for row in evaluation["nll"]["classes"].values():
         row["legal_nats"], row["legal_bits"] = row["unigram_nats"] - 0.625, 1.0
     (quick_run / "eval.json").write_text(json.dumps(evaluation))
-    assert "-0.625" not in build(quick_run).text
+    assert "−0.625" not in build(quick_run).text
     evaluation["nll"]["head_rows"] = "legal"
     (quick_run / "eval.json").write_text(json.dumps(evaluation))
-    assert build(quick_run).text.count("-0.625") == len(evaluation["nll"]["classes"])
+    assert build(quick_run).text.count("−0.625") == len(evaluation["nll"]["classes"])
 
 
 def test_sounds_that_cannot_be_shown_are_named(fake_run: Path) -> None:

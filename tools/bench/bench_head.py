@@ -1,6 +1,6 @@
 """Measures the head and its loss against megatron-core's own: time and memory of forward and backward. Run by hand.
 
-Ours is `head_loss` with z-loss; theirs a ColumnParallelLinear and `vocab_parallel_cross_entropy`. Both end with the
+Ours is `head_loss` with z-loss, over all rows and over those that the grammar allows; theirs a ColumnParallelLinear and `vocab_parallel_cross_entropy`. Both end with the
 gradient of the hidden states and with that of the weight added to the float32 main_grad of megatron-core's DDP.
 
 The time is taken in one process, the two in turns. The memory is the most that one pass, in a process of its own,
@@ -29,12 +29,13 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron_soda.config import choice, load_recipe
+from megatron_soda.data.batch import Batcher
 from megatron_soda.errors import run_tool
 from megatron_soda.files import to_json
 from megatron_soda.training.metrics import memory_gib
 from megatron_soda.vocab import LLAMA3
 
-SIDES = ("ours", "megatron-core")
+SIDES = ("ours", "legal", "megatron-core")
 Pass = Callable[[], float]
 
 console = Console()
@@ -49,7 +50,9 @@ def make(side: str, device: torch.device, preset: str, precision: str, tokens: i
 
     from megatron_soda.model.gpt import transformer_config
     from megatron_soda.model.head import head_loss
-    from megatron_soda.model.rows import padded_size
+    from megatron_soda.model.legal_rows import LegalRows
+    from megatron_soda.model.rows import Rows, padded_size
+    from train_sides import RandomWindows
 
     recipe = load_recipe(None, [f"model.preset={preset}", f"precision.dtype={precision}"])
     if not parallel_state.model_parallel_is_initialized():
@@ -73,17 +76,17 @@ def make(side: str, device: torch.device, preset: str, precision: str, tokens: i
     ddp.zero_grad_buffer()
     hidden = torch.randn(tokens, 1, config.hidden_size, generator=generator).to(device, config.params_dtype)
     hidden.requires_grad_()
-    labels = torch.randint(LLAMA3.size, (tokens, 1), generator=generator)
-    classes = torch.from_numpy(LLAMA3.class_table()).long()[labels[:, 0]].to(device)
-    labels, weights = labels.to(device), torch.ones(tokens, device=device)
+    batch = Batcher(LLAMA3, device=device)([RandomWindows(tokens, 1, 1)[0]])
+    labels, weights, classes = (x.reshape(-1) for x in (batch.labels, batch.loss_weight, batch.class_id))
     group: Any = parallel_state.get_tensor_model_parallel_group()
+    legal = LegalRows(Rows(LLAMA3), {LLAMA3.codebooks}, device=device)
 
     def our_pass() -> float:
         hidden.grad = None
         loss, sums = head_loss(
             hidden.view(tokens, -1),
             weight.detach(),
-            labels[:, 0],
+            labels,
             weights,
             classes,
             classes=len(LLAMA3.class_names),
@@ -91,6 +94,7 @@ def make(side: str, device: torch.device, preset: str, precision: str, tokens: i
             z_weight=1e-4,
             group=group,
             weight_gradient=weight.main_grad,
+            pieces=legal.pieces(legal.groups(batch).reshape(-1), weights) if side == "legal" else None,
         )
         loss.backward()
         return float(sums[0].sum()) / tokens
@@ -98,12 +102,12 @@ def make(side: str, device: torch.device, preset: str, precision: str, tokens: i
     def their_pass() -> float:
         hidden.grad = None
         logits, _ = ddp(hidden)
-        loss = vocab_parallel_cross_entropy(logits, labels).sum()
+        loss = vocab_parallel_cross_entropy(logits, labels[:, None]).sum()
         del logits
         loss.backward()
         return float(loss.detach()) / tokens
 
-    return our_pass if side == "ours" else their_pass
+    return their_pass if side == "megatron-core" else our_pass
 
 
 def start(threads: int) -> torch.device:
@@ -164,7 +168,7 @@ def main(
     precision: Annotated[str, typer.Option(help="fp32 | bf16")] = "fp32",
     device: Annotated[str, typer.Option(help="auto | cpu")] = "auto",
 ) -> None:
-    """Prints a table and one JSON line: our head and megatron-core's, 144,644 ids."""
+    """Prints a table and one JSON line: our head, over all rows and legal ones, and megatron-core's; 144,644 ids."""
     choice("--device", device, ("auto", "cpu"))
     choice("--precision", precision, ("fp32", "bf16"))
     hidden_size = load_recipe(None, [f"model.preset={preset}"]).model.hidden_size
@@ -174,19 +178,20 @@ def main(
     shape = threads, preset, precision
     peaks = {side: fresh(memory, side, *shape, memory_tokens) for side in SIDES}
     seconds, nll = fresh(times, *shape, tokens, repeats)
-    ours, theirs = (seconds[side] for side in SIDES)
-
     rows = {side: {"seconds": statistics.median(seconds[side]), "gib": peaks[side], "nll": nll[side]} for side in SIDES}
     table = Table("head", f"ms, {tokens:,} tokens", f"GiB, {memory_tokens:,} tokens", "NLL")
     for side, row in rows.items():
         table.add_row(side, f"{1000 * row['seconds']:,.0f}", f"{row['gib']:.3f}", f"{row['nll']:.4f}")
-    faster = statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
-    smaller = peaks[SIDES[1]] / peaks["ours"]
-    table.add_row("megatron-core / ours", f"{faster:.2f}", f"{smaller:.1f}", "")
+    ratios = {}
+    for a, b in (("ours", "megatron-core"), ("legal", "ours"), ("legal", "megatron-core")):
+        faster = statistics.median(theirs / ours for ours, theirs in zip(seconds[a], seconds[b], strict=True))
+        smaller = peaks[b] / peaks[a]
+        table.add_row(f"{b} / {a}", f"{faster:.2f}", f"{smaller:.1f}", "")
+        ratios[f"{b} / {a}"] = {"times_faster": faster, "times_smaller": smaller}
     console.print(table)
     facts = {"tokens": tokens, "memory_tokens": memory_tokens, "hidden_size": hidden_size, "vocabulary": LLAMA3.size}
     how = {"repeats": repeats, "threads": threads, "precision": precision}
-    print(to_json({**facts, **how, "rows": rows, "times_faster": faster, "times_smaller": smaller}))
+    print(to_json({**facts, **how, "rows": rows, "ratios": ratios}))
 
 
 if __name__ == "__main__":
