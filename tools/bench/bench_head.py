@@ -1,7 +1,8 @@
 """Measures the head and its loss against megatron-core's own: time and memory of forward and backward. Run by hand.
 
-Ours is `head_loss` with z-loss, over all rows and over those that the grammar allows; theirs a ColumnParallelLinear and `vocab_parallel_cross_entropy`. Both end with the
-gradient of the hidden states and with that of the weight added to the float32 main_grad of megatron-core's DDP.
+Ours is `head_loss` with z-loss, over all rows and over those that the grammar allows (`legal`); theirs a
+ColumnParallelLinear and `vocab_parallel_cross_entropy`. All end with the gradient of the hidden states and with that of
+the weight added to the float32 main_grad of megatron-core's DDP. The tokens are of legal documents, 4 % of them text.
 
 The time is taken in one process, the two in turns. The memory is the most that one pass, in a process of its own,
 takes beyond what it found: weights, their gradients and the inputs. On a CPU that is resident memory.
@@ -47,12 +48,12 @@ def make(side: str, device: torch.device, preset: str, precision: str, tokens: i
     from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.tensor_parallel import ColumnParallelLinear, vocab_parallel_cross_entropy
+    from train_sides import RandomWindows
 
     from megatron_soda.model.gpt import transformer_config
     from megatron_soda.model.head import head_loss
     from megatron_soda.model.legal_rows import LegalRows
     from megatron_soda.model.rows import Rows, padded_size
-    from train_sides import RandomWindows
 
     recipe = load_recipe(None, [f"model.preset={preset}", f"precision.dtype={precision}"])
     if not parallel_state.model_parallel_is_initialized():
