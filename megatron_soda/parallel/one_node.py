@@ -10,6 +10,7 @@ import os
 import socket
 import sys
 from datetime import timedelta
+from typing import Any
 
 LOOPBACK = "127.0.0.1"
 
@@ -21,8 +22,18 @@ def stay_on_loopback() -> None:
         os.environ.update(GLOO_SOCKET_IFNAME="lo", NCCL_SOCKET_IFNAME="lo")
 
 
+def loopback_store(wait: timedelta = timedelta(minutes=15)) -> Any:
+    """A TCPStore with its server, which others find at LOOPBACK and its `port`. By itself it would listen on all
+    addresses."""
+    from torch.distributed import TCPStore
+
+    listening = socket.create_server((LOOPBACK, 0))
+    port = listening.getsockname()[1]
+    return TCPStore(LOOPBACK, port, 1, True, wait, master_listen_fd=listening.detach())
+
+
 def main() -> None:
-    from torch.distributed import TCPStore, run
+    from torch.distributed import run
     from torch.distributed.elastic.rendezvous import RendezvousParameters, rendezvous_handler_registry
     from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
@@ -31,10 +42,9 @@ def main() -> None:
             return "loopback"
 
     def rendezvous(parameters: RendezvousParameters) -> Loopback:
-        listening = socket.create_server((LOOPBACK, 0))  # TCPStore itself would listen on all addresses
-        port, wait = listening.getsockname()[1], timedelta(minutes=15)
-        found = Loopback(LOOPBACK, port, 0, 1, parameters.run_id, wait.seconds)
-        found._store = TCPStore(LOOPBACK, port, 1, True, wait, master_listen_fd=listening.detach())
+        store = loopback_store()
+        found = Loopback(LOOPBACK, store.port, 0, 1, parameters.run_id, timeout=900)
+        found._store = store
         return found
 
     stay_on_loopback()
