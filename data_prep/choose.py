@@ -174,8 +174,11 @@ def take_codec_of(units: Path, chosen: CodecDescription, folder: Path) -> None:
     """Writes FOLDER/codec.json for unit shards from elsewhere, with the fitted codec if it still exists."""
     path, fitted = chosen.arguments.get("path") or "", folder / QUANTISER_FILE
     if chosen.name == "embedded" and path and Path(path).is_file() and Path(path) != fitted:
+        # Not just any file is copied, and exported later.
+        if load_codec("embedded", path).fingerprint != chosen.fingerprint:
+            raise SodaError(f"{units}: its codec is {chosen.fingerprint}, and {path}, which it names, is another one")
         with atomic_path(fitted) as temporary:
             temporary.write_bytes(Path(path).read_bytes())
     if chosen.name == "embedded" and path and not Path(path).is_file():
-        console.print(f"[yellow]{units}[/]: its codec {path} is missing; the speech cannot be decoded without it")
+        console.note(f"{units}", f": its codec {path} is missing; the speech cannot be decoded without it")
     write_text(folder / DESCRIPTION, json.dumps(chosen.to_dict(), indent=1) + "\n")

@@ -4,6 +4,7 @@ from a seed. A part is a safetensors file with the ids and lengths of the docume
 
 import functools
 import json
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
@@ -93,17 +94,19 @@ class PartFacts:
     key: str
     tokens: dict[str, int]  # by side
     languages: dict[str, Used]
+    crc32: dict[str, int]  # of a side's ids and lengths; empty in parts of earlier versions
 
     def to_json(self) -> str:
         languages = {name: [used.utterances, used.seconds] for name, used in self.languages.items()}
         tokens = {f"{side}.tokens": count for side, count in self.tokens.items()}
-        return json.dumps({**tokens, "key": self.key, "languages": languages})
+        return json.dumps({**tokens, "key": self.key, "languages": languages, "crc32": self.crc32})
 
     @classmethod
     def from_json(cls, text: str) -> Self:
         values = json.loads(text)
         languages = {name: Used(*used) for name, used in values["languages"].items()}
-        return cls(values["key"], {side: values[f"{side}.tokens"] for side in SIDES}, languages)
+        tokens = {side: values[f"{side}.tokens"] for side in SIDES}
+        return cls(values["key"], tokens, languages, dict(values.get("crc32", {})))
 
 
 def unit_jobs(
@@ -168,14 +171,24 @@ def part_facts(path: Path) -> PartFacts | None:
 
 
 def read_part(path: Path, of: str) -> tuple[np.ndarray, np.ndarray]:
-    """The ids and lengths (both int32) of the documents of a side."""
-    with reading(path), safe_open(path, "np") as file:
-        return file.get_tensor(f"{of}.ids"), file.get_tensor(f"{of}.lengths")
+    """The ids and lengths (both int32) of the documents of a side. Raises SodaError if they have changed since they
+    were written."""
+    with reading(path, "damaged; delete it and run the same command again"), safe_open(path, "np") as file:
+        facts = PartFacts.from_json((file.metadata() or {})["facts"])
+        ids, lengths = file.get_tensor(f"{of}.ids"), file.get_tensor(f"{of}.lengths")
+        found = _crc32(ids, lengths)
+        if len(ids) != facts.tokens[of] or facts.crc32.get(of, found) != found:
+            raise ValueError("its checksum does not match")
+    return ids, lengths
+
+
+def _crc32(ids: np.ndarray, lengths: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(lengths), zlib.crc32(np.ascontiguousarray(ids)))
 
 
 def make_part(job: PartJob) -> PartFacts:
     """Writes OUT.rejects.json, then the part."""
-    facts = PartFacts(job.key, {}, {})
+    facts = PartFacts(job.key, {}, {}, {})
     documents: dict[str, list[np.ndarray]] = {name: [] for name in SIDES}
     rejects: list[Reject] = []
     for item in _documents(job, facts.languages):
@@ -189,7 +202,7 @@ def make_part(job: PartJob) -> PartFacts:
         ids = np.concatenate([some[i] for i in order], dtype=np.int32) if some else np.zeros(0, np.int32)
         tensors[f"{name}.ids"] = ids
         tensors[f"{name}.lengths"] = np.array([len(some[i]) for i in order], np.int32)
-        facts.tokens[name] = len(ids)
+        facts.tokens[name], facts.crc32[name] = len(ids), _crc32(ids, tensors[f"{name}.lengths"])
     write_json(job.out.with_suffix(".rejects.json"), [asdict(r) for r in rejects])
     with atomic_path(job.out) as temporary:
         save_file(tensors, temporary, {"facts": facts.to_json()})

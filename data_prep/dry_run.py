@@ -79,9 +79,10 @@ def _estimate(recipe: Recipe, scratch: Path, rejects: Rejects) -> Estimate:
         bad = inputs.speech_rejects + round(heard.bad)
         check_rejects(recipe, bad, inputs.speech_rejects + index.utterances, rejects)
     elif inputs.speech_rejects + heard.bad > p.max_rejects * index.utterances:
-        console.print(
-            f"[yellow]{1 - usable:.0%}[/] of {heard.decoded} utterances could not be decoded: `soda prepare` is likely "
-            f"to stop at prepare.max_rejects={p.max_rejects:g} ({rejects.in_words()})"
+        console.note(
+            f"{1 - usable:.0%}",
+            f" of {heard.decoded} utterances could not be decoded: `soda prepare` is likely "
+            f"to stop at prepare.max_rejects={p.max_rejects:g} ({rejects.in_words()})",
         )
     space = TokenSpace(0, 0, 0, codebooks, p.entries or codec.entries)
     plan = _plan(recipe, inputs, space, rejects)

@@ -5,8 +5,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.markup import escape
-
 from megatron_soda.audio.sound import Sound
 from megatron_soda.config import Recipe
 from megatron_soda.errors import SodaError
@@ -83,18 +81,18 @@ def read_inputs(recipe: Recipe, work: Path, rejects: Rejects) -> Inputs:
     if not index.utterances and not text_index.utterances and not corpora and not p.units:
         raise SodaError(f"there is nothing to prepare: {rejects.count} inputs, all rejected.{rejects.keep()}")
     if index.cut_recordings:
-        console.print(
-            f"[yellow]{index.cut_recordings} recordings[/] become more than one document: they are very long, or their "
-            "utterances are not consecutive in the source"
+        console.note(
+            f"{index.cut_recordings} recordings",
+            " become more than one document: they are very long, or their utterances are not consecutive in the source",
         )
     found = Inputs(index, speech_rejects, text_index, repeats, corpora, groups)
     if not corpora and not p.units:
         check_sides(groups, rejects)
         largest, total = groups.largest()
         if largest > max(2, total / 2):
-            console.print(
-                f"[yellow]{largest:,} of {total:,}[/] are linked by what they share (prepare.split_by): they are "
-                "all on one side of the split"
+            console.note(
+                f"{largest:,} of {total:,}",
+                " are linked by what they share (prepare.split_by): they are all on one side of the split",
             )
     if not p.tokenizer and not p.units:  # it is trained after encoding; report now if it cannot be
         check_pieces(training_sentences(recipe, found), p.text_pieces)
@@ -181,7 +179,7 @@ def _text_patterns(recipe: Recipe) -> tuple[list[str], list[Reject]]:
         except SodaError as error:
             if not recipe.prepare.speech and not recipe.prepare.units:
                 raise
-            console.print(f"[yellow]without WordNet's text[/]: {escape(str(error))}", highlight=False)
+            console.note("without WordNet's text", f": {error}")
             rejects.append(Reject("prepare.text: wordnet", "text not downloaded, so the speech is prepared without it"))
     return patterns, rejects
 

@@ -13,8 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
-
 from megatron_soda.codecs.description import CodecDescription
 from megatron_soda.config import Recipe
 from megatron_soda.data.store import Store
@@ -183,7 +181,7 @@ def _encode(recipe: Recipe, found: Inputs, codec: CodecDescription, rejects: Rej
         if encode.is_done(job):
             _collect(job.out, rejects)
     if rejects.count > 5:
-        console.print(f"[yellow]and {rejects.count - 5} more[/], see {rejects.kept}")
+        console.note(f"and {rejects.count - 5} more", f", see {rejects.kept}")
     check_rejects(recipe, rejects.count - before, total, rejects, early)
     return Spoken([job.out for job in jobs], [job.key for job in jobs], codec)
 
@@ -315,7 +313,7 @@ def _whole(folder: Path, key: str, spoken: bool) -> dict[str, Any] | None:
                 raise SodaError(f"{folder / name}.parquet: missing, or from another preparation")
         return summary
     except SodaError as error:
-        console.print(f"[yellow]made again[/]: {escape(str(error))}")
+        console.note("made again", f": {error}")
         return None
 
 

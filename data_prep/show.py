@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -45,7 +44,7 @@ class Rejects:
         self.reasons[reject.reason.split(":")[0][:80]] += 1
         self._file.write(json.dumps(asdict(reject), ensure_ascii=False) + "\n")
         if self.count <= 5:
-            console.print(f"[yellow]rejected[/] {escape(f'{reject.where}: {reject.reason}')}", highlight=False)
+            console.note("rejected", f" {reject.where}: {reject.reason}")
 
     def close(self) -> None:
         self._file.close()

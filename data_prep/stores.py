@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from megatron_soda.codecs.description import CodecDescription
 from megatron_soda.config import Recipe
 from megatron_soda.data.store import Store, write_parts
-from megatron_soda.data.units import SCHEMA
+from megatron_soda.data.units import SCHEMA, SEALED, check_seal, seal
 from megatron_soda.errors import SodaError
 from megatron_soda.files import atomic_path
 from megatron_soda.tokenizer import TextTokenizer
@@ -128,12 +128,13 @@ def _warn(recipe: Recipe, parts: Parts, left_out: int) -> None:
     spoken, text = (sum(part.facts.tokens["train"] for part in some) for some in (parts.speech, parts.text))
     wanted = spoken * share / (1 - share)
     if recipe.prepare.text and spoken and text < wanted:
-        console.print(
-            f"[yellow]too little text[/]: {text / (spoken + text):.1%} of the tokens, not "
-            f"prepare.text_share={share:.1%}; {wanted - text:,.0f} tokens of text are missing"
+        console.note(
+            "too little text",
+            f": {text / (spoken + text):.1%} of the tokens, not "
+            f"prepare.text_share={share:.1%}; {wanted - text:,.0f} tokens of text are missing",
         )
     if left_out:
-        console.print(f"[yellow]{left_out:,} documents[/] left out as exact duplicates")
+        console.note(f"{left_out:,} documents", " left out as exact duplicates")
 
 
 def _languages(speech: list[Part]) -> dict[str, Used]:
@@ -247,9 +248,11 @@ def _held_out(path: Path, units: list[Path], sides: list[str], name: str, key: s
     wanted = str(SIDES.index(name))
     left = HELD_OUT_ROWS
     with atomic_path(path) as temporary:
-        schema = SCHEMA.with_metadata({**(pq.read_schema(units[0]).metadata or {}), b"key": key.encode()})
+        facts = {**(pq.read_schema(units[0]).metadata or {}), b"key": key.encode(), **SEALED}
+        schema = SCHEMA.with_metadata(facts)
         with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
             for unit, some in zip(units, sides, strict=True):
+                check_seal(unit)
                 kept = pa.array([digit == wanted for digit in some], pa.bool_())
                 table = pq.read_table(unit, columns=SCHEMA.names).filter(kept).slice(0, left)
                 if len(table):
@@ -257,6 +260,7 @@ def _held_out(path: Path, units: list[Path], sides: list[str], name: str, key: s
                 left -= len(table)
                 if not left:
                     break
+        seal(temporary)
 
 
 def _bytes(paths: list[Path]) -> int:

@@ -74,7 +74,7 @@ def _text_of(row: Row) -> str | BadLine:
 def _parquet(file: Path) -> Iterator[tuple[str, str | BadLine]]:
     number = 0
     try:
-        with pq.ParquetFile(file) as table:
+        with pq.ParquetFile(files.regular(file)) as table:
             names = table.schema_arrow.names
             if "text" not in names:
                 raise SodaError(f"{file}: has the columns {', '.join(names) or '(none)'}; a column 'text' is needed.")

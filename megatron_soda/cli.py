@@ -23,7 +23,7 @@ from .commands import (
     validate,
 )
 from .commands.arguments import examples
-from .errors import user_message
+from .errors import say, user_message
 
 app = typer.Typer(
     name="soda",
@@ -52,9 +52,13 @@ def main() -> None:
         if signal.getsignal(number) == signal.SIG_DFL:  # under nohup SIGHUP is ignored
             signal.signal(number, signal.default_int_handler)  # ends like Ctrl-C: everything is cleaned up
     try:
-        app()
+        try:
+            app()
+        finally:
+            with contextlib.suppress(BrokenPipeError, ValueError, AttributeError):  # `| head`; closed, or None
+                sys.stdout.flush()  # what cannot be written is an error here, and a traceback at the very end
     except Exception as error:
-        print(f"error: {user_message(error)}", file=sys.stderr)
+        say(f"error: {user_message(error)}")
         sys.exit(2)
     except SystemExit as stop:
         if stop.code == 130:  # a KeyboardInterrupt, which typer turned into an exit

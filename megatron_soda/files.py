@@ -7,6 +7,8 @@ import hashlib
 import json
 import math
 import os
+import shutil
+import stat
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +27,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    open(temporary, "xb").close()  # a folder that cannot be written to is an OSError, whatever library writes then
     try:
         yield temporary
         with open(temporary, "rb") as file:
@@ -41,6 +45,25 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def replace_folder(new: Path, old: Path) -> None:
+    """Renames the folder `new` to `old`, in place of the one that may be there, which is removed afterwards."""
+    aside = old.with_name(f".{old.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
+    if old.exists():
+        os.rename(old, aside)
+    os.rename(new, old)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def check_writable(folder: Path) -> None:
+    """Raises SodaError or OSError unless a file can be written in `folder`, which is made: before hours of work whose
+    result is to go there."""
+    probe = folder / ".writable"
+    with atomic_path(probe) as temporary:
+        temporary.write_bytes(bytes(4096))
+    probe.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -109,11 +132,13 @@ def write_json(path: str | Path, value: Any) -> None:
 def reading(path: str | Path, what: str = "cannot be read") -> Iterator[None]:
     """For reading a file that a user gave, or that may be damaged or foreign. Whatever a library (json, yaml,
     safetensors, tokenizers, sentencepiece, pyarrow, soundfile, ..) or our own code that picks values from the content
-    raises inside becomes one sentence: `path: what (why)`.
+    raises inside becomes one sentence: `path: what (why)`. A pipe or a device instead of a file is refused first:
+    reading it might never end.
 
     Put nothing else inside, or bugs of ours would look like a problem with the file. (The original exception stays the
     cause.)
     """
+    check_regular(path)
     try:
         yield
     except (SodaError, AssertionError, NameError, ImportError):  # files cannot cause these
@@ -127,9 +152,35 @@ def reading(path: str | Path, what: str = "cannot be read") -> Iterator[None]:
     except Exception as error:
         raise SodaError(f"{path}: {what} ({_why(error)})") from error
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # raised for a panic in Rust (tokenizers, safetensors)
+        if not _is_panic(error):
             raise
         raise SodaError(f"{path}: {what} ({_why(error)})") from error
+
+
+@contextlib.contextmanager
+def no_panic(path: str | Path, what: str) -> Iterator[None]:
+    """For work with what was read from `path`: a panic in Rust, which is no Exception, becomes `path: what (why)`."""
+    try:
+        yield
+    except BaseException as error:
+        if not _is_panic(error):
+            raise
+        raise SodaError(f"{path}: {what} ({_why(error)})") from error
+
+
+def _is_panic(error: BaseException) -> bool:
+    """Whether tokenizers or safetensors panicked. Each has a class of its own, which cannot be imported."""
+    return type(error).__name__ == "PanicException"
+
+
+def check_regular(path: str | Path) -> None:
+    """Raises SodaError for a pipe, a socket or a device. A path that does not exist passes."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise SodaError(f"{path}: not a file, but a pipe or a device")
 
 
 def _why(error: BaseException) -> str:

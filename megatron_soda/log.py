@@ -10,6 +10,8 @@ import os
 import sys
 import time
 
+from .errors import printable
+
 log = logging.getLogger("megatron_soda")
 
 
@@ -20,6 +22,7 @@ class _Handler(logging.Handler):
         is_warning = record.levelno >= logging.WARNING
         stream = sys.stderr if is_warning else sys.stdout
         text = f"{record.levelname.lower()}: {record.getMessage()}" if is_warning else record.getMessage()
+        text = printable(text)
         with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or None
             print(text if stream.isatty() else f"{stamp()} {text}", file=stream, flush=True)
 

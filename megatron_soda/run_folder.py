@@ -35,7 +35,10 @@ def record_timing(run: Path, stage: str, seconds: dict[str, float], *, add: bool
     before = timings.get(stage) if add else {}
     before = {name: value for name, value in before.items() if _is_time(value)} if isinstance(before, dict) else {}
     timings[stage] = {name: round(before.get(name, 0.0) + value, 3) for name, value in seconds.items()}
-    write_json(path, timings)
+    try:
+        write_json(path, timings)
+    except (OSError, SodaError) as error:  # the stage itself is done
+        log.warning(f"{path}: the time that it took could not be written ({error})")
 
 
 def _is_time(value: Any) -> bool:

@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 
 from .errors import SodaError
-from .files import atomic_path, reading, sha256, write_text
+from .files import atomic_path, no_panic, reading, sha256, write_text
 from .vocab import BOS, EOS, FIRST_AUDIO_CHARACTER, MARKERS, TokenSpace
 
 NAMES = ("text_tokenizer.model", "text_tokenizer.json")  # in a data folder, an export or an extended tokenizer
 NEITHER = "neither a sentencepiece model nor a tokenizer.json"
+FAILED = "the tokenizer failed on a text"
 PROBES = (
     "Hello, 12 worlds",
     " \t\n",
@@ -73,14 +74,17 @@ class TextTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without BOS and EOS. Half a surrogate pair cannot be encoded; `clean_text` removes it."""
-        return self._model.encode(text, add_special_tokens=False).ids
+        with no_panic(self.path, FAILED):
+            return self._model.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The same for many texts, faster."""
-        return [found.ids for found in self._model.encode_batch_fast(list(texts), add_special_tokens=False)]
+        with no_panic(self.path, FAILED):
+            return [found.ids for found in self._model.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self._model.decode([int(i) for i in ids], skip_special_tokens=False)
+        with no_panic(self.path, FAILED):
+            return self._model.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def space(self, codebooks: int, entries: int) -> TokenSpace:
         return TokenSpace(self.size, self.bos, self.eos, codebooks, entries)
@@ -155,6 +159,8 @@ def read_spec(path: Path) -> dict[str, Any]:
     with reading(path, NEITHER):
         spec = json.loads(path.read_bytes()) if path.suffix == ".json" else _sentencepiece_spec(path)
         spec["model"]["vocab"]
+        if drawn := [name for name in ("dropout", "alpha", "nbest_size") if spec["model"].get(name)]:
+            raise SodaError(f"{path}: model.{drawn[0]} makes its ids random; set it to null")
         spec.update(post_processor=None, truncation=None, padding=None)
         spec["added_tokens"] = spec.get("added_tokens") or []
         _fill(spec, path)

@@ -1,4 +1,4 @@
-"""torchrun entry:  torchrun --nproc-per-node N -m megatron_soda.train RECIPE key=value ..."""
+"""A rank of a job:  python -m megatron_soda.parallel.one_node --nproc-per-node N -m megatron_soda.train RECIPE .."""
 
 import contextlib
 import os
@@ -6,6 +6,7 @@ import re
 import socket
 import sys
 import traceback
+from pathlib import Path
 
 from .config import load_recipe
 from .errors import say, tell_torchrun, user_message
@@ -16,14 +17,14 @@ from .training.stop import listening
 _LOST = re.compile("(closed|reset) by peer|Broken pipe|Connection refused|remote process exited|recvBytes|Timed out")
 
 
-def run(recipe_path: str, overrides: list[str]) -> int:
-    """Exit status: 0 done, 130 stopped on request with everything saved, 2 for an error the user can fix, 1 for a bug
-    or because another rank ended."""
+def run(recipe_path: str, overrides: list[str], folder: Path | None = None) -> int:
+    """folder: the run's, instead of the recipe's. Exit status: 0 done, 130 stopped on request with everything saved, 2
+    for an error the user can fix, 1 for a bug or because another rank ended."""
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     speaks = first  # problems with the recipe are reported once per host
     with listening() as stop:
         try:
-            recipe = load_recipe(recipe_path, overrides)
+            recipe = load_recipe(recipe_path, overrides, {"run": str(folder)} if folder else {})
             check_layout(recipe, int(os.environ.get("WORLD_SIZE", "1")))  # before the engine's seconds of loading
             check_rendezvous()
             speaks = True
@@ -75,11 +76,12 @@ def _failed(error: Exception, speaks: bool) -> int:
 def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         print(
-            "usage: torchrun --local-addr 127.0.0.1 --nproc-per-node N -m megatron_soda.train RECIPE [key=value ...]\n"
+            "usage: python -m megatron_soda.parallel.one_node --nproc-per-node N "
+            "-m megatron_soda.train RECIPE [key=value ...]\n"
             "\nTrains RECIPE (YAML) on N processes of this machine, resuming from the newest checkpoint of its run.\n"
-            "Without --local-addr, torchrun looks up this host's name. launch.sh sets it and handles several nodes.\n\n"
+            "one_node is torchrun on the loopback interface. launch.sh uses it, and starts several nodes, too.\n\n"
             "examples:\n"
-            "  torchrun --local-addr 127.0.0.1 --nproc-per-node 2 -m megatron_soda.train recipe.yaml\n"
+            "  python -m megatron_soda.parallel.one_node --nproc-per-node 2 -m megatron_soda.train recipe.yaml\n"
             "  bash examples/pretrain/launch.sh recipe.yaml parallel.tensor=2\n"
             "  soda train recipe.yaml training.steps=20        (one process)"
         )

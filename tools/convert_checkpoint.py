@@ -64,7 +64,7 @@ def main() -> None:
 def import_folder(load: Path, save: Path) -> None:
     from megatron_soda.hf.importing import import_model
 
-    import_model(load, [f"run={save}"])
+    import_model(load, [], run=save)
 
 
 def check_direction(loader: str, saver: str) -> None:

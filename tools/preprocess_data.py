@@ -68,7 +68,7 @@ def main() -> None:
             tokens = write(path, texts, tokenizer, args.append_eod)
         console.print(f"{store_file(path, 'bin')}: {texts.log.documents:,} documents, {tokens:,} tokens")
         if texts.log.empty:
-            console.print(f"[yellow]left out[/]: {texts.log.empty:,} without text")
+            console.note("left out", f": {texts.log.empty:,} without text")
 
 
 def parser() -> argparse.ArgumentParser:

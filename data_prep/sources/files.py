@@ -12,7 +12,7 @@ from typing import Any
 import zstandard
 
 from megatron_soda.errors import SodaError
-from megatron_soda.files import atomic_path
+from megatron_soda.files import atomic_path, check_regular
 
 from ..utterance import Reject
 
@@ -21,6 +21,8 @@ TARS = (".tar", ".tar.gz", ".tgz")
 LONGEST_LINE = 16 * 2**20  # bytes
 # Bytes read at once. A byte of gzip unpacks to at most 1 kB, a byte of zstd to 32 kB, and a whole block is unpacked.
 BLOCK = {".gz": 2**14, ".tgz": 2**14, ".zst": 2**12}
+# What a packed file may unpack to: a file of nothing but zeros would fill the disk. Text unpacks to ten times its size.
+MOST_TIMES, ALWAYS = 200, 2**28
 
 
 class BadLine(ValueError):  # noqa: N818  (becomes a Reject)
@@ -96,11 +98,37 @@ def kind(path: Path | str) -> str:
     return (Path(name.stem) if name.suffix.lower() in PACKED else name).suffix.lower()
 
 
+def regular(path: Path) -> Path:
+    """The path. Raises BadLine for a pipe or a device: reading it might never end."""
+    try:
+        check_regular(path)
+    except SodaError:
+        raise BadLine("not a file: a pipe or a device") from None
+    return path
+
+
+class Unpacked:
+    """Counts what a packed file unpacks to. Raises SodaError when it is too much."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.before, self.after = path, 0, 0
+
+    def add(self, packed: int, unpacked: int) -> None:
+        self.before, self.after = self.before + packed, self.after + unpacked
+        if self.after > max(ALWAYS, MOST_TIMES * self.before):
+            raise SodaError(
+                f"{self.path}: unpacks to over {MOST_TIMES} times its size; leave it out, or unpack it first if it is "
+                "what it should be"
+            )
+
+
 def blocks(path: Path) -> Iterator[bytes]:
-    """A file's content in small pieces, unpacked if .gz, .tgz or .zst. Raises BadLine after the last good one."""
-    packing = path.suffix.lower()
+    """A file's content in small pieces, unpacked if .gz, .tgz or .zst. Raises BadLine after the last good one, and
+    SodaError if it unpacks to far too much."""
+    packing = regular(path).suffix.lower()
     decoder: Any = None
     empty = True
+    size = Unpacked(path)
     try:
         with open(path, "rb", buffering=0) as file:
             while block := file.read(BLOCK.get(packing, 2**18)):
@@ -110,9 +138,12 @@ def blocks(path: Path) -> Iterator[bytes]:
                 if not empty and decoder is None:
                     block = block.lstrip(b"\0")  # gzip files on tapes are padded
                 empty = False
+                size.add(len(block), 0)
                 while block:
                     decoder = decoder or _decoder(packing)
-                    yield decoder.decompress(block)
+                    piece = decoder.decompress(block)
+                    size.add(0, len(piece))
+                    yield piece
                     block = b""
                     if decoder.eof:  # files may be joined
                         block, decoder = decoder.unused_data.lstrip(b"\0"), None

@@ -126,7 +126,7 @@ def _beside(folder: Path, name: str, suffix: str) -> Row | BadLine:
     path = folder / f"{os.path.splitext(name)[0]}{suffix}"
     forms = [folder / form for form in rows.both_forms(path.name)]
     try:
-        with open(next((form for form in forms if form.exists()), path), "rb") as file:
+        with open(files.regular(next((form for form in forms if form.exists()), path)), "rb") as file:
             raw = file.read(files.LONGEST_LINE + 1)
         if len(raw) > files.LONGEST_LINE:
             return BadLine(f"text too long: {path.name}")

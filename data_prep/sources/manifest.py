@@ -147,7 +147,7 @@ def parquet(file: Path, name: str, scratch: Path, several: bool, wanted: Wanted)
     Raises SodaError for unsuitable columns."""
     try:
         source = files.unpacked(file, scratch) if file.suffix.lower() == ".gz" else file
-        table = pq.ParquetFile(source)
+        table = pq.ParquetFile(files.regular(source))
         sound = sound_column(file, table.schema_arrow, wanted)
     except (pa.ArrowException, OSError, ValueError) as error:
         yield Reject(name, f"not Parquet: or it is cut short ({error})")

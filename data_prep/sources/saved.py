@@ -81,9 +81,9 @@ def _strings(path: Path, get: Callable[[Any], list[object]]) -> list[str]:
 def _arrow(file: Path, name: str, prefix: str, wanted: Wanted) -> Found:
     number = 0
     try:
-        with pa.memory_map(str(file)) as mapped:
+        with pa.memory_map(str(files.regular(file))) as mapped:
             whole = mapped.read_buffer()
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, BadLine) as error:
         yield Reject(name, f"cannot be read: {error}")
         return
     try:

@@ -52,7 +52,7 @@ def is_tar(path: Path | str) -> bool:
 def looks_like_emilia(tar: Path) -> bool:
     """Whether its first sound or text is named like Emilia's."""
     try:
-        with tarfile.open(tar, "r|*") as stream:
+        with tarfile.open(files.regular(tar), "r|*") as stream:
             for _ in range(64):
                 member = stream.next()
                 if member is None:
@@ -77,7 +77,7 @@ def _of_folder(folder: Path, root: Path, failed: list[Reject], emilia: bool) -> 
 def _utterances(tar: Path, name: str, scratch: Path, wanted: Wanted, emilia: bool) -> Found:
     try:
         plain = tar if tar.suffix.lower() == ".tar" else files.unpacked(tar, scratch)
-        file = open(plain, "rb")  # noqa: SIM115
+        file = open(files.regular(plain), "rb")  # noqa: SIM115
     except BadLine as error:
         yield Reject(name, str(error))
         return

@@ -13,7 +13,7 @@
 #   NNODES          how many nodes (1)
 #   NODE_RANK       which one this is (0)
 #   MASTER_ADDR     name or address of node 0; needed if there are several
-#   MASTER_PORT     a free port of node 0 (29500)
+#   MASTER_PORT     a free port of node 0, if there are several (29500)
 #   NPROC_PER_NODE  processes of a node (one a GPU; without GPUs 2)
 #   MAX_RESTARTS    how often torchrun restarts the processes of a node after one has failed (0)
 #   SODA_PYTHON     an interpreter that has the package, a container's for one (that of .venv, which is made if needed)
@@ -43,13 +43,7 @@ cd "$root"   # paths in a recipe are from here
 NNODES=${NNODES:-1}
 NODE_RANK=${NODE_RANK:-0}
 MASTER_PORT=${MASTER_PORT:-29500}
-if [ "$NNODES" = 1 ]; then
-  MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}
-  # The processes of one node talk over loopback. (torchrun's store listens on all addresses; torch has no switch.)
-  if [ -e /sys/class/net/lo ]; then
-    export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo} NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-lo}
-  fi
-elif [ -z "${MASTER_ADDR:-}" ]; then
+if [ "$NNODES" != 1 ] && [ -z "${MASTER_ADDR:-}" ]; then
   echo "error: NNODES=$NNODES: set MASTER_ADDR to the name or address of node 0, on every node" >&2
   exit 2
 fi
@@ -67,10 +61,18 @@ elif [ ! -x "$python" ]; then   # nodes that share a disk would make it at the s
   echo "error: no .venv in $root; make it once, before the job: bash tools/venv.sh" >&2
   exit 2
 fi
-bind=()
-if [ "$NODE_RANK" = 0 ]; then bind=(--bind); fi
-"$python" -m megatron_soda.parallel.preflight \
-  --address "$MASTER_ADDR" --port "$MASTER_PORT" --nodes "$NNODES" "${bind[@]}"
+if [ "$NNODES" = 1 ]; then   # over loopback: nothing listens beyond this machine
+  torchrun=(-m megatron_soda.parallel.one_node)
+else
+  bind=()
+  if [ "$NODE_RANK" = 0 ]; then bind=(--bind); fi
+  "$python" -m megatron_soda.parallel.preflight \
+    --address "$MASTER_ADDR" --port "$MASTER_PORT" --nodes "$NNODES" "${bind[@]}"
+  torchrun=(
+    -m torch.distributed.run --nnodes "$NNODES" --node-rank "$NODE_RANK"
+    --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT"
+  )
+fi
 
 gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
 processes=${NPROC_PER_NODE:-$gpus}
@@ -99,8 +101,7 @@ export OMP_NUM_THREADS
 # torchrun passes SIGTERM on to the trainers, which save, and kills them after so many seconds; its own 30 are too few.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 command=(
-  "$python" -m torch.distributed.run --nnodes "$NNODES" --node-rank "$NODE_RANK" --nproc-per-node "$processes"
-  --max-restarts "${MAX_RESTARTS:-0}" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT"
+  "$python" "${torchrun[@]}" --nproc-per-node "$processes" --max-restarts "${MAX_RESTARTS:-0}"
   -m megatron_soda.train "$recipe" "${overrides[@]}"
 )
 printf 'node %s of %s:' "$NODE_RANK" "$NNODES"

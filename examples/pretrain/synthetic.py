@@ -3,6 +3,7 @@
 python examples/pretrain/synthetic.py RECIPE FOLDER    prints the settings that point the recipe to these stores
 """
 
+import json
 import sys
 import zlib
 from collections.abc import Iterator
@@ -36,9 +37,9 @@ def main() -> None:
     names = list(recipe.data.corpora)
     for name in [*names, "valid"]:
         write_store(folder / name, documents(zlib.crc32(name.encode()), name == "nemotron"), LLAMA3)
-    shares = ", ".join(f"{name}: {share}" for name, share in recipe.data.mix[0].shares.items())
-    print("\n".join(f"data.corpora.{name}={folder / name}" for name in names))
-    print(f"data.mix=[{{from_step: 0, shares: {{{shares}}}}}]")
+    corpora = {name: str(folder / name) for name in names}  # JSON is YAML, whatever the names are
+    print(f"data.corpora={json.dumps(corpora)}")
+    print(f"data.mix={json.dumps([{'from_step': 0, 'shares': recipe.data.mix[0].shares}])}")
     print(f"data.path={folder}")
 
 

@@ -41,14 +41,10 @@ if command -v nvidia-smi >/dev/null && [ "$(nvidia-smi -L 2>/dev/null | grep -c 
   processes=1
 fi
 
-# One machine: nobody need look up its name (which may not resolve), nor listen anywhere but on loopback.
-if [ -e /sys/class/net/lo ]; then export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo}; fi
-free_port() { .venv/bin/python -c 'import socket; print(socket.create_server(("127.0.0.1", 0)).getsockname()[1])'; }
-
 set -x
 $soda prepare $recipe "${overrides[@]}"
 $soda validate $recipe "${overrides[@]}"
-MASTER_PORT=${MASTER_PORT:-$(free_port)} NPROC_PER_NODE=$processes bash examples/pretrain/launch.sh $recipe "${overrides[@]}"
+NPROC_PER_NODE=$processes bash examples/pretrain/launch.sh $recipe "${overrides[@]}"
 $soda export $recipe "${overrides[@]}"
 $soda evaluate $recipe "${overrides[@]}"
 $soda generate $recipe "${overrides[@]}"

@@ -6,7 +6,7 @@ from typing import Any, Self
 
 from ..errors import SodaError
 from ..files import read_json, reading
-from . import QUANTISER_FILE, load_codec
+from . import DEFAULT_MODELS, QUANTISER_FILE, load_codec
 from .base import Codec
 
 DESCRIPTION = "codec.json"
@@ -76,4 +76,19 @@ def _load(arguments: dict[str, Any], folder: Path) -> Codec:
     with reading(folder / DESCRIPTION, "its arguments load no codec"):
         if any(not isinstance(value, _ARGUMENTS[name]) for name, value in arguments.items()):
             raise ValueError(f"{arguments}")
+        _check_source(arguments.get("spec", ""), arguments.get("path"))
         return load_codec(**arguments)
+
+
+def _check_source(spec: str, path: str | None) -> None:
+    """A data folder or a model may come from anyone, so it does not decide what is downloaded: SodaError for a hub id
+    that is not the codec's usual one, unless it has been downloaded before."""
+    if spec == "embedded" or path is None or path == DEFAULT_MODELS.get(spec) or Path(path).is_dir():
+        return
+    from huggingface_hub import try_to_load_from_cache
+
+    if not isinstance(try_to_load_from_cache(path, "config.json"), str):
+        raise SodaError(
+            f"{DESCRIPTION} names the codec {path}, which is not {spec}'s usual one ({DEFAULT_MODELS.get(spec)}) and "
+            f"has not been downloaded before. If you trust it, run `hf download {path}` first."
+        )

@@ -265,13 +265,16 @@ def _load(model: str, model_class: Any, title: str) -> Any:
     """The model in float32 for inference, from safetensors only: other formats can run code."""
     advice = f"Give a local folder with {title} (config.json and model.safetensors), or use `codec: embedded`."
     try:
-        model_type = AutoConfig.from_pretrained(model).model_type
+        if (Path(model) / "adapter_config.json").exists():
+            raise SodaError(f"codec: {model} holds an adapter, which names another model. {advice}")
+        model_type = AutoConfig.from_pretrained(model, trust_remote_code=False).model_type
         if model_type != model_class.config_class.model_type:
             raise SodaError(f"codec: {model} holds a model of type {model_type!r}, not {title}. {advice}")
         loaded, info = model_class.from_pretrained(
             model,
             output_loading_info=True,
             use_safetensors=True,
+            trust_remote_code=False,
             ignore_mismatched_sizes=True,  # refused below
             dtype=torch.float32,
         )
@@ -288,4 +291,7 @@ def _load(model: str, model_class: Any, title: str) -> Any:
         )
     if info["missing_keys"]:
         raise SodaError(f"codec: {model} lacks weights such as {min(info['missing_keys'])}. {advice}")
+    for name, tensor in loaded.state_dict().items():
+        if not tensor.isfinite().all():
+            raise SodaError(f"codec: {model}: {name} has values that are not finite numbers. {advice}")
     return loaded.eval()

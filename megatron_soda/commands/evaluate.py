@@ -7,7 +7,7 @@ from .resolve import model_folder, resolve
 EXAMPLES = (
     "soda evaluate runs/quickstart",
     "soda evaluate runs/quickstart suite=[nll] split=valid",
-    "soda evaluate some/hf/folder data.path=runs/quickstart/data",
+    "soda evaluate some/hf/folder data.path=runs/quickstart/data run=runs/measured",
 )
 
 

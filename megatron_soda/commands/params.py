@@ -22,7 +22,8 @@ def command(
     from ..model.size import sizes, space_of
 
     is_path = model.endswith((".yaml", ".yml")) or Path(model).is_dir()
-    recipe = resolve(model, overrides or []) if is_path else load_recipe(None, [f"preset={model}", *(overrides or [])])
+    preset = {"model": {"preset": model}}
+    recipe = resolve(model, overrides or []) if is_path else load_recipe(None, overrides or [], preset)
     space = space_of(recipe)
     size = sizes(recipe.model, space, recipe.data.sequence_length)
     if as_json:

@@ -1,9 +1,11 @@
 """`soda prepare`."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ..errors import SodaError
 from .arguments import Overrides, Target
 from .resolve import resolve
 
@@ -22,4 +24,6 @@ def command(
     """Turn speech and text into token stores (RUN/data). Finished work is skipped."""
     from data_prep.prepare import prepare
 
+    if (Path(recipe) / "soda.json").is_file():  # where its recipe keeps data is not for a model to say
+        raise SodaError(f"{recipe}: a model; give a recipe or a run folder")
     prepare(resolve(recipe, overrides or []), dry_run)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from ..errors import printable
 from .arguments import Overrides, Target
 from .resolve import resolve
 
@@ -12,4 +13,4 @@ def command(recipe: Target, overrides: Overrides = None) -> None:
     """Write RUN/report.html, a single page that shows and plays the run."""
     from ..report import build_report
 
-    print(build_report(Path(resolve(recipe, overrides or []).run)))
+    print(printable(str(build_report(Path(resolve(recipe, overrides or []).run)))))

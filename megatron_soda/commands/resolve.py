@@ -7,7 +7,8 @@ from ..errors import SodaError
 
 
 def resolve(target: str | Path, overrides: list[str]) -> Recipe:
-    """The recipe behind a YAML file, a run folder or an exported folder, with overrides applied."""
+    """The recipe behind a YAML file, a run folder or an exported folder, with overrides applied. Raises SodaError for
+    an exported folder outside a run unless the overrides name a run folder."""
     target = Path(target)
     if target.is_dir():
         if not (target / "recipe.yaml").is_file():
@@ -16,8 +17,12 @@ def resolve(target: str | Path, overrides: list[str]) -> Recipe:
             )
         # Folders move, so a run's contents are looked up where the run is now.
         run = target.parent if (target / "soda.json").is_file() else target
-        here = [f"run={run}"] if (run / "recipe.yaml").is_file() else []
-        return load_recipe(target / "recipe.yaml", [*here, *overrides])
+        if (run / "recipe.yaml").is_file():
+            return load_recipe(target / "recipe.yaml", overrides, {"run": str(run)})
+        # The recipe in a model came with it: it does not decide where files are written here.
+        if not any(override.startswith("run=") for override in overrides):
+            raise SodaError(f"{target}: a model outside its run: say where to write the results: run=FOLDER")
+        return load_recipe(target / "recipe.yaml", overrides)
     if target.suffix not in (".yaml", ".yml"):
         raise SodaError(f"{target}: not a folder, and not a recipe (.yaml)")
     return load_recipe(target, overrides)

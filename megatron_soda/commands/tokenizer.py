@@ -9,7 +9,7 @@ import typer
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from ..console import console
-from ..errors import SodaError
+from ..errors import SodaError, printable
 from ..tokenizer import TextTokenizer, clean_text, train_sentencepiece
 from ..vocab import LLAMA3, MARKERS
 
@@ -52,7 +52,7 @@ def train(
             raise SodaError(f"{', '.join(texts)}: no text found")
         progress.update(task, description=f"training on {len(some):,} of {count:,} lines")
         train_sentencepiece(out, some, pieces)
-    print(f"{out}: {TextTokenizer(out).size:,} ids, learned from {len(some):,} of {count:,} lines")
+    print(printable(f"{out}: {TextTokenizer(out).size:,} ids, learned from {len(some):,} of {count:,} lines"))
 
 
 @app.command(
@@ -76,7 +76,7 @@ def extend(
     quiet_transformers()
     with console.status("extending"):
         space = extend_tokenizer(source, out, codebooks, entries)
-    print(f"{out}: {space.size:,} ids")
+    print(printable(f"{out}: {space.size:,} ids"))
     names = ("<|begin_of_text|>", "<|end_of_text|>", *MARKERS, "first audio code", "last audio code")
     ids = (space.bos, space.eos, space.text_start, space.text_end, space.audio_start, space.audio_end)
     for name, number in zip(names, (*ids, space.audio_base, space.size - 1), strict=True):
@@ -90,7 +90,7 @@ def _lines(texts: list[str]) -> Iterator[str]:
 
     for text in read_texts(texts):
         if isinstance(text, Reject):
-            console.print(f"[yellow]left out[/] {text.where}: {text.reason}", highlight=False)
+            console.note("left out", f" {text.where}: {text.reason}")
             continue
         for line in clean_text(text, LLAMA3).splitlines():
             line = line.strip()

@@ -17,5 +17,6 @@ def command(recipe: Target, overrides: Overrides = None) -> None:
     from ..train import run
 
     path = Path(recipe)
-    here = [f"run={path}"] if path.is_dir() else []
-    raise typer.Exit(run(str(path / "recipe.yaml" if here else path), [*here, *(overrides or [])]))
+    if path.is_dir():
+        raise typer.Exit(run(str(path / "recipe.yaml"), overrides or [], path))
+    raise typer.Exit(run(recipe, overrides or []))

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -11,7 +11,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from ..errors import SodaError
-from ..files import write_text
+from ..files import check_regular, write_text
 from ..log import log
 from .fields import near
 from .recipe import Recipe
@@ -21,8 +21,11 @@ BASE = "base"  # names another file, whose values apply unless this one override
 _RECIPE: TypeAdapter[Recipe] = TypeAdapter(Recipe)
 
 
-def load_recipe(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
-    """Reads a YAML recipe (None: all defaults), applies `section.key=value` overrides, and checks everything.
+def load_recipe(
+    path: str | Path | None, overrides: Sequence[str] = (), values: Mapping[str, Any] | None = None
+) -> Recipe:
+    """Reads a YAML recipe (None: all defaults), applies `values`, then `section.key=value` overrides, and checks
+    everything. `values` are taken as they are: what the program sets itself, such as a path, is not parsed again.
 
     A value is parsed by the type of its key. For a string, an override is taken literally, except for quotes around the
     whole value; a list of strings is [A,B], with quotes around elements that contain a comma. Everything else is YAML.
@@ -31,14 +34,15 @@ def load_recipe(path: str | Path | None, overrides: list[str] | tuple[str, ...] 
     Raises SodaError for a file that is missing or not YAML, an unknown key (suggesting the nearest), a value of the
     wrong type, and contradictory values.
     """
-    values, old = _Values(), _Renaming()
+    merged, old = _Values(), _Renaming()
     if path is not None:
         for file, content in _files(Path(path)):
-            values.merge(old.rename(content, str(file)), str(file))
+            merged.merge(old.rename(content, str(file)), str(file))
+    merged.merge(dict(values or {}), "the command line")
     for override in overrides:
-        values.merge(old.rename(_override(override), override), override)
+        merged.merge(old.rename(_override(override), override), override)
     old.tell()
-    return values.validate()
+    return merged.validate()
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
@@ -73,6 +77,7 @@ def _files(path: Path, above: tuple[Path, ...] = ()) -> Iterator[tuple[Path, dic
     """A recipe's files with their contents, base files first."""
     if path.resolve() in above:
         raise SodaError(f"{above[-1]}: base: {path} builds on this recipe itself")
+    check_regular(path)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -36,7 +36,7 @@ def convert_stores(folder: Path, names: Sequence[str], format: str, out: Path | 
                 with locked(folder):
                     Store(store.path).verify()  # before removing what may be the only intact copy
                     remove_others(store.path, format)
-            console.print(f"{store.path}: is already {format}", soft_wrap=True, markup=False)
+            console.print(f"{store.path}: is already {format}", soft_wrap=True)
         _copy_summary(folder, folder)
     elif names:
         (name,) = names
@@ -79,7 +79,6 @@ def _convert(store: Store, path: Path, format: str, shown: Path | None = None) -
         f"{shown or path}: {before:,} -> {after:,} bytes, {after / store.size:.2f} per token, read back and compared",
         highlight=False,
         soft_wrap=True,
-        markup=False,
     )
 
 

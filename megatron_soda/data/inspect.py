@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 from rich.text import Text
 
+from ..console import SafeConsole
 from ..errors import SodaError
 from ..files import atomic_path
 from ..tokenizer import NAMES, data_tokenizer
@@ -32,7 +32,7 @@ def inspect(path: Path, first: int, count: int, audio: Path | None) -> None:
         if codec.codebooks != store.slots:
             raise SodaError(f"{path}: frames of {store.slots} codes; the codec needs {codec.codebooks} to make sound")
     rate = codec.sample_rate / codec.samples_per_frame if codec else 0
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console = SafeConsole(highlight=False, soft_wrap=True)
     space = store.space
     console.print(
         f"{path}: {store.size:,} tokens, {len(store):,} documents, {store.format} format; "

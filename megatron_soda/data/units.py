@@ -1,10 +1,16 @@
-"""Unit shards: utterances as codes and text, in Parquet. Encoding is the expensive step, so its result is kept."""
+"""Unit shards: utterances as codes and text, in Parquet. Encoding is the expensive step, so its result is kept.
 
+Parquet's own checksums leave out its headers, so a shard has a SHA-256 of all its bytes, in a gap before Parquet's
+footer, where other readers do not look. Every function that returns its rows checks it first.
+"""
+
+import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +34,8 @@ SCHEMA = pa.schema(
         ("audio", pa.string()),  # where the sound came from
     ]
 )
+SEALED = {b"checksum": b"sha256"}  # in the footer of every shard that has one; earlier versions wrote none
+_MARK = b"SODAsha2"
 
 
 @dataclass(frozen=True)
@@ -48,9 +56,53 @@ class Row:
 def write_units(path: Path, rows: list[dict], *, codec: CodecDescription, key: str = "") -> None:
     """rows: dicts of SCHEMA's fields, with codes (frames, codebooks)."""
     columns = [{**row, "codes": np.asarray(row["codes"], np.int16).reshape(-1)} for row in rows]
-    facts = {"codec": json.dumps(codec.to_dict(), sort_keys=True), "key": key}
+    facts = {b"codec": json.dumps(codec.to_dict(), sort_keys=True), b"key": key, **SEALED}
     with atomic_path(path) as temporary:
         pq.write_table(pa.Table.from_pylist(columns, SCHEMA.with_metadata(facts)), temporary, compression="zstd")
+        seal(temporary)
+
+
+def seal(path: Path) -> None:
+    """Inserts the checksum into a Parquet file with SEALED in its metadata."""
+    with open(path, "r+b") as file:
+        footer = _footer_at(file)
+        file.seek(footer)
+        rest = file.read()
+        digest = _digest(file, footer, rest)
+        file.seek(footer)
+        file.write(_MARK + digest + rest)
+
+
+def check_seal(path: Path) -> None:
+    """Raises SodaError if a byte of the shard has changed since it was written. (Older shards have no checksum.)"""
+    with reading(path, CANNOT), open(path, "rb") as file:
+        footer = _footer_at(file)
+        begin = max(0, footer - len(_MARK) - 32)
+        file.seek(begin)
+        mark, digest, rest = file.read(len(_MARK)), file.read(32), file.read()
+        declared = SEALED.items() <= (pq.read_schema(path).metadata or {}).items()
+        if (declared or mark == _MARK) and (mark != _MARK or digest != _digest(file, begin, rest)):
+            raise ValueError("its checksum does not match: the file is damaged")
+
+
+def _footer_at(file: BinaryIO) -> int:
+    """Where Parquet's footer begins: its length is in the file's last eight bytes."""
+    end = file.seek(-8, os.SEEK_END)
+    footer = end - int.from_bytes(file.read(4), "little")
+    if footer < 0:
+        raise ValueError("its footer is longer than the file")
+    return footer
+
+
+def _digest(file: BinaryIO, end: int, rest: bytes) -> bytes:
+    """SHA-256 of the first `end` bytes of the file and `rest`."""
+    found = hashlib.sha256()
+    file.seek(0)
+    while end > 0 and (block := file.read(min(end, 1 << 20))):
+        found.update(block)
+        end -= len(block)
+    found.update(rest)
+    return found.digest()
 
 
 def unit_key(path: Path) -> str | None:
@@ -83,12 +135,14 @@ def check_schema(path: Path) -> None:
 
 def read_columns(path: Path, names: Sequence[str]) -> list[dict[str, Any]]:
     """Rows with some of the columns. Raises SodaError if the shard cannot be read."""
+    check_seal(path)
     with reading(path, CANNOT):
         return pq.read_table(path, columns=list(names)).to_pylist()
 
 
 def read_shard(path: Path) -> tuple[list[Row], np.ndarray]:
     """A shard's utterances, and all their codes: int16 (frames, codebooks). Raises SodaError if it cannot be read."""
+    check_seal(path)
     codebooks = unit_codec(path).codebooks
     with reading(path, CANNOT):
         check_schema(path)
@@ -110,6 +164,7 @@ def read_shard(path: Path) -> tuple[list[Row], np.ndarray]:
 def read_units(paths: list[Path]) -> Iterator[dict]:
     """Rows in the order of the shards, with codes (frames, codebooks) int16."""
     for path in sorted(paths):
+        check_seal(path)
         codebooks = unit_codec(path).codebooks
         with reading(path, CANNOT):
             check_schema(path)

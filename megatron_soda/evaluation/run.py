@@ -6,7 +6,7 @@ from typing import Any
 
 from ..config import Recipe
 from ..errors import SodaError
-from ..files import read_json, write_json
+from ..files import check_writable, read_json, write_json
 from ..hf.card import update_card
 from ..log import log
 from ..registry import SUITES
@@ -27,11 +27,12 @@ def evaluate(recipe: Recipe, folder: Path) -> dict[str, Any]:
     for need in sorted(needs):
         getattr(bench, need)
     path = Path(recipe.run) / "eval.json"
+    check_writable(path.parent)
     result = _carried_over(path, bench.header(with_data="data" in needs))
     for suite in suites:
         result[suite.name] = suite.measure(bench)
+        print("\n".join(table(suite, suite.rows(result[suite.name]))))  # first: the disk may be full by now
         write_json(path, result)
-        print("\n".join(table(suite, suite.rows(result[suite.name]))))
     if not suites:
         write_json(path, result)
     update_card(folder, result)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Recipe
+from ..errors import SodaError
 from ..evaluation.suite import Suite
 from ..files import write_text
 from ..log import log
@@ -63,8 +64,8 @@ def update_card(folder: Path, results: Mapping[str, Any]) -> None:
     try:
         write_text(path, made)
         path.chmod(0o644)
-    except OSError as error:  # a folder of somebody else's; the results are in eval.json
-        log.warning(f"{path}: the results could not be added ({error.strerror})")
+    except (OSError, SodaError) as error:  # a folder of somebody else's, or a full disk; the results are in eval.json
+        log.warning(f"{path}: the results could not be added ({error})")
 
 
 def _prepared_here(recipe: Recipe, saved: Mapping[str, Any]) -> bool:

@@ -101,10 +101,10 @@ def _our_logits(
 
 
 def _their_logits(folder: Path, weights: Weights, batch: Batch, rows: Tensor) -> Tensor:
-    from transformers import AutoConfig, Qwen3ForCausalLM
+    from transformers import Qwen3Config, Qwen3ForCausalLM
     from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
-    config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config: Any = Qwen3Config.from_pretrained(folder, local_files_only=True)
     config.dtype = torch.float32
     with torch.device("meta"):
         model: Any = Qwen3ForCausalLM(config).eval()
@@ -172,7 +172,7 @@ def compare_tokenizer(folder: Path, store: Store, text: TextTokenizer, documents
     """Documents written as strings must come back as their ids; SodaError names the first that does not."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     for index in range(min(documents, len(store))):
         ids = store.document(index)
         string = document_string(ids, store.space, text)

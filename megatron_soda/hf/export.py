@@ -20,13 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.markup import escape
 
 from ..config import Recipe, save_recipe
 from ..console import console
 from ..data.store import Store
 from ..errors import SodaError
-from ..files import read_json, read_sealed, reading, write_sealed
+from ..files import read_json, read_sealed, reading, replace_folder, write_sealed
 from ..parallel import ranks  # noqa: F401  before anything of megatron-core
 from ..run_folder import record_timing
 from ..tokenizer import NAMES, TextTokenizer, data_tokenizer
@@ -81,11 +80,13 @@ def export(recipe: Recipe, folder: Path | None = None, to: Path | None = None) -
     temporary = final.parent / f".{final.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    with console.status("exporting"):
-        source = _source(recipe, newest, beside)
-        difference = _write(source, key, temporary)
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
+    try:
+        with console.status("exporting"):
+            source = _source(recipe, newest, beside)
+            difference = _write(source, key, temporary)
+            replace_folder(temporary, final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     console.print(f"{final}: step {step}, largest logit difference to ours {difference:.1e}")
     record_timing(run, "export", {"seconds": time.monotonic() - began})
     return final
@@ -229,5 +230,5 @@ def _is_done(folder: Path, key: str, beside: Path) -> bool:
             why = "it is of another checkpoint or recipe"
     except SodaError as error:
         why = str(error)
-    console.print(f"[yellow]exported again[/]: {escape(why)}", highlight=False)
+    console.note("exported again", f": {why}")
     return False

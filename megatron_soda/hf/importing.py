@@ -15,17 +15,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich.markup import escape
 from torch import Tensor
 
 from ..config import Model, Recipe, load_recipe, save_recipe
 from ..config.model import PRESETS, SIZES
 from ..console import console
 from ..errors import SodaError
-from ..files import locked, read_json, write_text
+from ..files import locked, read_json, reading, write_text
 from ..parallel import ranks  # noqa: F401  before anything of megatron-core
 from ..run_folder import record_timing
-from ..tokenizer import NAMES, TextTokenizer, data_tokenizer, engine, read_spec
+from ..tokenizer import FAILED, NAMES, NEITHER, TextTokenizer, data_tokenizer, engine, read_spec
 from ..training import checkpoint
 from ..training.checkpoint_stream import written
 from ..vocab import TokenSpace
@@ -52,17 +51,21 @@ class Arrival:
 
 
 def import_model(
-    folder: Path, overrides: list[str], shape: tuple[int, int] | None = None, rows: Rows = "means"
+    folder: Path,
+    overrides: list[str],
+    shape: tuple[int, int] | None = None,
+    rows: Rows = "means",
+    run: Path | None = None,
 ) -> Path:
     """Makes RUN/checkpoints/step_00000000 of the model in `folder` and returns it; skipped if it is there already.
 
-    overrides: `run=..`, and other settings of the recipe. shape: codebooks and entries of the audio tokens. rows: how
-    new rows of a text model's tables start (`new_rows`). SodaError if the folder is not a whole Qwen3 with finite
-    weights and a tokenizer that fits, or the run has other checkpoints.
+    overrides: `run=..` (unless `run` is given), and other settings of the recipe. shape: codebooks and entries of the
+    audio tokens. rows: how new rows of a text model's tables start (`new_rows`). SodaError if the folder is not a whole
+    Qwen3 with finite weights and a tokenizer that fits, or the run has other checkpoints.
     """
     began = time.monotonic()
     quiet_transformers()
-    arrival = _look(folder, overrides, [list(shape) if shape else None, rows])
+    arrival = _look(folder, overrides, run, [list(shape) if shape else None, rows])
     run = Path(arrival.recipe.run)
     run.mkdir(parents=True, exist_ok=True)
     with locked(run):
@@ -82,25 +85,25 @@ def import_model(
     return final
 
 
-def _look(folder: Path, overrides: list[str], how: list[Any]) -> Arrival:
+def _look(folder: Path, overrides: list[str], run: Path | None, how: list[Any]) -> Arrival:
     """SodaError unless the folder is a whole Qwen3, judging by config.json and the headers of the weights."""
-    if not any(override.startswith("run=") for override in overrides):
+    if not (run or any(override.startswith("run=") for override in overrides)):
         raise SodaError("give a run folder: run=runs/NAME")
     if not (folder / "config.json").is_file():
         raise SodaError(f"{folder}: no config.json in it; give the folder of a Hugging Face model")
     settings, config = from_config(folder / "config.json")
     weights = Weights(folder)
     precision = "bf16" if weights.dtype == torch.bfloat16 else "fp32"
-    run = next(o for o in reversed(overrides) if o.startswith("run=")).removeprefix("run=")
     defaults = [
         f"precision.dtype={precision}",
         f"data.sequence_length={min(config.max_position_embeddings, LONGEST_WINDOW)}",
-        f"prepare.tokenizer={Path(run) / IMPORTED}",
     ]
     model = load_recipe(None, settings).model
     preset = next((name for name, (*sizes, _) in PRESETS.items() if sizes == [getattr(model, s) for s in SIZES]), None)
-    named = [f"name={folder.resolve().name}", *([f"model.preset={preset}"] if preset else [])]
-    recipe = load_recipe(None, [*named, *settings, *defaults, *overrides])
+    values = {"name": folder.resolve().name, **({"run": str(run)} if run else {})}
+    known = [f"model.preset={preset}"] if preset else []
+    recipe = load_recipe(None, [*known, *settings, *defaults, *overrides], values)
+    recipe.prepare.tokenizer = recipe.prepare.tokenizer or str(Path(recipe.run) / IMPORTED)
     ours = checkpoint.describe_model(recipe.model, TokenSpace(1, 0, 0))["model"]
     for name, value in checkpoint.describe_model(model, TokenSpace(1, 0, 0))["model"].items():
         if ours[name] != value and not (name == "tie_embeddings" and model.tie_embeddings):
@@ -170,13 +173,16 @@ def _compare_with(path: Path, text: TextTokenizer, space: TokenSpace) -> None:
     from .compare import example_documents
     from .tokenizer import SAMPLES, build_tokenizer, clean_text
 
-    theirs, ours = Tokenizer.from_file(str(path)), build_tokenizer(text, space)
-    theirs.no_truncation()
-    theirs.no_padding()
+    ours = build_tokenizer(text, space)
+    with reading(path, NEITHER):
+        theirs = Tokenizer.from_file(str(path))
+        theirs.no_truncation()
+        theirs.no_padding()
     (sound,) = (document_string(d[d > space.text_size + 1], space, text) for d in example_documents(space)[:1])
     for sample in SAMPLES:
         string = f"<|text_start|>{clean_text(sample, space)}<|text_end|>{sound}"
-        found, expected = (t.encode(string, add_special_tokens=False).ids for t in (theirs, ours))
+        with reading(path, FAILED):
+            found, expected = (t.encode(string, add_special_tokens=False).ids for t in (theirs, ours))
         if found != expected:
             raise SodaError(f"{path}: {sample!r} has different ids inside a document and alone; it cannot be imported")
 
@@ -249,4 +255,4 @@ def _tell(arrival: Arrival, space: TokenSpace, known: int, final: Path) -> None:
         said.append(f"{space.size - known:,} of them new")
     if left := arrival.rows - known:
         said.append(f"{left:,} rows of its tables belong to no token and were left out")
-    console.print(f"{final}: {escape(str(arrival.folder))}, {', '.join(said)}", highlight=False, soft_wrap=True)
+    console.print(f"{final}: {arrival.folder}, {', '.join(said)}", highlight=False, soft_wrap=True)

@@ -9,10 +9,13 @@ import torch
 
 from ..codecs import QUANTISER_FILE
 from ..codecs.description import DESCRIPTION as CODEC_DESCRIPTION
+from ..config import load_recipe
 from ..errors import SodaError
 from ..files import read_json, read_sealed, reading, sha256
 from ..tokenizer import TextTokenizer, data_tokenizer
 from ..vocab import TokenSpace
+from .qwen3 import EMBEDDING, HEAD, from_config, hf_config, shapes
+from .weights import Weights
 
 DESCRIPTION = "soda.json"
 CODEC = "codec"  # folder: beside the model's own, vLLM would take the codec's safetensors for some of them
@@ -97,15 +100,36 @@ def _inside(name: str) -> str:
 
 def load_model(folder: Path) -> LoadedModel:
     """Raises SodaError if `folder` is not a model that `soda export` wrote, or not as it was written."""
-    from transformers import AutoModelForCausalLM
-
     quiet_transformers()
     described = read_export(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with reading(folder, "cannot load the model"):
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
-    model = model.to(device).eval()
+    model = read_model(folder, described["space"]).to(device)
     if device.type == "cpu" and model.num_parameters() < 100e6:
         torch.set_num_threads(1)  # a token at a time, threads cost such a model more than they give
     name, step, key, space, made_by = (described[part] for part in ("name", "step", "key", "space", "made_by"))
     return LoadedModel(folder, name, step, key, model, space, made_by, data_tokenizer(folder), device)
+
+
+def read_model(folder: Path, space: TokenSpace) -> Any:
+    """The Qwen3ForCausalLM in `folder`, in eval mode.
+
+    transformers' own from_pretrained follows whatever a folder says: code to run, adapters and weights from elsewhere,
+    random values for missing tensors. Here only the sizes in config.json and safetensors are read, and SodaError names
+    what is missing, unknown, of another shape or not finite.
+    """
+    from transformers import Qwen3ForCausalLM
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
+
+    settings, theirs = from_config(folder / "config.json")
+    shape, weights = load_recipe(None, settings).model, Weights(folder)
+    weights.check(shapes(shape, space.size))
+    config = hf_config(shape, space, theirs.max_position_embeddings, weights.dtype)
+    with reading(folder, "cannot load the model"):
+        with torch.device("meta"):
+            model: Any = Qwen3ForCausalLM(config)
+        model.model.rotary_emb = Qwen3RotaryEmbedding(config)  # computed, not loaded
+        tensors = {name: weights.read(name).to(weights.dtype) for name in weights.shapes}
+        model.load_state_dict({HEAD: tensors[EMBEDDING], **tensors}, assign=True)
+        if config.tie_word_embeddings:
+            model.tie_weights()
+    return model.eval()

@@ -32,8 +32,9 @@ def build_tokenizer(text: TextTokenizer, space: TokenSpace) -> Tokenizer:
     with reading(text.path, NEITHER):
         _rename(spec, {character: BOS + character for character in audio})
     tokenizer = engine(spec, text.path)
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in (BOS, EOS, *MARKERS)])
-    tokenizer.add_tokens([AddedToken(t, normalized=False) for t in audio])
+    with reading(text.path, NEITHER):
+        tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in (BOS, EOS, *MARKERS)])
+        tokenizer.add_tokens([AddedToken(t, normalized=False) for t in audio])
     wanted = {BOS: space.bos, EOS: space.eos, MARKERS[0]: space.text_start, MARKERS[3]: space.audio_end}
     wanted |= {audio[0]: space.audio_base, audio[-1]: space.size - 1}
     for token, number in wanted.items():
@@ -82,7 +83,8 @@ def extend_tokenizer(source: Path, folder: Path, codebooks: int, entries: int) -
         with reading(path, NEITHER):
             _rename(spec, {"<|endoftext|>": EOS})
     base = engine(spec, path)
-    base.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in (BOS, EOS)])
+    with reading(path, NEITHER):
+        base.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in (BOS, EOS)])
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         write_text(temporary / NAMES[1], base.to_str())

@@ -35,7 +35,7 @@ def earlier_models(recipe: Recipe, model: LoadedModel) -> Iterator[tuple[int, An
             checkpoint.read_description(folder, recipe.model, model.space)
             _fill(theirs.state_dict(), TensorReader(folder), recipe.model, model.space.size)
         except SodaError as error:
-            console.print(f"[yellow]no sample of step {step}[/]: {error}", markup=True, soft_wrap=True)
+            console.note(f"no sample of step {step}", f": {error}")
             continue
         yield step, theirs
 

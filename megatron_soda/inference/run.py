@@ -8,8 +8,8 @@ from rich.progress import track
 
 from ..config import Recipe
 from ..console import console
-from ..errors import SodaError
-from ..files import write_json
+from ..errors import SodaError, printable
+from ..files import check_writable, write_json
 from ..hf.load import load_model
 from ..registry import TASKS
 from ..run_folder import record_timing
@@ -29,6 +29,7 @@ def generate(recipe: Recipe, folder: Path) -> list[dict[str, Any]]:
     from ..codecs.description import load_data_codec
 
     began = time.monotonic()
+    check_writable(Path(recipe.run) / "samples")
     model = load_model(folder)
     rows = held_out_rows(recipe.data_folder, recipe.generate.split, model, recipe.data.accept)
     assert model.codec is not None  # held_out_rows refuses a model without
@@ -41,7 +42,6 @@ def generate(recipe: Recipe, folder: Path) -> list[dict[str, Any]]:
             f"{studio.context} tokens)"
         )
     tasks = possible_tasks(recipe, bool(held_out.spoken) and knows_text(recipe))
-    studio.out.mkdir(parents=True, exist_ok=True)
     # If this is interrupted, old captions must not end up beside new sounds.
     (studio.out / "samples.json").unlink(missing_ok=True)
     samples = take_samples(studio, tasks, held_out)
@@ -65,7 +65,7 @@ def possible_tasks(recipe: Recipe, has_text: bool) -> list[str]:
     said = f"{' and '.join(left_out)}: the data have no transcripts, so the model knows no text beside speech"
     if len(left_out) == len(tasks):
         raise SodaError(f"generate.tasks={tasks}: {said}")
-    console.print(f"[yellow]left out[/] {said}", soft_wrap=True)
+    console.note("left out", f" {said}")
     return [name for name in tasks if name not in left_out]
 
 
@@ -88,5 +88,5 @@ def take_samples(studio: Studio, tasks: list[str], held_out: HeldOut) -> list[di
 def _print(samples: list[dict[str, Any]], out: Path) -> None:
     for sample in samples:
         text = f": {sample['output_text']!r}" if sample["output_text"] is not None else ""
-        print(f"{sample['task']:<11}{sample['id']:<28}{sample['note']}{text}")
-    print(f"{sum(len(sample['audio']) for sample in samples)} wav files in {out}")
+        print(printable(f"{sample['task']:<11}{sample['id']:<28}{sample['note']}{text}"))
+    print(printable(f"{sum(len(sample['audio']) for sample in samples)} wav files in {out}"))

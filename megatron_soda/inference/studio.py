@@ -16,6 +16,7 @@ from .sample import Constraint, Sampled, sample
 from .task import Material, Prompt, Task
 
 TEXT_AND_MARKERS = 64  # tokens of the context reserved for other than sound
+SAME_CODES = 0.9  # share of an utterance's codes that its recording must give
 
 
 @dataclass
@@ -63,14 +64,22 @@ class Studio:
         return self.model.text.decode(token for token in generated if token < self.model.space.text_size)
 
     def original(self, row: dict[str, Any]) -> np.ndarray:
-        """float32 (samples,): the recording, or its decoded codes if the file is gone."""
+        """float32 (samples,): the recording, or its decoded codes if the file is gone or another one. The path comes
+        with the data, and the sound is published with the page: the codes must have been made from it."""
         from ..audio.reading import read_audio
         from ..audio.sound import BadAudio
 
+        codes = row["codes"]
+        longest = (len(codes) + 1) * self.codec.samples_per_frame / self.codec.sample_rate
         try:
-            return read_audio(Path(row["audio"]), self.codec.sample_rate)
+            wave = read_audio(Path(row["audio"]), self.codec.sample_rate, longest)
         except (BadAudio, OSError):
-            return self.codec.decode([row["codes"]])[0]
+            return self.codec.decode([codes])[0]
+        found = self.codec.encode([wave])[0]
+        # Only of the first codebook, and not all: codes that were made on another device may differ.
+        if len(found) == len(codes) and np.mean(found[:, 0] == codes[:, 0]) > SAME_CODES:
+            return wave
+        return self.codec.decode([codes])[0]
 
     def save(self, name: str, wave: np.ndarray) -> str:
         """Writes NAME.wav and returns the file name."""

@@ -27,6 +27,7 @@ from ..config import Recipe  # noqa: E402
 from ..errors import SodaError  # noqa: E402
 from . import megatron, preflight, watch  # noqa: E402
 from .layout import check_layout  # noqa: E402
+from .one_node import stay_on_loopback  # noqa: E402
 
 facts: list[dict[str, Any]] = []  # of every rank, as found by `init`
 megatron.adapt()
@@ -56,6 +57,8 @@ def init(recipe: Recipe) -> torch.device:
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         rank = 0 if world_size == 1 else int(os.environ["RANK"])
+        if world_size == 1:
+            stay_on_loopback()
         store = rendezvous_store(world_size)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
         if world_size > 1:

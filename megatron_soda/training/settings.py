@@ -1,5 +1,6 @@
 """The settings a checkpoint was trained with: recorded in it, and compared when a run continues from it."""
 
+import shlex
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -80,4 +81,4 @@ def ways_on(recipe: Recipe, branch: Branch, was: dict[str, Any]) -> str:
     keys = [f"run={run}-longer", *(f"{KEYS.get(name, f'training.{name}')}={value}" for name, value in settings.items())]
     if not recipe.data.path:
         keys.append(f"data.path={recipe.data_folder}")
-    return f"To train longer, {start}, in a new run folder, with these settings (docs/training.md): {' '.join(keys)}"
+    return f"To train longer, {start}, in a new run folder, with these settings (docs/training.md): {shlex.join(keys)}"

@@ -59,7 +59,7 @@ def test_a_part_of_an_earlier_version_is_done(tmp_path):
     assert documents.is_done(job)
     found = documents.part_facts(job.out)
     assert found == documents.PartFacts(
-        job.key, {"train": 5, "valid": 0, "test": 0}, {"en": documents.Used(utterances=2, seconds=1.5)}
+        job.key, {"train": 5, "valid": 0, "test": 0}, {"en": documents.Used(utterances=2, seconds=1.5)}, {}
     )
     assert documents.PartFacts.from_json(found.to_json()) == found
 

@@ -14,6 +14,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from megatron_soda.parallel.one_node import stay_on_loopback
 from tests.forked import context
 
 
@@ -23,6 +24,7 @@ def _serve(rank: int, world: int, connection: Connection) -> None:
 
     warnings.filterwarnings("ignore")
     os.environ.update(WORLD_SIZE=str(world), RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
+    stay_on_loopback()
     import torch
     import torch.distributed as dist
     from megatron.core import parallel_state

@@ -10,6 +10,7 @@ import pytest
 
 from megatron_soda.errors import SodaError
 from megatron_soda.files import locked
+from megatron_soda.parallel.one_node import loopback_store
 from tests.helpers import small_recipe
 
 
@@ -55,11 +56,10 @@ def test_speeds_when_the_clock_is_set_back(pool, data, tmp_path):
 
 def rendezvous_twice() -> list[bytes]:
     """What a second attempt finds where the first one wrote."""
-    import torch.distributed as dist
 
     from megatron_soda.parallel import ranks
 
-    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # torchrun's, for all attempts
+    server = loopback_store()  # torchrun's, for all attempts
     kept = dict(os.environ)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(server.port), TORCHELASTIC_USE_AGENT_STORE="True")
     found = []

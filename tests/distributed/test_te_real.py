@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from megatron_soda.parallel.one_node import stay_on_loopback
 from tests.distributed import test_te_spec as spec
 from tests.helpers import SPACE, small_recipe, write_data
 
@@ -243,6 +244,7 @@ def on_a_rank(rank: int, world: int, store: str, name: str) -> dict[str, Any]:
     import torch.distributed as dist
 
     os.environ.update(WORLD_SIZE=str(world), RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
+    stay_on_loopback()
     dist.init_process_group("gloo", store=dist.FileStore(f"{store}_{name}", world), rank=rank, world_size=world)
     overrides = LAYOUTS[name][1]
     return checked({name: lambda: layout(*overrides)}, *overrides)[name]

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_soda.parallel.one_node import stay_on_loopback
 from tests.helpers import SPACE, small_recipe, write_data
 
 ROOT = Path(__file__).parents[2]
@@ -309,6 +310,7 @@ def on_two_ranks(rank: int, store: str, layout: str) -> dict[str, Any]:
     import torch.distributed as dist
 
     os.environ.update(WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2")
+    stay_on_loopback()
     dist.init_process_group("gloo", store=dist.FileStore(f"{store}_{layout}", 2), rank=rank, world_size=2)
     overrides = LAYOUTS[layout]
     checks = {

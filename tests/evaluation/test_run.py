@@ -66,6 +66,22 @@ def test_a_suite_without_data_needs_none(exported, toy):
         evaluate(exported.recipe("suite=[toy,nll]"), exported.folder)
 
 
+def test_a_result_that_cannot_be_saved_is_printed(exported, toy, monkeypatch, capsys):
+    """And a folder that cannot be written to is found out before anything is measured."""
+
+    def full(path: Any, value: Any) -> None:
+        raise SodaError("the disk is full")
+
+    monkeypatch.setattr("megatron_soda.evaluation.run.write_json", full)
+    with pytest.raises(SodaError, match="the disk is full"):
+        evaluate(exported.recipe("suite=[toy]"), exported.folder)
+    assert "100,000" in capsys.readouterr().out
+    (exported.run / "a file").touch()
+    with pytest.raises((NotADirectoryError, FileExistsError)):
+        evaluate(exported.recipe("suite=[toy]", f"run={exported.run}/a file"), exported.folder)
+    assert capsys.readouterr().out == ""
+
+
 def test_what_a_suite_needs_is_missing_before_anything_is_measured(exported, toy, monkeypatch):
     monkeypatch.setattr(Toy, "needs", ("codec",))
     monkeypatch.setattr(Toy, "measure", lambda *_: pytest.fail("measured"))

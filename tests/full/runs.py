@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -20,7 +19,7 @@ training:
   {{steps: 1000, global_batch_size: 8, micro_batch_size: 2, save_every: 50, valid_every: 500, log_every: 1,
     epsilon: 1.0e-8}}
 """
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--local-addr", "127.0.0.1"]
+TORCHRUN = [sys.executable, "-m", "megatron_soda.parallel.one_node"]
 
 
 def start(
@@ -32,14 +31,13 @@ def start(
     **more,
 ) -> subprocess.Popen:
     """torchrun, with all that it prints in a pipe. `more` is environment, or settings of Popen in small letters."""
-    where = [*torchrun] if "--standalone" in torchrun else ["--master-port", str(free_port()), *torchrun]
-    command = [*TORCHRUN, "--nproc-per-node", str(processes), *where, "-m", module, str(recipe), *overrides]
+    command = [*TORCHRUN, "--nproc-per-node", str(processes), *torchrun, "-m", module, str(recipe), *overrides]
     return _start(command, recipe, **more)
 
 
 def launch(recipe: Path, *overrides: str, script: str = "examples/pretrain/launch.sh", **more) -> subprocess.Popen:
     """The same by launch.sh, two processes."""
-    environment = {"SODA_PYTHON": sys.executable, "NPROC_PER_NODE": "2", "MASTER_PORT": str(free_port())}
+    environment = {"SODA_PYTHON": sys.executable, "NPROC_PER_NODE": "2"}
     return _start(["bash", script, str(recipe), *overrides], recipe, **environment, **more)
 
 
@@ -51,11 +49,6 @@ def _start(command: list[str], recipe: Path, **more) -> subprocess.Popen:
     }  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TEST_RECIPE": str(recipe), **environment}
     return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **settings)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
 
 
 def losses(run: Path) -> dict[int, float]:

@@ -52,20 +52,17 @@ def goes_on(recipe: Path, run: Path, straight: dict[int, float], step: int) -> N
     assert losses(run) == straight
 
 
-def test_a_second_attempt_goes_on_bit_for_bit(recipe, tmp_path, straight):
-    """One store for all attempts: `launch.sh` uses torchrun's static rendezvous, `--standalone` the c10d one."""
-    for how in (["--standalone"], ["--master-addr", "127.0.0.1"]):
-        run = tmp_path / how[0]
-        launcher = start(
-            recipe, f"run={run}", f"data.path={tmp_path}/run/data", STEPS,
-            torchrun=[*how, "--max-restarts", "1"],
-        )  # fmt: skip
-        wait_for_step(run, 60, launcher)
-        trainer(launcher, 1).kill()
-        out = launcher.communicate(timeout=300)[0]
-        assert launcher.returncode == 0, out
-        assert "from step 50" in out
-        assert losses(run) == straight
+def test_a_second_attempt_goes_on_bit_for_bit(recipe, tmp_path, run, straight):
+    """One store serves all attempts."""
+    again = tmp_path / "again"
+    data = f"data.path={run}/data"
+    launcher = start(recipe, f"run={again}", data, STEPS, torchrun=["--max-restarts", "1"])
+    wait_for_step(again, 60, launcher)
+    trainer(launcher, 1).kill()
+    out = launcher.communicate(timeout=300)[0]
+    assert launcher.returncode == 0, out
+    assert "from step 50" in out
+    assert losses(again) == straight
 
 
 def test_a_run_folder_belongs_to_one_job(recipe, run):

@@ -4,9 +4,9 @@ import threading
 import time
 
 import pytest
-import torch.distributed as dist
 
 from megatron_soda.parallel import watch
+from megatron_soda.parallel.one_node import loopback_store
 from megatron_soda.parallel.watch import PATIENCE, SILENCE, Place, Watch
 
 
@@ -17,7 +17,7 @@ class EndedError(Exception):
 @pytest.fixture
 def ranks(monkeypatch, capsys):
     """Four watches on one store, all in the middle of step 8, and a clock for them."""
-    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    server = loopback_store()
     made = [Watch(server.clone(), rank, 4) for rank in range(4)]
     for rank, one in enumerate(made):
         one.host = f"host-{rank // 2}"
