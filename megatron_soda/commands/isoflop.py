@@ -77,6 +77,28 @@ def fit(
         write_json(out, to_dict(made, budgets, models))
 
 
+@app.command(
+    epilog="Examples:\n\n  soda isoflop plot study.yaml plots\n\n"
+    "  soda isoflop plot results.csv plots --scores scores.csv"
+)
+def plot(
+    results: ResultsFile,
+    out: Annotated[Path, typer.Argument(metavar="OUTFOLDER", help="The folder to write to.")],
+    measure: Measure = "loss",
+    scores: Annotated[
+        Path | None, typer.Option(help="CSV with the column run and downstream scores, to plot against the loss.")
+    ] = None,
+) -> None:
+    """Plot a study's fits: PDF and PNG figures, and one HTML page."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    from ..isoflop.fit import fit_study
+    from ..isoflop.plot import plot_study, read_scores
+
+    made = fit_study(_load_results(results, measure))
+    for path in plot_study(made, out, read_scores(scores, made) if scores else None):
+        print(path)
+
+
 def _load_results(path: Path, measure: str) -> "Results":
     from ..isoflop.results import RESULTS, read_results
 
