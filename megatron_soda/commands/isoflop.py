@@ -46,6 +46,24 @@ def plan(
         write_recipes(made, recipes)
 
 
+@app.command(
+    epilog="Examples:\n\n  soda isoflop run study.yaml\n\n  soda isoflop run study.yaml --jobs 2 data.path=my/data\n\n"
+    "  soda isoflop run study.yaml --collect"
+)
+def run(
+    study: StudyFile,
+    overrides: Overrides = None,
+    jobs: Annotated[int, typer.Option(min=1, help="How many runs to train at a time.")] = 1,
+    collect: Annotated[bool, typer.Option("--collect", help="Only collect the results of runs that are done.")] = False,
+) -> None:
+    """Train a study's runs; results go to its folder. Run it again to resume: what is done is not repeated."""
+    from ..isoflop.plan import make_plan
+    from ..isoflop.run import run_study
+    from ..isoflop.study import load_study
+
+    raise typer.Exit(run_study(make_plan(load_study(study), overrides), overrides or [], jobs, collect))
+
+
 ResultsFile = Annotated[
     Path, typer.Argument(metavar="RESULTS", help="A study (.yaml) that has run, or a .csv or .jsonl of results.")
 ]
@@ -108,7 +126,7 @@ def _load_results(path: Path, measure: str) -> "Results":
     from ..isoflop.study import load_study
 
     plan = make_plan(load_study(path))
-    return read_results(Path(plan.study.folder) / RESULTS, measure, [run.id for run in plan.runs], plan.study.identity)
+    return read_results(Path(plan.study.folder) / RESULTS, measure, [run.id for run in plan.runs], plan.study.name)
 
 
 def _numbers(text: str, count: int, option: str, example: str) -> tuple[float, ...]:

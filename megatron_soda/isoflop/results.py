@@ -51,7 +51,7 @@ def read_results(
 
     measure: `loss` (all tokens alike), a class of the NLL vector (`text`, `semantic`, `acoustic_3`), `acoustic` (the
     mean of its codebooks), a weighted mean (`text:1,semantic:2`), or any other column. planned: ids of the study's
-    runs, to name those that are missing. study: its identity; rows of another one are left out.
+    runs, to name those that are missing. study: its name; rows of another one are left out.
 
     Raises SodaError if no row is usable.
     """
@@ -74,6 +74,8 @@ def read_results(
     if planned is not None:
         done = {row.run for row in results.rows}
         notes += [f"run {run}: no usable result; the fit goes without it" for run in planned if run not in done]
+        notes += [f"run {run}: not in the plan; left out" for run in sorted(done - set(planned))]
+        results.rows = [row for row in results.rows if row.run in planned]
     if not results.rows:
         raise SodaError(f"{path}: no usable result.\n" + "\n".join(notes))
     return results

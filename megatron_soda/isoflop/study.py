@@ -1,7 +1,6 @@
 """The file that describes an IsoFLOP study: its budgets, its widths, and the rules that turn them into runs."""
 
-import hashlib
-from dataclasses import asdict, field
+from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,7 +10,7 @@ from pydantic.dataclasses import dataclass
 
 from ..config.fields import SECTION, Above0, AtLeast0, Count, CountOrZero, near
 from ..errors import SodaError
-from ..files import reading, to_json
+from ..files import reading
 
 Accounting = Literal["forward", "total", "6nd"]
 
@@ -90,13 +89,6 @@ class Study:
     @property
     def recipe_path(self) -> Path:
         return Path(self.source).parent / Path(self.recipe).expanduser()
-
-    @property
-    def identity(self) -> str:
-        """Tells studies apart: a hash of everything that determines the runs."""
-        keys = ("name", "recipe", "budgets", "targets", "rules", "prune")
-        text = to_json({key: value for key, value in asdict(self).items() if key in keys}, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 _STUDY: TypeAdapter[Study] = TypeAdapter(Study)
