@@ -242,7 +242,7 @@ def to_lines(plan: Plan) -> list[str]:
             f"{plan.gpu_hours(run):>11.3g}{f'{run.tokens / data:.2f}' if data else '':>8}"
             f"{'  target' if run.is_target else ''}{f'  seed {run.seed}' if run.seed != plan.recipe.seed else ''}"
         )
-    where = "the training store" if data else "SODA's, as the recipe's stores are not there"
+    where = "the training store's" if data else "SODA's: the recipe's stores are not there, and theirs may differ"
     hours = sum(map(plan.gpu_hours, plan.runs))
     lines += [
         f"{len(plan.runs)} runs; {plan.space.size:,} ids ({where}); windows of {plan.recipe.data.sequence_length}",

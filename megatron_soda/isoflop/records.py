@@ -54,9 +54,9 @@ def result_of(plan: Plan, run: Run, recipe: Recipe) -> dict[str, Any] | None:
         "loss": last["valid_loss"],
         "nll": nll,
         "bits_per_audio_second": _bits_per_second(nll, recipe),
-        "wall_seconds": read_json(folder / "timings.json", dict).get("train", {}).get("seconds"),
+        "wall_seconds": _facts(folder / "timings.json").get("train", {}).get("seconds"),
         "device_seconds": _device_seconds(lines),
-        "device": read_json(folder / "environment.json", dict).get("device"),
+        "device": _facts(folder / "environment.json").get("device"),
     }
 
 
@@ -72,6 +72,11 @@ def _metrics(path: Path) -> list[dict[str, Any]]:
             if isinstance(point, dict) and isinstance(point.get("step"), int):
                 lines.append(point)
     return lines
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    """Empty if the run was killed before it wrote them."""
+    return read_json(path, dict) if path.is_file() else {}
 
 
 def _device_seconds(lines: list[dict[str, Any]]) -> float:
@@ -149,13 +154,13 @@ def collect(plan: Plan, recipes: list[Recipe]) -> list[dict[str, Any]]:
     (launch.sh). Returns the results in the plan's order."""
     found: list[dict[str, Any]] = []
     for run, recipe in zip(plan.runs, recipes, strict=True):
-        folder = Path(recipe.run)
-        if not (folder / RESULT).is_file() and (folder / "recipe.yaml").is_file():
+        folder, state = Path(recipe.run), state_of(plan, run, recipe)
+        if state.kind == "stopped" and (folder / "recipe.yaml").is_file():
             trained = load_recipe(folder / "recipe.yaml")
             result = result_of(plan, run, recipe) if learns_alike(trained, recipe) else None
             if result:
                 write_json(folder / RESULT, result)
-        state = state_of(plan, run, recipe)
+                state.result = result
         if state.result:
             found.append(state.result)
     if found:

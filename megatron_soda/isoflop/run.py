@@ -132,7 +132,7 @@ def _table(plan: Plan, states: list[State]) -> Table:
 
 def _told(run: Run, state: State) -> str:
     if state.result:
-        return f"done: loss {state.result['loss']:.4f}, {state.result['wall_seconds']:.0f} s"
+        return f"done: loss {state.result['loss']:.4f}, {state.result['wall_seconds'] or 0:.0f} s"
     if state.kind == "running":
         return (
             f"{short(run.params_total)} parameters, {short(run.tokens)} tokens, {run.steps} steps {state.told}".strip()

@@ -137,6 +137,12 @@ def soda(monkeypatch, *arguments: object) -> int:
     return 0
 
 
+@pytest.mark.parametrize("command", ["plan", "run", "fit", "plot"])
+def test_help_has_examples(monkeypatch, capsys, command):
+    assert soda(monkeypatch, command, "--help") == 0
+    assert f"soda isoflop {command} " in capsys.readouterr().out.split("Examples:")[1]
+
+
 def test_the_command(monkeypatch, capsys, tmp_path):
     path = tiny_study(tmp_path, budgets=[{"flops": 1e8, "widths": [16, 32]}])
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
@@ -211,8 +217,7 @@ def test_bits_of_a_second_of_sound(tmp_path):
     folder = Path(recipe.run)
     folder.mkdir(parents=True)
     point = {"step": run.steps, "valid_loss": 3.0, "valid_nll": {"text": 9.0, "semantic": 3.0, "acoustic_1": 5.0}}
-    for name, value in (("metrics.jsonl", point), ("timings.json", {}), ("environment.json", {})):
-        (folder / name).write_text(json.dumps(value))
+    (folder / "metrics.jsonl").write_text(json.dumps(point))
     found = result_of(plan, run, recipe)
     assert found is not None
     assert found["bits_per_audio_second"] is None
