@@ -83,8 +83,8 @@ def _warnings(params: Approach2, tokens: Approach2, surfaces: dict[Method, Surfa
     notes += [f"{METHODS[method]}: no optimum: {s.problem}" for method, s in surfaces.items() if s.problem]
     if cost.worst > _POOR_COST:
         notes.append(
-            f"approach 3: the costs of the runs are up to {cost.worst:.0%} off their power law "
-            f"(FLOPs ~ N^{cost.power:.3f} D), and the optimum is taken along that law"
+            f"approach 3: the FLOPs of the runs are up to {cost.worst:.0%} off a smooth function of N, along which the "
+            "optimum is taken"
         )
     return notes
 
@@ -136,7 +136,7 @@ def to_dict(fit: Fit, budgets: Sequence[float] = (), models: Sequence[tuple[floa
         "results": fit.results.path,
         "measure": fit.results.measure,
         "runs": len(fit.results.rows),
-        "cost": {"power": fit.cost.power, "factor": float(np.exp(fit.cost.log_factor)), "worst": fit.cost.worst},
+        "cost": {"power": fit.cost.power(fit.cost.centre), "worst": fit.cost.worst},
         "approach 2": {"params": _approach2(fit.params), "tokens": _approach2(fit.tokens), "bias": fit.bias},
         **{METHODS[method]: _surface(surface) for method, surface in fit.surfaces.items()},
         "predictions": [predict(fit, flops) for flops in budgets],
@@ -188,7 +188,8 @@ def to_lines(fit: Fit, budgets: Sequence[float] = (), models: Sequence[tuple[flo
     rows = fit.results.rows
     lines = [
         f"{len(rows)} runs of {len({row.budget for row in rows})} budgets, measure {fit.results.measure}; "
-        f"FLOPs ~ N^{fit.cost.power:.3f} D",
+        f"FLOPs ~ N^{fit.cost.power(fit.cost.sizes[0]):.2f} D for the smallest, "
+        f"N^{fit.cost.power(fit.cost.sizes[1]):.2f} D for the largest",
         "",
         f"{'budget':>9}{'runs':>6}{'N*':>12}{'D*':>12}{'loss':>9}",
     ]

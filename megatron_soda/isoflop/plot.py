@@ -89,6 +89,7 @@ def plot_study(fit: Fit, folder: Path, scores: Scores | None = None) -> list[Pat
                 made.append(folder / f"{name}.{suffix}")
                 with atomic_path(made[-1]) as temporary:
                     figure.savefig(temporary, format=suffix, **options)
+                figure.set_layout_engine("none")  # done, and slow
     made.append(folder / PAGE)
     write_text(made[-1], _page(fit, figures))
     return made

@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize, nnls
+from scipy.optimize import bisect, minimize, nnls
 
 from .results import Result
 
@@ -31,25 +31,42 @@ FEWEST = 6  # runs: one more than parameters
 
 @dataclass
 class Cost:
-    """FLOPs of a run = factor x N^power x D, fitted to the runs. (6ND would be factor 6, power 1; with large tables and
-    attention, costs grow by another power of N.)"""
+    """FLOPs of a token by the number of parameters N, as the runs have it: the log is a parabola in log N, and goes on
+    straight beyond the runs' sizes. (6ND would be a line of slope 1. In the paper's grid the slope falls from 1.3 to 1:
+    attention over the whole window adds much to small models, and little to large ones.)"""
 
-    power: float
-    log_factor: float
+    coefficients: Array  # of (log N - centre)^2, log N - centre, 1
+    centre: float
+    sizes: tuple[float, float]  # log N of the smallest and the largest run
+    budgets: tuple[float, float]  # FLOPs of the cheapest and the dearest run
     worst: float  # largest relative error over the runs
 
+    def log_per_token(self, n: float) -> float:
+        """n: log N."""
+        inside = min(max(n, self.sizes[0]), self.sizes[1])
+        return float(np.polyval(self.coefficients, inside - self.centre)) + self.power(n) * (n - inside)
+
+    def power(self, n: float) -> float:
+        """The slope of log FLOPs in log N."""
+        a, b, _ = self.coefficients
+        inside = min(max(n, self.sizes[0]), self.sizes[1])
+        return float(2 * a * (inside - self.centre) + b)
+
     def of(self, params: float, tokens: float) -> float:
-        return float(np.exp(self.log_factor + self.power * np.log(params)) * tokens)
+        return float(np.exp(self.log_per_token(float(np.log(params)))) * tokens)
 
 
 def fit_cost(rows: Sequence[Result]) -> Cost:
     n = np.log([row.params for row in rows])
     per_token = np.log([row.flops / row.tokens for row in rows])
-    if np.ptp(n) < 1e-9:
-        return Cost(1.0, float(per_token.mean() - n.mean()), 0.0)
-    power, log_factor = np.polyfit(n, per_token, 1)
-    error = np.exp(power * n + log_factor - per_token) - 1
-    return Cost(float(power), float(log_factor), float(np.abs(error).max()))
+    centre, different = float(n.mean()), len(set(n.round(6)))
+    degree = min(2, different - 1)
+    coefficients = np.polyfit(n - centre, per_token, degree) if degree else np.array([1.0, per_token.mean()])
+    coefficients = np.concatenate([np.zeros(3 - len(coefficients)), coefficients])
+    error = np.exp(np.polyval(coefficients, n - centre) - per_token) - 1
+    flops = [row.flops for row in rows]
+    sizes = (float(n.min()), float(n.max()))
+    return Cost(coefficients, centre, sizes, (min(flops), max(flops)), float(np.abs(error).max()))
 
 
 @dataclass
@@ -72,6 +89,8 @@ class Surface:
     @property
     def problem(self) -> str:
         """Why there is no optimum; empty: there is one."""
+        if min(self.cost.power(end) for end in self.cost.sizes) <= 0:
+            return "larger models cost no more per token"
         if not (self.a > 0 and self.b > 0):
             name = "parameters" if self.a <= 0 else "tokens"
             return f"the loss does not fall with the number of {name}"
@@ -84,22 +103,31 @@ class Surface:
 
     @property
     def exponents(self) -> tuple[float, float]:
-        """Of the optimal N and D with the cost: the loss at fixed cost is lowest where the derivatives of its two terms
-        along the curve of equal cost cancel."""
-        total = self.alpha + self.cost.power * self.beta
-        return self.beta / total, self.alpha / total
+        """Of the optimal N and D with the cost, over the budgets of the runs. With costs N^k D they are beta / (alpha +
+        k beta) and alpha / (alpha + k beta) everywhere."""
+        low, high = self.cost.budgets
+        if high < 2 * low:  # one budget
+            low, high = low / 2, high * 2
+        slopes = np.log(self.optimum(high)) - np.log(self.optimum(low))
+        n, d = slopes / np.log(high / low)
+        return float(n), float(d)
 
     def loss(self, params: float | Array, tokens: float | Array) -> Array:
         n, d = np.log(params) - self.mean_n, np.log(tokens) - self.mean_d
         return self.floor + self.a * np.exp(-self.alpha * n) + self.b * np.exp(-self.beta * d)
 
     def optimum(self, flops: float) -> tuple[float, float]:
-        """The N and D of lowest loss at a cost."""
-        k = self.cost.power
-        rest = np.log(flops) - self.cost.log_factor  # k log N + log D
-        ratio = np.log(self.alpha * self.a / (k * self.beta * self.b))
-        n = (ratio + self.alpha * self.mean_n + self.beta * (rest - self.mean_d)) / (self.alpha + k * self.beta)
-        return float(np.exp(n)), float(np.exp(rest - k * n))
+        """The N and D of lowest loss at a cost: where the derivatives of the two terms along the curve of equal cost
+        cancel, alpha a exp(..) = k beta b exp(..). Found by bisection: the difference of their logs falls with N."""
+        log_flops, cost = float(np.log(flops)), self.cost
+        fixed = float(np.log(self.alpha * self.a / (self.beta * self.b))) + self.alpha * self.mean_n
+
+        def difference(n: float) -> float:
+            d = log_flops - cost.log_per_token(n)
+            return fixed - self.alpha * n - np.log(cost.power(n)) + self.beta * (d - self.mean_d)
+
+        n = float(bisect(difference, cost.sizes[0] - 30, cost.sizes[1] + 30, xtol=1e-10))
+        return float(np.exp(n)), float(np.exp(log_flops - cost.log_per_token(n)))
 
     def interval(self, value: Callable[["Surface"], float]) -> tuple[float, float] | None:
         """95 % of a value over the bootstrap; None without one, or if most of its draws have no optimum."""
