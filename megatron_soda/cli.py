@@ -15,6 +15,7 @@ from .commands import (
     generate,
     import_,
     inspect,
+    isoflop,
     params,
     prepare,
     report,
@@ -42,8 +43,9 @@ for _module in COMMANDS:
     _name = _module.__name__.rpartition(".")[2].removesuffix("_").replace("_", "-")
     app.command(_name, epilog=examples(*_module.EXAMPLES))(_module.command)
 app.add_typer(tokenizer.app, name="tokenizer")
+app.add_typer(isoflop.app, name="isoflop")
 
-GOES_ON = ("prepare", "train")  # these resume when run again; the others start over
+GOES_ON = ("prepare", "train", "isoflop")  # these resume when run again; the others start over
 
 
 def main() -> None:

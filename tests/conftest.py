@@ -1,6 +1,10 @@
+import os
+
 import pytest
 from hypothesis import settings
 
+# Before numpy and scipy: on matrices as small as in these tests, OpenBLAS's threads only wait for each other.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 settings.register_profile("soda", deadline=None)  # a busy machine is no defect
 settings.load_profile("soda")
 

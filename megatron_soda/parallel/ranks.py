@@ -30,6 +30,7 @@ from .layout import check_layout  # noqa: E402
 from .one_node import stay_on_loopback  # noqa: E402
 
 facts: list[dict[str, Any]] = []  # of every rank, as found by `init`
+_laid_out: list[tuple[Any, ...]] = []  # the process group and layout of megatron-core's groups
 megatron.adapt()
 
 
@@ -100,16 +101,22 @@ def locked(folder: Path, device: torch.device) -> Iterator[None]:
 
 
 def layout(recipe: Recipe) -> None:
-    """(Re)creates megatron-core's groups for the recipe's layout on the running process group."""
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+    """Creates megatron-core's groups for the recipe's layout on the running process group, unless they are there from
+    the run before: gloo never ends the threads of a group."""
     p = recipe.parallel
+    wanted = (dist.group.WORLD, p.tensor, p.pipeline, p.virtual_pipeline, p.context)
+    if parallel_state.model_parallel_is_initialized():
+        if _laid_out == [wanted] and p.virtual_pipeline == 1:
+            tensor_parallel.model_parallel_cuda_manual_seed(recipe.seed, force_reset_rng=True)
+            return
+        parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=p.tensor,
         pipeline_model_parallel_size=p.pipeline,
         virtual_pipeline_model_parallel_size=p.virtual_pipeline if p.virtual_pipeline > 1 else None,
         context_parallel_size=p.context,
     )
+    _laid_out[:] = [wanted]
     tensor_parallel.model_parallel_cuda_manual_seed(recipe.seed, force_reset_rng=True)
 
 
