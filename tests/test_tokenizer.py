@@ -394,6 +394,7 @@ def dummy_bpe(path: Path, size: int, added: dict[int, str]) -> Path:
     return path
 
 
+@pytest.mark.full
 def test_extending_llama3_gives_the_released_ids(tmp_path):
     added = {i: f"<|reserved_special_token_{i}|>" for i in range(256)} | {0: BOS, 1: EOS, 9: "<|eot_id|>"}
     folder = tmp_path / "llama3"

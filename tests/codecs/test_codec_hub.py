@@ -341,6 +341,7 @@ def test_devices_that_are_not_there_are_refused(folder):
 # ---- the real sizes
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", CLASSES)
 def test_the_sizes_of_the_released_models(name, tmp_path):
     """Random weights in the shape of kyutai/mimi, facebook/encodec_24khz and descript/dac_24khz."""

@@ -1,5 +1,7 @@
 """The index: shards of a fixed size, recordings together, ids once."""
 
+import pytest
+
 from data_prep.index import Index, make_index, read_index, sample
 from data_prep.utterance import Reject, Utterance
 from megatron_soda.audio.sound import Sound
@@ -65,6 +67,7 @@ def test_sample_does_not_depend_on_the_order(tmp_path):
     assert some == [u.id for u, _ in sample(index(tmp_path, items[::-1])[0].shards, 10, lambda u: u.id != "u7")]
 
 
+@pytest.mark.full
 def test_memory_does_not_grow(tmp_path):
     import tracemalloc
 

@@ -216,6 +216,7 @@ def test_the_first_comes_before_the_rest_is_there(tmp_path: Path) -> None:
     assert was_early == [True]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
 def test_long_manifests_are_not_held(tmp_path: Path, kind: str) -> None:
     put(tmp_path / "a.wav", 0.1)

@@ -120,6 +120,7 @@ def test_configs_of_earlier_transformers(pool, tmp_path):
     assert json.loads((Path(out) / "config.json").read_text())["rope_parameters"] == LLAMA3_ROPE
 
 
+@pytest.mark.full
 def test_the_shape_of_released_models(pool, tmp_path):
     """144,644 ids, untied, in bf16."""
     folder, run = tmp_path / "soda-tiny", tmp_path / "run"
