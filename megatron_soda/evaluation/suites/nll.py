@@ -118,10 +118,11 @@ def evaluate_nll(model: "LoadedModel", test: "Store", train: "Store", documents:
     from ...console import console
     from ...data.batch import Batcher
     from ...model.legal_rows import LegalRows
+    from ...model.rows import Rows
 
     names, table, baseline = model.space.class_names, model.space.class_table(), unigram(train)
     batcher = Batcher(model.space)
-    legal = LegalRows(model.space, {test.slots}, model.space.size)
+    legal = LegalRows(Rows(model.space), {test.slots})
     limit = model.model.config.max_position_embeddings
     count = min(documents, len(test)) if documents else len(test)
     chosen = sorted((test.document(i)[: limit + 1] for i in range(count)), key=len)
