@@ -151,7 +151,7 @@ def _run(flops: float, width: int, seed: int, is_target: bool, plan: Plan) -> Ru
         return "0 layers by the rule for the depth"
     named = dict(zip(SIZES, sizes, strict=True))
     model = Model(**named, tie_embeddings=plan.recipe.model.tie_embeddings)
-    cost = study_flops(model, plan.space, length)
+    cost = study_flops(model, plan.space, length, plan.study.head_rows)
     size = size_of(model, plan.space, length)
     if not is_target and (why := _pruned(flops, size.total, plan.study)):
         return why

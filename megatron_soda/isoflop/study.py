@@ -78,6 +78,9 @@ class Study:
     accounting: Accounting = "total"
     """What the column `flops` of a plan counts; the runs are the same. forward: the forward pass, as in the authors'
     code. total: forward and backward, as the paper labels its budgets. 6nd: 6 x all parameters x tokens."""
+    head_rows: CountOrZero = 0
+    """Rows of the head that cost something at a position, the mean. 0: all. With training.head_rows=legal in the recipe
+    it is one codebook's entries in SODA's data, more with training.head_other_share."""
     rules: Rules = field(default_factory=Rules)
     prune: Prune | None = None
     mfu: Above0 = 0.4

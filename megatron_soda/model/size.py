@@ -58,9 +58,10 @@ def train_flops(model: Model, space: TokenSpace, sequence_length: int, head_rows
     return 6 * (m.num_layers * (products + sequence_length * queries) + (head_rows or space.size) * m.hidden_size)
 
 
-def study_flops(model: Model, space: TokenSpace, sequence_length: int) -> int:
+def study_flops(model: Model, space: TokenSpace, sequence_length: int, head_rows: int = 0) -> int:
     """The same as the authors' code counts it (section 6: Levanter's lm_flops_per_token, times 3 for the backward
-    pass): attention over the whole window, the query projection taken as hidden x hidden, softmax included."""
+    pass): attention over the whole window, the query projection taken as hidden x hidden, softmax included.
+    `head_rows`: as above; 0: all."""
     m = model
     keys = m.num_query_groups * m.head_dim
     layer = (
@@ -70,7 +71,7 @@ def study_flops(model: Model, space: TokenSpace, sequence_length: int) -> int:
         + 4 * sequence_length * m.hidden_size
         + 3 * sequence_length * m.num_attention_heads
     )
-    return 3 * (m.num_layers * layer + 2 * m.hidden_size * space.size)
+    return 3 * (m.num_layers * layer + 2 * m.hidden_size * (head_rows or space.size))
 
 
 def space_of(recipe: Recipe) -> TokenSpace:

@@ -113,6 +113,14 @@ def test_pruning_is_named(tmp_path):
     assert all("pruned" in dropped.why for dropped in plan.dropped)
 
 
+def test_legal_rows_cost_less(tmp_path):
+    """A run's FLOPs then hold 6 x width for each of the other rows less."""
+    (every,) = make_plan(load_study(study(tmp_path, budgets=[{"flops": 1e12, "widths": [32]}]))).runs
+    (legal,) = make_plan(load_study(study(tmp_path, budgets=[{"flops": 1e12, "widths": [32]}], head_rows=2048))).runs
+    assert every.flops_per_token - legal.flops_per_token == 6 * 32 * (144_644 - 2048)
+    assert legal.tokens > 10 * every.tokens
+
+
 def test_seeds(tmp_path):
     budgets = [{"flops": 1e12, "widths": [16, 32]}, {"flops": 1e12, "widths": [32], "seeds": [1, 2]}]
     plan = make_plan(load_study(study(tmp_path, budgets=budgets)))
