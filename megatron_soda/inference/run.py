@@ -4,8 +4,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.progress import track
 
+from ..audio.judge import CUT
 from ..config import Recipe
 from ..console import console
 from ..errors import SodaError
@@ -38,7 +40,7 @@ def generate(recipe: Recipe, folder: Path) -> list[dict[str, Any]]:
         raise SodaError(
             f"no {recipe.generate.split} utterance is under {studio.longest / studio.frame_rate:.1f} seconds; raise "
             f"generate.max_seconds (now {recipe.generate.max_seconds:g}; the model's context is "
-            f"{studio.context} tokens)"
+            f"{studio.decoder.context} tokens)"
         )
     tasks = possible_tasks(recipe, bool(held_out.spoken) and knows_text(recipe))
     studio.out.mkdir(parents=True, exist_ok=True)
@@ -89,4 +91,10 @@ def _print(samples: list[dict[str, Any]], out: Path) -> None:
     for sample in samples:
         text = f": {sample['output_text']!r}" if sample["output_text"] is not None else ""
         print(f"{sample['task']:<11}{sample['id']:<28}{sample['note']}{text}")
+    if cut := [f"{sample['task']} {sample['id']}".strip() for sample in samples if sample["note"] == CUT]:
+        console.print(
+            f"[yellow]warning[/] {CUT}: {escape(', '.join(cut))}. generate.max_seconds and the model's context set the "
+            "limit; a model that has not learned to stop always reaches it.",
+            soft_wrap=True,
+        )
     print(f"{sum(len(sample['audio']) for sample in samples)} wav files in {out}")
