@@ -30,6 +30,7 @@ class FakeCodec:
 
     name, fingerprint = "fake", "fake"
     sample_rate, samples_per_frame, codebooks, entries = RATE, HOP, 4, 16
+    lookahead: int | None = 0
 
     def encode(self, waves: list[np.ndarray]) -> list[np.ndarray]:
         raise NotImplementedError
@@ -37,6 +38,9 @@ class FakeCodec:
     def decode(self, codes: list[np.ndarray]) -> list[np.ndarray]:
         pitches = [np.repeat(200.0 + 20.0 * one[:, 0], HOP) for one in codes]
         return [(0.3 * np.sin(2 * np.pi * np.cumsum(p) / RATE)).astype(np.float32) for p in pitches]
+
+    def decode_part(self, codes: np.ndarray, first: int, end: int) -> np.ndarray:
+        return self.decode([codes])[0][first * HOP : end * HOP]
 
 
 @dataclass

@@ -30,7 +30,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data_prep import asterisk
-from megatron_soda.codecs import embedded, embedded_decoder
+from megatron_soda.codecs import embedded, embedded_decoder, embedded_quantiser
 from megatron_soda.codecs.features import SAMPLE_RATE, SUBFRAME, Features, analyse
 from megatron_soda.errors import run_tool
 from megatron_soda.files import atomic_path
@@ -115,7 +115,7 @@ def cross_coded(waves: list[np.ndarray], languages: list[str], seed: int) -> lis
     examples = []
     analysed = [analyse([torch.from_numpy(_at_speed(w, speed)) for w in waves]) for speed in SPEEDS]
     for side in (0, 1):
-        quantiser = embedded.fit_quantiser(
+        quantiser = embedded_quantiser.fit_quantiser(
             [f for f, h in zip(analysed[0], half, strict=True) if h != side], 8, 2048, seed
         )
         for speed, features in zip(SPEEDS, analysed, strict=True):
@@ -136,7 +136,7 @@ def batch_of(examples: list[Example], generator: np.random.Generator, shares: np
         example = examples[i]
         start = int(generator.integers(0, len(example.exact) - SEGMENT + 1))
         part = slice(start, start + SEGMENT)
-        gain = float(generator.uniform(-embedded.GAIN_RANGE, embedded.GAIN_RANGE))
+        gain = float(generator.uniform(-embedded_quantiser.GAIN_RANGE, embedded_quantiser.GAIN_RANGE))
         rows["wave"].append(math.exp(gain) * example.wave[start * SUBFRAME : (start + SEGMENT) * SUBFRAME])
         rows["envelope"].append(example.coded.envelope[part] + gain)
         rows["f0"].append(example.coded.f0[part])
@@ -206,7 +206,7 @@ def main(
         languages += [language] * len(prompts)
     seconds = sum(map(len, waves)) / SAMPLE_RATE
     console.print(f"{len(waves)} utterances, {seconds:.0f} s; fitting the shipped quantiser")
-    quantiser = embedded.fit_quantiser(analyse([torch.from_numpy(w) for w in waves]), 8, 2048, seed)
+    quantiser = embedded_quantiser.fit_quantiser(analyse([torch.from_numpy(w) for w in waves]), 8, 2048, seed)
     console.print("coding each half with a quantiser of the other half")
     examples = cross_coded(waves, languages, seed) if minutes > 0 else []
     if minutes > 0:

@@ -1,16 +1,18 @@
 // The ops of megatron_soda and their CPU kernels, through libtorch's stable ABI.
 #include "../glue.h"
+#include "attend.h"
 #include "automaton.h"
 #include "batch.h"
 #include "best_fit.h"
 #include "bits.h"
 #include "expand.h"
 #include "hash.h"
+#include "linear.h"
 
 namespace soda {
 namespace {
 
-constexpr int64_t kVersion = 2;      // megatron_soda/ops/library.py wants this number
+constexpr int64_t kVersion = 3;      // megatron_soda/ops/library.py wants this number
 constexpr int64_t kGrain = 1 << 16;  // tokens that are worth a thread
 
 template <class Function>
@@ -206,6 +208,104 @@ Tensor hash_documents(const Tensor& ids, const Tensor& offsets) {
   return hashes;
 }
 
+template <class Weight>
+void linear_as(const Tensor& x, const Tensor& weight, Tensor& y) {
+  const int64_t rows = x.size(0), in = x.size(1), out = weight.size(0);
+  const float* vectors = x.const_data_ptr<float>();
+  const auto* matrix = static_cast<const Weight*>(weight.data_ptr());
+  float* found = y.mutable_data_ptr<float>();
+  in_parallel(out, rows * in,
+              [&](int64_t from, int64_t to) { linear(vectors, rows, in, matrix, from, to, found, out); });
+}
+
+Tensor linear_op(const Tensor& x, const Tensor& weight, const std::optional<Tensor> scale) {
+  check_tensor("x", x, 2, x);
+  check_tensor("weight", weight, 2, x);
+  const int64_t rows = x.size(0), in = x.size(1), out = weight.size(0);
+  check(weight.size(1) == in && 1 <= in && in <= 1 << 22, "x and weight must have the same number of columns");
+  check(x.scalar_type() == ScalarType::Float, "x must be float32");
+  Tensor y = make(x, {rows, out}, ScalarType::Float);
+  if (weight.scalar_type() == ScalarType::Float) {
+    linear_as<float>(x, weight, y);
+  } else if (weight.scalar_type() == ScalarType::BFloat16) {
+    linear_as<BFloat16>(x, weight, y);
+  } else {
+    check(weight.scalar_type() == ScalarType::Char && scale, "int8 weights need a scale");
+    check_tensor("scale", *scale, 1, x);
+    check(scale->size(0) == out, "scale must have one entry per row of weight");
+    const Quantised vectors(x.const_data_ptr<float>(), rows, in);
+    const int8_t* matrix = weight.const_data_ptr<int8_t>();
+    const float* factor = scale->const_data_ptr<float>();
+    float* found = y.mutable_data_ptr<float>();
+    in_parallel(out, rows * in,
+                [&](int64_t from, int64_t to) { linear(vectors, rows, in, matrix, factor, from, to, found, out); });
+  }
+  return y;
+}
+
+const float* floats(const char* name, const Tensor& tensor, int64_t dimensions, const Tensor& like) {
+  check_tensor(name, tensor, dimensions, like);
+  check(tensor.scalar_type() == ScalarType::Float, name, " must be float32");
+  return tensor.const_data_ptr<float>();
+}
+
+Tensor norm_and_rotate_op(const Tensor& x, const Tensor& weight, double eps, const std::optional<Tensor> rotation) {
+  const float* in = floats("x", x, 3, x);
+  const float* by = floats("weight", weight, 1, x);
+  const int64_t rows = x.size(0), heads = x.size(1), size = x.size(2);
+  check(weight.size(0) == size && size >= 1, "weight must be as long as the last dimension of x");
+  const float* turn = rotation ? floats("rotation", *rotation, 3, x) : nullptr;
+  check(!turn || (rotation->size(0) == 2 && rotation->size(1) == rows && rotation->size(2) == size && size % 2 == 0),
+        "rotation must be (2, rows, size), with an even size");
+  Tensor y = make(x, {rows, heads, size}, ScalarType::Float);
+  float* out = y.mutable_data_ptr<float>();
+  for (int64_t i = 0; i < rows * heads; ++i) {
+    const float* cosine = turn ? turn + i / heads * size : nullptr;
+    norm_and_rotate(in + i * size, size, by, static_cast<float>(eps), cosine, turn ? cosine + rows * size : nullptr,
+                    out + i * size);
+  }
+  return y;
+}
+
+Tensor attend_op(const Tensor& q, const Tensor& k, const Tensor& v, Tensor keys, Tensor values,
+                 const Tensor& lengths, int64_t longest) {
+  const float* queries = floats("q", q, 3, q);
+  const float* key = floats("k", k, 3, q);
+  const float* value = floats("v", v, 3, q);
+  floats("keys", keys, 4, q);
+  floats("values", values, 4, q);
+  check_tensor("lengths", lengths, 1, q);
+  const int64_t rows = q.size(0), heads = q.size(1), size = q.size(2), groups = k.size(1), room = keys.size(2);
+  check(groups >= 1 && heads % groups == 0, "the heads must share the groups evenly");
+  check(lengths.size(0) == rows && lengths.scalar_type() == ScalarType::Long, "lengths must be int64 (rows,)");
+  for (const Tensor& one : {k, v})
+    check(one.size(0) == rows && one.size(1) == groups && one.size(2) == size, "k and v must be (rows, groups, size)");
+  for (const Tensor& one : {keys, values})
+    check(one.size(0) == rows && one.size(1) == groups && one.size(2) == room && one.size(3) == size,
+          "keys and values must be (rows, groups, room, size)");
+  const int64_t* length = lengths.const_data_ptr<int64_t>();
+  check(longest <= room, "the cache has room for ", room, " tokens, not for ", longest);
+  for (int64_t r = 0; r < rows; ++r) check(0 <= length[r] && length[r] < longest, "lengths must be below longest");
+  Tensor y = make(q, {rows, heads * size}, ScalarType::Float);
+  float* all_keys = keys.mutable_data_ptr<float>();
+  float* all_values = values.mutable_data_ptr<float>();
+  float* out = y.mutable_data_ptr<float>();
+  const int64_t shared = heads / groups;
+  in_parallel(rows * groups, 2 * longest * size * shared, [&](int64_t from, int64_t to) {
+    std::vector<float> scores(shared * longest);
+    for (int64_t i = from; i < to; ++i) {
+      float* own_keys = all_keys + i * room * size;
+      float* own_values = all_values + i * room * size;
+      const int64_t at = length[i / groups];
+      std::copy_n(key + i * size, size, own_keys + at * size);
+      std::copy_n(value + i * size, size, own_values + at * size);
+      attend(queries + i * shared * size, shared, own_keys, own_values, at + 1, size, scores.data(),
+             out + i * shared * size);
+    }
+  });
+  return y;
+}
+
 int64_t version() { return kVersion; }
 
 void set_simd(bool on) { simd_allowed = on; }
@@ -228,6 +328,11 @@ STABLE_TORCH_LIBRARY(megatron_soda, m) {
   m.def("best_fit(Tensor lengths, int capacity) -> (Tensor, Tensor)");
   m.def("first_illegal(Tensor ids, Tensor offsets, Tensor kinds, Tensor step, int start, int end) -> Tensor");
   m.def("hash_documents(Tensor ids, Tensor offsets) -> Tensor");
+  m.def("linear(Tensor x, Tensor weight, Tensor? scale) -> Tensor");
+  m.def("norm_and_rotate(Tensor x, Tensor weight, float eps, Tensor? rotation) -> Tensor");
+  m.def(
+      "attend(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor lengths, int longest) -> "
+      "Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(megatron_soda, CompositeExplicitAutograd, m) {
@@ -243,4 +348,7 @@ STABLE_TORCH_LIBRARY_IMPL(megatron_soda, CPU, m) {
   m.impl("best_fit", TORCH_BOX(&soda::best_fit_op));
   m.impl("first_illegal", TORCH_BOX(&soda::first_illegal));
   m.impl("hash_documents", TORCH_BOX(&soda::hash_documents));
+  m.impl("linear", TORCH_BOX(&soda::linear_op));
+  m.impl("norm_and_rotate", TORCH_BOX(&soda::norm_and_rotate_op));
+  m.impl("attend", TORCH_BOX(&soda::attend_op));
 }

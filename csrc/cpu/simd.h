@@ -17,6 +17,11 @@ inline bool use_avx2() {
   static const bool there = __builtin_cpu_supports("avx2");
   return there && simd_allowed.load(std::memory_order_relaxed);
 }
+
+inline bool use_fma() {
+  static const bool there = __builtin_cpu_supports("fma");
+  return there && use_avx2();
+}
 #endif
 
 }  // namespace soda

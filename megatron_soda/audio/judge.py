@@ -11,6 +11,8 @@ QUIETER = 20.0  # dB below a recording that went through the codec: not the leve
 MOSTLY = 0.7
 SHORTEST, TOO_SHORT, TOO_LONG = 0.5, 0.4, 2.5  # seconds; shares of the length that the text should have
 
+CUT = "cut off at the length limit"
+
 
 @dataclass
 class Verdict:
@@ -42,7 +44,7 @@ def judge(wave: np.ndarray, rate: int, *, level: float, expected: float | None, 
     if quiet > MOSTLY:
         problems.append(f"{quiet:.0%} silence")
     if not ended:
-        problems.append("cut off at the length limit")
+        problems.append(CUT)
     return Verdict(seconds, found, quiet, nats, problems)
 
 

@@ -17,6 +17,7 @@ class Codec(Protocol):
     codebooks: int
     entries: int  # per codebook
     fingerprint: str  # changes whenever the same audio could give different codes
+    lookahead: int | None  # the sound of a frame depends on so many frames after it; None: on all of them
 
     def encode(self, waves: list[np.ndarray]) -> list[np.ndarray]:
         """Mono float32 waves in [-1, 1] at `sample_rate` -> int16 codes (frames, codebooks) each, frames = ceil(samples
@@ -25,4 +26,8 @@ class Codec(Protocol):
 
     def decode(self, codes: list[np.ndarray]) -> list[np.ndarray]:
         """Codes (frames, codebooks) -> mono float32 waves of frames * samples_per_frame samples each."""
+        ...
+
+    def decode_part(self, codes: np.ndarray, first: int, end: int) -> np.ndarray:
+        """The samples of frames [first, end) of what `decode` makes of one wave's codes, up to rounding."""
         ...

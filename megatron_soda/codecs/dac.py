@@ -44,6 +44,15 @@ class DacCodec(HubCodec):
                 step *= layer.stride[0]
         return max(math.ceil(before / self.samples_per_frame), after // self.samples_per_frame)
 
+    def _lookahead(self) -> int | None:
+        latest = self.samples_per_frame - 1  # what the last sample of frame 0 depends on, from the last layer back
+        for layer in reversed(list(self._model.decoder.modules())):
+            if isinstance(layer, nn.ConvTranspose1d):
+                latest = (latest + int(layer.padding[0])) // layer.stride[0]
+            elif isinstance(layer, nn.Conv1d):
+                latest += (layer.kernel_size[0] - 1) * layer.dilation[0] - int(layer.padding[0])
+        return latest
+
     def _batch_pieces(self, wave: int, frames: int) -> list[Piece]:
         context = self._context()
         window = max(round(WINDOW_SECONDS * self.sample_rate / self.samples_per_frame), 4 * context)

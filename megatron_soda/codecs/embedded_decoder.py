@@ -97,6 +97,11 @@ class FilterGainDecoder(nn.Module):
             pulse_f0: (batch, n) Hz, what the pulses follow if not `f0`: in training the exact F0, so that harmonics
                 lie where the target has them while the network sees what it will get from the codes.
         """
+        pulses = pulse_train(f0 if pulse_f0 is None else pulse_f0, f0.shape[1] * SUBFRAME)
+        return self.filter(envelope, f0, voicing, pulses, noise)
+
+    def filter(self, envelope: Tensor, f0: Tensor, voicing: Tensor, pulses: Tensor, noise: Tensor) -> Tensor:
+        """`forward` with its periodic excitation given: pulses (batch, 480 * n)."""
         inputs = torch.cat([0.3 * envelope, (f0.log() - 5.1)[..., None], voicing], 2).transpose(1, 2)
         hidden = self.blocks_after_upsampling(self.upsample(self.blocks(self.input(inputs))))
         harmonic, aperiodic = self.output(hidden.transpose(1, 2)).split(CORRECTION_BANDS, 2)
@@ -106,10 +111,8 @@ class FilterGainDecoder(nn.Module):
         harmonic_gain = envelope_bins + 0.5 * periodic_share.log() + harmonic @ self.corrections_to_bins
         noise_gain = envelope_bins + 0.5 * (1 - periodic_share).log() + aperiodic @ self.corrections_to_bins
 
-        samples = f0.shape[1] * SUBFRAME
-        pulses = pulse_train(f0 if pulse_f0 is None else pulse_f0, samples)
         spectrum = self._amplitude(harmonic_gain) * self._stft(pulses) + self._amplitude(noise_gain) * self._stft(noise)
-        return torch.istft(spectrum, FFT_SIZE, HOP, window=self.window, length=samples)
+        return torch.istft(spectrum, FFT_SIZE, HOP, window=self.window, length=noise.shape[1])
 
     def _amplitude(self, log_gain: Tensor) -> Tensor:
         """(batch, 2n, bins) -> (batch, bins, 2n + 1), as many frames as the centred STFT has."""

@@ -62,6 +62,13 @@ class EncodecCodec(HubCodec):
                 steps //= int(layer.stride)
         return shortest
 
+    def _lookahead(self) -> int | None:
+        """The decoder only looks back, but the first layer pads the start by reflection, as the encoder does."""
+        config = self._model.config
+        if not config.use_causal_conv or config.norm_type != "weight_norm" or config.trim_right_ratio != 1.0:
+            return None
+        return config.kernel_size - 1 if config.pad_mode == "reflect" else 0
+
     def _codes(self, waves: Tensor) -> Tensor:
         enough = [b for b in self._model.config.target_bandwidths if self._codebooks_of(b) >= self.codebooks]
         return self._model.encode(waves, bandwidth=min(enough)).audio_codes[0]

@@ -87,6 +87,7 @@ class HubCodec:
         if batch_seconds is None:
             self._batch_seconds = 0.0 if self._device.type == "cpu" else BATCH_SECONDS
         self._model.to(self._device)
+        self.lookahead = self._lookahead()
         self.fingerprint = self._fingerprint()
 
     # ---- what a codec has to say
@@ -109,6 +110,10 @@ class HubCodec:
     def _audio(self, codes: Tensor) -> Tensor:
         """Codes (1, codebooks, frames), int64 -> sound, 1 row, of about that many frames."""
         raise NotImplementedError
+
+    def _lookahead(self) -> int | None:
+        """See `Codec.lookahead`."""
+        return None
 
     def _shortest_padded(self) -> int | None:
         """The number of frames from which on silence may follow a wave without changing its codes. None: never."""
@@ -149,6 +154,12 @@ class HubCodec:
         """
         checked = [self._checked_codes(c, i) for i, c in enumerate(codes)]
         return [self._decode_one(c) for c in checked]
+
+    def decode_part(self, codes: np.ndarray, first: int, end: int) -> np.ndarray:
+        """The samples of frames [first, end) of what `decode` makes of one wave's codes, up to rounding. Decodes from
+        the start, on which all of these models depend."""
+        known = len(codes) if self.lookahead is None else end + self.lookahead
+        return self.decode([codes[:known]])[0][first * self.samples_per_frame : end * self.samples_per_frame]
 
     def _pieces(self, wave: int, frames: int) -> list[Piece]:
         if frames == 0:

@@ -33,6 +33,9 @@ class MimiCodec(HubCodec):
         config = self._model.config
         return 1 if config.use_causal_conv and config.pad_mode in ("constant", "replicate") else None
 
+    def _lookahead(self) -> int | None:
+        return 0 if self._model.config.use_causal_conv and self._model.config.trim_right_ratio == 1.0 else None
+
     def _codes(self, waves: Tensor) -> Tensor:
         wanted = max(self.codebooks, self._model.config.num_semantic_quantizers)  # the model refuses fewer
         return self._model.encode(waves, num_quantizers=wanted).audio_codes

@@ -47,8 +47,11 @@ class Generate:
     temperature: Above0 = 0.9
     top_p: Above0 = 0.95
     max_seconds: Above0 = 6.0
+    """Longest utterance that is used, and longest sound; a text of your own may take as long as its letters need."""
     prompt_seconds: Above0 = 1.0
     """Length of the prompt for a continuation."""
+    weights: Literal["", "bf16", "int8"] = ""
+    """Format of the weights on a CPU: bf16 and int8 make large models faster. Empty: as exported."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.progress import track
 
+from ..audio.judge import CUT
 from ..config import Recipe
 from ..console import console
 from ..errors import SodaError, printable
@@ -39,7 +40,7 @@ def generate(recipe: Recipe, folder: Path) -> list[dict[str, Any]]:
         raise SodaError(
             f"no {recipe.generate.split} utterance is under {studio.longest / studio.frame_rate:.1f} seconds; raise "
             f"generate.max_seconds (now {recipe.generate.max_seconds:g}; the model's context is "
-            f"{studio.context} tokens)"
+            f"{studio.decoder.context} tokens)"
         )
     tasks = possible_tasks(recipe, bool(held_out.spoken) and knows_text(recipe))
     # If this is interrupted, old captions must not end up beside new sounds.
@@ -89,4 +90,10 @@ def _print(samples: list[dict[str, Any]], out: Path) -> None:
     for sample in samples:
         text = f": {sample['output_text']!r}" if sample["output_text"] is not None else ""
         print(printable(f"{sample['task']:<11}{sample['id']:<28}{sample['note']}{text}"))
+    if cut := [f"{sample['task']} {sample['id']}".strip() for sample in samples if sample["note"] == CUT]:
+        console.note(
+            "warning ",
+            f"{CUT}: {', '.join(cut)}. generate.max_seconds and the model's context set the limit; a model that has "
+            "not learned to stop always reaches it.",
+        )
     print(printable(f"{sum(len(sample['audio']) for sample in samples)} wav files in {out}"))

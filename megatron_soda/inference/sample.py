@@ -1,11 +1,16 @@
-"""Sampling under the slot grammar, token by token with a KV cache."""
+"""Sampling under the slot grammar, token by token with a KV cache, for a batch of prompts."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..vocab import Grammar, TokenSpace
+from .decoder import Decoder
+from .task import Prompt
 
 
 @dataclass
@@ -17,112 +22,217 @@ class Sampled:
     legal_mass: list[float] = field(default_factory=list)  # probability of the legal tokens at each step
     nats: list[float] = field(default_factory=list)  # -log p of each token at temperature 1, without the grammar
 
+    @property
+    def ended_by_itself(self) -> bool:
+        """The model ended it: the token budget neither cut it off nor forced its end."""
+        return self.ended and not self.forced
+
+
+@dataclass(frozen=True, eq=False)
+class LegalRows:
+    """Which rows of the head compete for the next token."""
+
+    first: int
+    end: int
+    illegal: Tensor | None  # bool (end - first,), those in between that do not; None: all do
+    forced: bool = False  # the token budget rules out some that the grammar allows
+
 
 class Constraint:
-    """The legal tokens of every grammar state, and of every state with few tokens left, as tables on a device."""
+    """The legal tokens of every grammar state, and of every state with few tokens left. Masks are on `device`."""
 
     def __init__(self, space: TokenSpace, device: torch.device, slots: int = 0) -> None:
         self.grammar = Grammar(space, slots)
-        self.legal = torch.from_numpy(self.grammar.legal()).to(device)  # bool (states, size)
-        self.kinds = torch.from_numpy(space.kind_table()).long().to(device)  # (size,)
-        following = torch.full((self.grammar.states, int(self.kinds.max()) + 1), -1)
+        self.device = device
+        self.all = LegalRows(0, space.size, None)
+        self.kinds = space.kind_table()  # int8 (size,)
+        self.following = np.full((self.grammar.states, int(self.kinds.max()) + 1), -1)  # -1: illegal
         for (state, kind), after in self.grammar.step.items():
-            following[state, kind] = after
-        self.following = following.to(device)  # (states, kinds), -1: illegal
-        self.distance = torch.from_numpy(self.grammar.shortest_end()).to(device)
+            self.following[state, kind] = after
+        self.distance = self.grammar.shortest_end()
         # The token budget matters in a state once a legal token could lead too far from the end for the budget.
-        self.furthest = torch.where(self.following >= 0, self.distance[self.following], -1).amax(1)
+        self.furthest = np.where(self.following >= 0, self.distance[self.following], -1).max(1)
+        self._rows = lru_cache(256)(self._find_rows)
+
+    def after(self, state: int, token: int) -> int:
+        """The state after a token, -1 if it is illegal."""
+        return int(self.following[state, self.kinds[token]])
 
     def follow(self, ids: list[int]) -> int | None:
         """The state after `ids` from the start of a document, None if one of them is illegal."""
         state = Grammar.START
         for token in ids:
-            state = int(self.following[state, self.kinds[token]])
+            state = self.after(state, token)
             if state < 0:
                 return None
         return state
 
-    def within(self, states: Tensor, left: int) -> tuple[Tensor, Tensor]:
-        """bool (rows, size): legal tokens after which the document can still end within `left` tokens, including this
-        one; and bool (rows,): whether these are fewer than all legal ones."""
-        mask = self.legal[states]
-        fewer = self.furthest[states] > left - 1
-        for row in fewer.nonzero()[:, 0].tolist():
-            after = self.following[states[row]]
-            fits = (after >= 0) & (self.distance[after] <= left - 1)
-            mask[row] &= fits[self.kinds]
-        return mask, fewer
+    def rows(self, state: int, left: int | None = None) -> LegalRows:
+        """The legal tokens in `state`; given `left`, only those after which the document can still end within that many
+        tokens, including this one."""
+        ample = left is None or self.furthest[state] <= left - 1
+        return self._rows(state, None if ample else left)
+
+    def _find_rows(self, state: int, left: int | None) -> LegalRows:
+        after = self.following[state]
+        allowed = after >= 0
+        if left is not None:
+            allowed &= self.distance[after] <= left - 1
+        legal = allowed[self.kinds]
+        ids = np.flatnonzero(legal)
+        first, end = int(ids[0]), int(ids[-1]) + 1
+        illegal = None if len(ids) == end - first else torch.from_numpy(~legal[first:end]).to(self.device)
+        return LegalRows(first, end, illegal, left is not None)
 
 
-@torch.no_grad()
+@dataclass
+class _Row:
+    """A generation in progress."""
+
+    result: Sampled
+    stop: set[int]
+    state: int  # of the grammar
+    left: int  # tokens of the budget
+    going: bool = True
+
+    def take(self, token: int, after: int, forced: bool) -> None:
+        result = self.result
+        result.ids.append(token)
+        result.forced |= forced
+        result.valid = after >= 0
+        result.ended = result.valid and (token in self.stop or after == Grammar.END)
+        self.left -= 1
+        self.going = result.valid and not result.ended and self.left > 0
+        if self.going:
+            self.state = after
+
+
 def sample(
-    model: torch.nn.Module,
+    decoder: Decoder,
     constraint: Constraint,
-    prompt: list[int],
+    prompts: Sequence[Prompt],
     *,
     count: int = 1,
-    max_tokens: int,
-    stop: set[int],
     temperature: float = 1.0,
     top_p: float = 1.0,
+    top_k: int = 0,
     seed: int = 0,
     constrained: bool = True,
+    statistics: bool = False,
+    on_token: Callable[[int, int], None] | None = None,
 ) -> list[Sampled]:
-    """`count` continuations of one prompt, at most `max_tokens` new tokens each, until a token of `stop`.
+    """`count` continuations of each prompt, in the order of the prompts: at most prompt.max_tokens new tokens each,
+    until a token of prompt.stop. The prompts may differ in length. Prompt i draws with seed + i.
 
-    If constrained, every token is legal and a document can always close within the budget (`forced` if it had to).
-    Otherwise, a row ends at its first illegal token. Raises ValueError if the prompt is illegal or the budget is too
-    small for the shortest ending.
+    Args:
+        temperature: 0 takes the likeliest token. top_k: draws from so many of the likeliest; 0: from all. top_p: draws
+        from the fewest tokens that have this probability together. constrained: every token is legal and a document can
+        always close within its budget (`forced` if it had to); the head is computed for the legal tokens alone.
+        Otherwise a row ends at its first illegal token. statistics: records `legal_mass` and `nats`, for which the
+        whole head is computed. on_token: called with (row, token) as soon as a token is drawn.
+
+    Raises ValueError if a prompt is empty, not the start of a document or longer than the model's context, or if its
+    budget is too small for the shortest ending.
     """
-    from transformers import DynamicCache
+    states = [_start(constraint, prompt, constrained) for prompt in prompts]
+    rows = [
+        _Row(Sampled(list(prompt.ids)), prompt.stop, state, prompt.max_tokens)
+        for prompt, state in zip(prompts, states, strict=True)
+        for _ in range(count)
+    ]
+    choice = _Choice(decoder, constraint, temperature, top_p, top_k, constrained, statistics)
+    generators = [torch.Generator(decoder.device).manual_seed(seed + i) for i in range(len(prompts))]
+    hidden, cache = decoder.prefill([prompt.ids for prompt in prompts], max(row.left for row in rows))
+    if count > 1:
+        copies = [i for i in range(len(prompts)) for _ in range(count)]
+        hidden, cache = hidden[copies], cache.select(copies)
+    batch = list(range(len(rows)))  # which rows hidden states and cache are of
+    while True:
+        drawn = [torch.rand(count, 1, dtype=torch.float64, device=decoder.device, generator=g) for g in generators]
+        chosen = choice.choose(hidden, [rows[i] for i in batch], torch.cat(drawn)[batch])
+        for i, token in zip(batch, chosen.tolist(), strict=True):
+            row = rows[i]
+            if row.going:
+                legal = choice.legal(row)
+                row.take(token, constraint.after(row.state, token), legal.forced)
+                if on_token:
+                    on_token(i, token)
+        going = [place for place, i in enumerate(batch) if rows[i].going]
+        if not going:
+            return [row.result for row in rows]
+        if len(going) <= len(batch) // 2:  # the others cost more than a copy of the cache does
+            batch, chosen, cache = [batch[place] for place in going], chosen[going], cache.select(going)
+        hidden = decoder.step(chosen, cache)
 
-    device = constraint.legal.device
-    generator = torch.Generator(device).manual_seed(seed)
-    start = constraint.follow(prompt)
-    if start is None:
+
+def _start(constraint: Constraint, prompt: Prompt, constrained: bool) -> int:
+    """The grammar's state after a prompt."""
+    state = constraint.follow(prompt.ids)
+    if state is None or not prompt.ids:
         raise ValueError("the prompt is not the start of a document")
-    if constrained and constraint.distance[start] > max_tokens:
-        raise ValueError(f"a document needs {constraint.distance[start]} more tokens, but the budget is {max_tokens}")
-    rows = [Sampled(list(prompt)) for _ in range(count)]
-    states = torch.full((count,), start, device=device)
-    active = torch.ones(count, dtype=torch.bool, device=device)
-    stops = torch.tensor(sorted(stop), dtype=torch.long, device=device)
-    ids = torch.tensor([prompt] * count, device=device)
-    cache = DynamicCache()
-    for step in range(max_tokens):
-        logits = model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
-        whole = logits.log_softmax(-1)
-        mass = (whole.exp() * constraint.legal[states]).sum(-1)
-        fewer = torch.zeros_like(active)
-        if constrained:
-            mask, fewer = constraint.within(states, max_tokens - step)
-            logits = logits.masked_fill(~mask & active[:, None], -torch.inf)
-        chosen = _draw(logits, temperature, top_p, generator)
-        after = constraint.following[states, constraint.kinds[chosen]]
-        ended = torch.isin(chosen, stops) | (after == Grammar.END)
-        nats = -whole.gather(1, chosen[:, None])[:, 0]
-        columns = (active, chosen, nats, mass, fewer, after, ended)
-        record = zip(*(column.tolist() for column in columns), strict=True)
-        for row, (is_active, token, row_nats, row_mass, row_fewer, row_after, row_ended) in zip(
-            rows, record, strict=True
-        ):
-            if is_active:
-                row.ids.append(token)
-                row.nats.append(row_nats)
-                row.legal_mass.append(row_mass)
-                row.forced |= row_fewer
-                row.valid = row_after >= 0
-                row.ended = row.valid and row_ended
-        active &= (after >= 0) & ~ended
-        if not active.any():
-            break
-        states = torch.where(active, after, states)
-        ids = chosen[:, None]
-    return rows
+    if state == Grammar.END:
+        raise ValueError("the prompt is a whole document: nothing can follow")
+    needed = constraint.distance[state] if constrained else 1
+    if needed > prompt.max_tokens:
+        raise ValueError(f"a document needs {needed} more tokens, but the budget is {prompt.max_tokens}")
+    return state
 
 
-def _draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
-    """int64 (rows,): one token per row, from the smallest set of tokens with total probability `top_p`."""
+@dataclass(frozen=True)
+class _Choice:
+    """How the next tokens of a batch are chosen."""
+
+    decoder: Decoder
+    constraint: Constraint
+    temperature: float
+    top_p: float
+    top_k: int
+    constrained: bool
+    statistics: bool
+
+    def legal(self, row: _Row) -> LegalRows:
+        return self.constraint.rows(row.state, row.left) if self.constrained else self.constraint.all
+
+    @torch.inference_mode()
+    def choose(self, hidden: Tensor, rows: list[_Row], uniform: Tensor) -> Tensor:
+        """int64 (rows,): a token for each row. hidden: (rows, hidden); uniform: float64 (rows, 1)."""
+        chosen = torch.empty(len(rows), dtype=torch.long, device=hidden.device)
+        whole = self.decoder.logits(hidden) if self.statistics else None
+        groups: dict[LegalRows, list[int]] = {}
+        for place, row in enumerate(rows):
+            groups.setdefault(self.legal(row), []).append(place)
+        for legal, places in groups.items():
+            index = slice(None) if len(groups) == 1 else torch.tensor(places, device=hidden.device)
+            if whole is None:
+                logits = self.decoder.logits(hidden[index], legal.first, legal.end)
+            else:
+                logits = whole[index][:, legal.first : legal.end]
+            if legal.illegal is not None:
+                logits = logits.masked_fill(legal.illegal, -torch.inf)
+            chosen[index] = legal.first + _draw(logits, self.temperature, self.top_p, self.top_k, uniform[index])
+        if whole is not None:
+            self._record(whole.log_softmax(-1), rows, chosen)
+        return chosen
+
+    def _record(self, whole: Tensor, rows: list[_Row], chosen: Tensor) -> None:
+        masses = []
+        for logs, row in zip(whole, rows, strict=True):
+            legal = self.constraint.rows(row.state)
+            mass = logs[legal.first : legal.end].exp()
+            masses.append((mass if legal.illegal is None else mass[~legal.illegal]).sum())
+        found = torch.stack([torch.stack(masses), -whole.gather(1, chosen[:, None])[:, 0]]).tolist()
+        for row, mass, nats in zip(rows, *found, strict=True):
+            if row.going:
+                row.result.legal_mass.append(mass)
+                row.result.nats.append(nats)
+
+
+def _draw(logits: Tensor, temperature: float, top_p: float, top_k: int, uniform: Tensor) -> Tensor:
+    """int64 (rows,): one token per row. uniform: float64 (rows, 1) in [0, 1), what chance decides."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    if 0 < top_k < logits.shape[1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
     probabilities = (logits / temperature).softmax(-1)
     if top_p < 1.0:
         ordered, order = probabilities.sort(-1, descending=True)
@@ -130,5 +240,4 @@ def _draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Gen
         probabilities = torch.zeros_like(probabilities).scatter_(-1, order, ordered)
     # By the inverse of the cumulative distribution, in float64: a token of probability 0 is never drawn.
     cumulative = probabilities.double().cumsum(-1)
-    uniform = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device, generator=generator)
     return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)[:, 0]

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from ..audio.judge import Verdict, best_and_median, judge, level_of
+from ..audio.judge import CUT, Verdict, best_and_median, judge, level_of
 from ..registry import TASKS
+from .decoder import Decoder
 from .earlier import earlier_models
 from .held_out import HeldOut
 from .sample import Sampled
@@ -22,7 +23,7 @@ def take_sample(studio: Studio, task: Task, name: str, row: dict[str, Any], seed
     seconds of speech per letter in these data, None if unknown."""
     codec, prompt = studio.codec, studio.prompt(task, row, studio.longest)
     own_text = prompt.text not in (None, row["text"])  # then the recording does not match
-    candidates = studio.draw(studio.model.model, prompt, studio.recipe.generate.candidates, seed)
+    candidates = studio.draw(studio.decoder, prompt, studio.recipe.generate.candidates, seed)
     again = codec.decode([row["codes"]])[0]
     audio: dict[str, str] = {}
     if not own_text:
@@ -50,7 +51,7 @@ def take_sample(studio: Studio, task: Task, name: str, row: dict[str, Any], seed
         "reference_text": (row["text"] or None) if prompt.text is None else None,
         "output_text": written[0],
         "median_text": written[1],
-        "note": "" if verdicts[best].problems else "ended by itself",
+        "note": "ended by itself" if candidates[best].ended_by_itself else CUT,
         "candidates": len(candidates),
         "verdicts": {"model": verdicts[best].to_dict(), "median": verdicts[median].to_dict()},
         "good": sum(not verdict.problems for verdict in verdicts),
@@ -69,7 +70,7 @@ def _of_sound(
             studio.codec.sample_rate,
             level=level,
             expected=expected,
-            ended=_ended(result),
+            ended=result.ended_by_itself,
             nats=float(np.mean(result.nats)),
         )
         for wave, result in zip(waves, results, strict=True)
@@ -77,12 +78,8 @@ def _of_sound(
 
 
 def _of_text(result: Sampled) -> Verdict:
-    problems = [] if _ended(result) else ["cut off at the length limit"]
+    problems = [] if result.ended_by_itself else [CUT]
     return Verdict(0.0, 0.0, 0.0, float(np.mean(result.nats)), problems)
-
-
-def _ended(result: Sampled) -> bool:
-    return result.ended and not result.forced
 
 
 def progress(studio: Studio, tasks: list[str], held_out: HeldOut) -> list[dict[str, Any]]:
@@ -98,11 +95,11 @@ def progress(studio: Studio, tasks: list[str], held_out: HeldOut) -> list[dict[s
         entry = {"task": "progress", "id": f"{name}: {row['id']}", "language": row["language"]}
         entry |= {"prompt_text": prompt.text, "reference_text": None, "output_text": None, "note": "", "audio": {}}
         entries.append((entry, prompt, name))
-    ours = (studio.model.step, studio.model.model)
     # One by one: the earlier models share one network that is reloaded each time.
-    for step, network in itertools.chain(earlier_models(studio.recipe, studio.model), [ours]) if entries else []:
+    earlier = ((step, Decoder(network)) for step, network in earlier_models(studio.recipe, studio.model))
+    for step, decoder in itertools.chain(earlier, [(studio.model.step, studio.decoder)]) if entries else []:
         for entry, prompt, name in entries:
-            wave = studio.hear(studio.draw(network, prompt, 1, studio.recipe.seed)[0])
+            wave = studio.hear(studio.draw(decoder, prompt, 1, studio.recipe.seed)[0])
             if len(wave):
                 entry["audio"][f"step_{step}"] = studio.save(f"progress_{name}_{step}", wave)
     return [entry for entry, _, _ in entries if len(entry["audio"]) > 1]

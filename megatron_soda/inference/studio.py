@@ -12,6 +12,7 @@ from ..config import Recipe
 from ..files import atomic_path
 from ..hf.load import LoadedModel
 from ..vocab import TokenSpace
+from .decoder import Decoder
 from .sample import Constraint, Sampled, sample
 from .task import Material, Prompt, Task
 
@@ -27,31 +28,24 @@ class Studio:
     out: Path  # where the wav files go
 
     def __post_init__(self) -> None:
+        self.decoder = Decoder(self.model.model, self.recipe.generate.weights)
         self.constraint = Constraint(self.model.space, self.model.device)
         self.frame_rate = self.codec.sample_rate / self.codec.samples_per_frame  # Hz
-        self.context = int(self.model.model.config.max_position_embeddings)  # tokens
-        fitting = (self.context - TEXT_AND_MARKERS) // self.model.space.codebooks
+        fitting = (self.decoder.context - TEXT_AND_MARKERS) // self.model.space.codebooks
         # Frames in an utterance, and in what is generated.
         self.longest = max(1, min(round(self.recipe.generate.max_seconds * self.frame_rate), fitting))
 
     def prompt(self, task: Task, row: dict[str, Any], longest: int) -> Prompt:
         settings, encode = self.recipe.generate, self.model.text.encode
-        return task.prompt(Material(row, self.model.space, encode, longest, self.frame_rate, settings))
-
-    def draw(self, network: Any, prompt: Prompt, count: int, seed: int) -> list[Sampled]:
-        """`count` continuations by `network`, a Qwen3ForCausalLM with the model's token space."""
-        chosen = self.recipe.generate
-        return sample(
-            network,
-            self.constraint,
-            prompt.ids,
-            count=count,
-            seed=seed,
-            max_tokens=prompt.max_tokens,
-            stop=prompt.stop,
-            temperature=chosen.temperature,
-            top_p=chosen.top_p,
+        return task.prompt(
+            Material(row, self.model.space, encode, longest, self.frame_rate, settings, self.decoder.context)
         )
+
+    def draw(self, decoder: Decoder, prompt: Prompt, count: int, seed: int) -> list[Sampled]:
+        """`count` continuations by a model with this one's token space."""
+        chosen = self.recipe.generate
+        how = {"temperature": chosen.temperature, "top_p": chosen.top_p}
+        return sample(decoder, self.constraint, [prompt], count=count, seed=seed, statistics=True, **how)
 
     def hear(self, result: Sampled) -> np.ndarray:
         """float32 (samples,): the last audio span, including the prompt's frames."""

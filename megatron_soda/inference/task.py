@@ -20,6 +20,7 @@ class Material:
     longest: int  # frames of sound in the document, including the prompt's
     frame_rate: float  # Hz
     settings: Any  # config.Generate
+    context: int  # tokens that the model can take
 
 
 @dataclass(frozen=True)

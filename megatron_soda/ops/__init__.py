@@ -1,4 +1,5 @@
-"""Kernels for packed audio codes, windows, batches, packing and checks: C++ and CUDA where built, otherwise torch.
+"""Kernels for packed audio codes, windows, batches, packing, checks and decoding: C++ and CUDA where built, otherwise
+torch.
 
 Every function checks its arguments, then calls the op in csrc/ (torch.ops.megatron_soda) or the function of the same
 name in `reference`, which gives the same values (or perhaps a different error for damaged tables). `library.why_absent`
@@ -15,11 +16,15 @@ from . import library, reference
 
 __all__ = [
     "Stream",
+    "attend",
     "best_fit",
     "build_batch",
     "first_illegal",
     "hash_documents",
+    "linear",
+    "norm_and_rotate",
     "pack_frames",
+    "quantise_rows",
     "unpack_frames",
 ]
 
@@ -201,6 +206,69 @@ def hash_documents(ids: Tensor, offsets: Tensor) -> Tensor:
     return _run("hash_documents", ids, offsets)
 
 
+def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+    """Products of a few vectors with a matrix: float32 x (rows, in) -> float32 (rows, out).
+
+    weight  float32, bfloat16 or int8 (out, in)
+    scale   float32 (out,), for int8 weights alone: row o of the matrix is scale[o] * weight[o], as by `quantise_rows`
+
+    Sums are in float32. With int8 weights, x is rounded to integers of 16 bits, or fewer where sums would not fit in 32
+    bits (from 512 columns on): x / s with s = max |x| / limit in each row, limit = min(32767, (2**31 - 1) // (128 *
+    in)). So the result is the same whatever does the work. It is only meant for decoding: x has no gradient.
+    """
+    cpu = torch.device("cpu")
+    _tensor("x", x, (torch.float32,), 2, cpu)
+    _tensor("weight", weight, (torch.float32, torch.bfloat16, torch.int8), 2, cpu)
+    if weight.shape[1] != x.shape[1] or not 1 <= x.shape[1] <= 2**22:
+        raise ValueError(f"x and weight must have the same columns, 1 to 2**22, not {_shape(x)} and {_shape(weight)}")
+    if (weight.dtype == torch.int8) != (scale is not None):
+        raise ValueError("int8 weights need a scale, others must not have one")
+    if scale is not None:
+        _tensor("scale", scale, (torch.float32,), 1, cpu)
+        if len(scale) != len(weight):
+            raise ValueError(f"scale must be ({len(weight)},), one per row of weight, not {_shape(scale)}")
+    return _run("linear", x, weight, scale)
+
+
+def norm_and_rotate(x: Tensor, weight: Tensor, eps: float, rotation: Tensor | None = None) -> Tensor:
+    """RMS norm over the last dimension of x (rows, heads, size), times weight (size,); then, if `rotation` is given,
+    each pair (i, i + size / 2) is turned by its row's angle.
+
+    rotation (2, rows, size): cosines, and sines of which the first half is negative. All of one dtype; csrc has
+    float32 on a CPU. Norms are computed in float32, everything else in the dtype.
+    """
+    _floats("x", x, 3)
+    _floats("weight", weight, 1)
+    if x.dtype != torch.float32:
+        return reference.norm_and_rotate(x, weight, eps, rotation)
+    return _run("norm_and_rotate", x, weight, eps, rotation)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, longest: int) -> Tensor:
+    """Adds a token to every row of a cache, and attends to all of the row: -> (rows, heads * size).
+
+    q              (rows, heads, size); each of the groups is shared by heads / groups heads in succession
+    k, v           (rows, groups, size), go to place lengths[row] of the cache
+    keys, values   (rows, groups, room, size), the cache
+    lengths        int64 (rows,), tokens before this one, below `longest`, which the room must be enough for
+
+    All of one dtype; csrc has float32 on a CPU.
+    """
+    _floats("q", q, 3)
+    _floats("keys", keys, 4)
+    if q.dtype != torch.float32:
+        return reference.attend(q, k, v, keys, values, lengths, longest)
+    return _run("attend", q, k, v, keys, values, lengths, longest)
+
+
+def quantise_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix of floats (out, in) -> int8 (out, in) in -127 .. 127 and float32 (out,): scale[o] * q[o] is as near to
+    row o as multiples of scale[o] = max |row| / 127 are."""
+    rows = weight.float()
+    scale = rows.abs().amax(1) / 127
+    return (rows / scale.clamp(min=1e-30)[:, None]).round().to(torch.int8), scale
+
+
 def _run(name: str, first: Tensor, *rest):
     """The op, if csrc has it for the tensor's device, otherwise the reference."""
     op = library.find(name, first.device.type)
@@ -236,6 +304,10 @@ def _tensor(
         raise ValueError(f"{name} must have {dimensions} dimension{'s'[: dimensions - 1]}, not shape {_shape(value)}")
     if not value.is_contiguous():
         raise ValueError(f"{name} must be contiguous, not strided {value.stride()}")
+
+
+def _floats(name: str, value: Tensor, dimensions: int) -> None:
+    _tensor(name, value, (torch.float32, torch.bfloat16, torch.float16), dimensions)
 
 
 def _integer(name: str, value: int) -> None:

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import torch
 
-VERSION = 2  # as in csrc/cpu/ops.cpp; incremented in both whenever an op changes its meaning or its arguments
-CPU_OPS = "pack_frames unpack_frames expand_windows build_batch best_fit first_illegal hash_documents set_simd".split()
+VERSION = 3  # as in csrc/cpu/ops.cpp; incremented in both whenever an op changes its meaning or its arguments
+CPU_OPS = (
+    *("pack_frames", "unpack_frames", "expand_windows", "build_batch", "best_fit", "first_illegal", "hash_documents"),
+    *("linear", "norm_and_rotate", "attend", "set_simd"),
+)
 REBUILD = "pip install --no-build-isolation -e . (in the source tree, with a C++ compiler)"
 
 path = Path(__file__).resolve().parent.parent / "_csrc.abi3.so"

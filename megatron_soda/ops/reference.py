@@ -7,6 +7,7 @@ from bisect import bisect_left, insort
 
 import numpy as np
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 
@@ -183,6 +184,35 @@ def hash_documents(ids: Tensor, offsets: Tensor) -> Tensor:
     sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(_splitmix64(tokens + (position.astype(np.uint64) << 32)))])
     total = sums[bounds[1:] - begin] - sums[bounds[:-1] - begin]  # wraps around, as intended
     return torch.from_numpy(_splitmix64(total ^ lengths.astype(np.uint64)).view(np.int64))
+
+
+def linear(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
+    if scale is None:
+        return x @ weight.float().T
+    limit = torch.tensor(min(32767, (2**31 - 1) // (128 * x.shape[1])), dtype=torch.float32)
+    largest = x.abs().amax(1, keepdim=True)
+    integers = (x * torch.where(largest > 0, limit / largest, 0)).round()
+    sums = integers.double() @ weight.double().T  # whole numbers, exact
+    return sums.float() * (largest / limit * scale)
+
+
+def norm_and_rotate(x: Tensor, weight: Tensor, eps: float, rotation: Tensor | None) -> Tensor:
+    y = x.float()
+    y = weight * (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    if rotation is None:
+        return y
+    cos, sin = rotation[:, :, None]
+    return y * cos + y.roll(x.shape[-1] // 2, -1) * sin
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, longest: int) -> Tensor:
+    rows = torch.arange(len(q), device=q.device)
+    keys[rows, :, lengths], values[rows, :, lengths] = k, v
+    mask = (torch.arange(longest, device=q.device) <= lengths[:, None])[:, None, None]
+    # The heads that share a group are its queries, so keys and values are not repeated.
+    q = q.unflatten(1, (k.shape[1], -1))
+    found = F.scaled_dot_product_attention(q, keys[:, :, :longest], values[:, :, :longest], attn_mask=mask)
+    return found.flatten(1)
 
 
 def _splitmix64(value: np.ndarray) -> np.ndarray:

@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import DacConfig, DacModel, EncodecConfig, EncodecModel, MimiConfig, MimiModel
 
 from megatron_soda.codecs import NAMES, load_codec
-from megatron_soda.codecs.embedded import FRAMES_PER_ENTRY, EmbeddedCodec, nearest, stage_kinds
+from megatron_soda.codecs.embedded import EmbeddedCodec
 from megatron_soda.codecs.embedded_decoder import SHIPPED_WEIGHTS, pulse_train
+from megatron_soda.codecs.embedded_quantiser import FRAMES_PER_ENTRY, nearest, stage_kinds
 from megatron_soda.codecs.features import SAMPLE_RATE, analyse, mel_filterbank, smooth_spectrum
 from megatron_soda.errors import SodaError
 

@@ -8,7 +8,9 @@ from megatron_soda.evaluation.suites import grammar
 from megatron_soda.evaluation.suites.grammar import audio_spans, evaluate_grammar
 from megatron_soda.hf.load import load_model
 from megatron_soda.inference import sample as sampling
+from megatron_soda.inference.decoder import Decoder
 from megatron_soda.inference.sample import Constraint, Sampled, sample
+from megatron_soda.inference.task import Prompt
 from tests.exported import HOP, FakeCodec
 
 
@@ -35,18 +37,18 @@ def test_counts_of_generations_with_known_faults(exported, monkeypatch):
     free.append(Sampled([s.bos, s.eos], ended=True, valid=False, legal_mass=[0.3]))
     calls = []
 
-    def canned(network, constraint, prompt, *, count, seed, stop, max_tokens, constrained=True):
-        assert prompt == [s.bos]
-        assert stop == set()
-        calls.append((constrained, count, seed, max_tokens))
+    def canned(decoder, constraint, prompts, *, count, seed, constrained, statistics):
+        assert prompts == [Prompt([s.bos], set(), 40)]
+        assert statistics
+        calls.append((constrained, count, seed))
         rows = held if constrained else free
-        start = sum(c for flag, c, *_ in calls[:-1] if flag == constrained)
+        start = sum(c for flag, c, _ in calls[:-1] if flag == constrained)
         return rows[start : start + count]
 
     monkeypatch.setattr(sampling, "sample", canned)
     monkeypatch.setattr(grammar, "ROWS_AT_ONCE", 2)
     result = evaluate_grammar(model, ShortCodec(), 3, 40, 11)
-    assert calls == [(True, 2, 11, 40), (True, 1, 13, 40), (False, 2, 14, 40), (False, 1, 16, 40)]
+    assert calls == [(True, 2, 11), (True, 1, 13), (False, 2, 14), (False, 1, 16)]
     assert result == {
         "generations": 3,
         "valid": 2,
@@ -64,9 +66,9 @@ def test_counts_of_a_model(exported):
     model = load_model(exported.folder)
     result = evaluate_grammar(model, FakeCodec(), 6, 40, 5)
     constraint = Constraint(model.space, torch.device("cpu"))
-    settings = {"count": 6, "max_tokens": 40, "stop": set()}
-    held = sample(model.model, constraint, [model.space.bos], seed=5, **settings)
-    free = sample(model.model, constraint, [model.space.bos], seed=11, constrained=False, **settings)
+    decoder, prompts = Decoder(model.model), [Prompt([model.space.bos], set(), 40)]
+    held = sample(decoder, constraint, prompts, count=6, seed=5, statistics=True)
+    free = sample(decoder, constraint, prompts, count=6, seed=11, statistics=True, constrained=False)
     assert result["generations"] == result["valid"] == result["duration_exact"] == 6
     assert result["audio_spans"] == sum(row.ids.count(model.space.audio_start) for row in held) > 0
     assert result["free_valid"] == sum(model.space.check(np.array(row.ids)) is None for row in free)
@@ -77,8 +79,9 @@ def test_counts_of_a_model(exported):
 @torch.no_grad()
 def masses(model, constraint: Constraint, ids: list[int]) -> list[float]:
     logits = model.model(torch.tensor([ids])).logits[0].double().softmax(-1)
+    legal = torch.from_numpy(constraint.grammar.legal())
     states = [constraint.follow(ids[: i + 1]) for i in range(len(ids) - 1)]
-    return [float(logits[i][constraint.legal[state]].sum()) for i, state in enumerate(states)]
+    return [float(logits[i][legal[state]].sum()) for i, state in enumerate(states)]
 
 
 def test_without_sound_no_duration_is_measured(exported):

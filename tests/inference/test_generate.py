@@ -12,6 +12,7 @@ from megatron_soda.data.store import Store, write_store
 from megatron_soda.errors import SodaError
 from megatron_soda.hf.load import load_model
 from megatron_soda.inference import samples as making
+from megatron_soda.inference.decoder import Decoder
 from megatron_soda.inference.held_out import choose
 from megatron_soda.inference.run import generate
 from megatron_soda.inference.sample import Constraint, sample
@@ -57,7 +58,8 @@ def test_samples_of_every_task(exported):
         row = rows[entry["id"]]
         assert set(entry) == KEYS
         assert (entry["language"], entry["candidates"], entry["export"]) == ("en", 3, "k")
-        assert entry["note"] == ("" if entry["verdicts"]["model"]["problems"] else "ended by itself")
+        cut = "cut off at the length limit"
+        assert entry["note"] == (cut if cut in entry["verdicts"]["model"]["problems"] else "ended by itself")
         assert 0 <= entry["good"] <= 3
         frames = len(row["codes"])
         for kind in ("original", "codec"):  # the recording is gone: both are made of its codes
@@ -85,11 +87,9 @@ def test_a_sample_is_the_best_of_what_is_drawn(exported):
     model, s = load_model(exported.folder), exported.space
     ids = [s.bos, s.text_start, *model.text.encode(entry["prompt_text"]), s.text_end, s.audio_start]
     longest = (160 - 64) // 4
-    rows = sample(
-        *(model.model, Constraint(s, model.device), ids),
-        **{"count": 3, "max_tokens": longest * 4 + 2, "stop": {s.audio_end}, "seed": recipe.seed},
-        **{"temperature": 0.7, "top_p": 0.9},
-    )
+    prompt = Prompt(ids, {s.audio_end}, longest * 4 + 2)
+    how = {"count": 3, "seed": recipe.seed, "temperature": 0.7, "top_p": 0.9, "statistics": True}
+    rows = sample(Decoder(model.model), Constraint(s, model.device), [prompt], **how)
     waves = [np.array([t for t in row.ids[len(ids) :] if t >= s.audio_base]).reshape(-1, 4) for row in rows]
     nats = [pytest.approx(float(np.mean(row.nats))) for row in rows]
     best = nats.index(entry["verdicts"]["model"]["nats"])
@@ -100,6 +100,15 @@ def test_a_sample_is_the_best_of_what_is_drawn(exported):
     assert np.abs(kept - expected).max() < 1e-4
     verdict = entry["verdicts"]["model"]["problems"]
     assert ("cut off at the length limit" in verdict) == (rows[best].forced or not rows[best].ended)
+
+
+def test_samples_that_the_limit_cut_are_named(exported, capsys):
+    quick, named = ("max_seconds=0.6", "tasks=[continue]", "candidates=1"), {}
+    for seed in range(8):
+        (entry,) = generate(exported.recipe(*QUICK, *quick, f"seed={seed}"), exported.folder)
+        said = capsys.readouterr().err
+        named[entry["note"]] = f"warning cut off at the length limit: continue {entry['id']}." in said
+    assert named == {"ended by itself": False, "cut off at the length limit": True}
 
 
 def test_the_seed_decides(exported):

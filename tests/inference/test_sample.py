@@ -1,4 +1,6 @@
-import warnings
+"""Sampling under the grammar: legal documents, the model's own probabilities, batches, seeds and limits."""
+
+from typing import Any
 
 import numpy as np
 import pytest
@@ -6,12 +8,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_soda.inference.sample import Constraint, sample
+from megatron_soda.inference import sample as sampling
+from megatron_soda.inference.decoder import Decoder
+from megatron_soda.inference.sample import Constraint, Sampled, sample
 from megatron_soda.inference.studio import generated_codes
+from megatron_soda.inference.task import Prompt
 from tests.helpers import SPACE
 
+CONSTRAINT = Constraint(SPACE, torch.device("cpu"))
+LEGAL = torch.from_numpy(CONSTRAINT.grammar.legal())
+SPEAK = [SPACE.bos, SPACE.text_start, 5, SPACE.text_end, SPACE.audio_start]
 
-def qwen3(seed: int = 0, scale: float = 0.02):
+
+def qwen3(seed: int = 0, scale: float = 0.02) -> Any:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(seed)
@@ -29,73 +38,143 @@ def qwen3(seed: int = 0, scale: float = 0.02):
     return Qwen3ForCausalLM(config).eval()
 
 
-CONSTRAINT = Constraint(SPACE, torch.device("cpu"))
+def draw(model: Any, prompt: list[int], budget: int, stop: tuple[int, ...] = (), **how: Any) -> list[Sampled]:
+    return sample(Decoder(model), CONSTRAINT, [Prompt(prompt, set(stop), budget)], **how)
 
 
 @given(st.integers(0, 10**6), st.integers(3, 60))
 @settings(max_examples=20)
 def test_a_model_that_knows_nothing_still_writes_documents(seed, budget):
-    rows = sample(qwen3(seed, 0.5), CONSTRAINT, [SPACE.bos], count=4, max_tokens=budget, stop=set(), seed=seed)
-    for row in rows:
+    for row in draw(qwen3(seed, 0.5), [SPACE.bos], budget, count=4, seed=seed):
         assert SPACE.check(np.array(row.ids)) is None
         assert len(row.ids) <= budget + 1
         assert row.ended
         assert row.valid
+        assert row.ended_by_itself == (not row.forced)
+        assert row.nats == row.legal_mass == []  # nobody asked
 
 
 def test_without_the_grammar_it_does_not():
-    rows = sample(qwen3(), CONSTRAINT, [SPACE.bos], count=20, max_tokens=40, stop=set(), constrained=False)
+    rows = draw(qwen3(), [SPACE.bos], 40, count=20, constrained=False)
     assert sum(row.valid and row.ended for row in rows) < 10
     for row in rows:
         assert row.valid == (CONSTRAINT.follow(row.ids) is not None)
 
 
-def test_nothing_is_called_that_goes_away():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", FutureWarning)
-        sample(qwen3(), CONSTRAINT, [SPACE.bos], max_tokens=4, stop=set())
-
-
-def test_legal_mass_is_the_models_own():
+def test_statistics_are_the_models_own():
     """Recomputed from whole-sequence logits without a cache, which also checks the cache."""
     model = qwen3(3, 0.3)
-    row = sample(model, CONSTRAINT, [SPACE.bos], max_tokens=30, stop=set(), seed=1)[0]
-    with torch.no_grad():
-        probabilities = model(torch.tensor([row.ids])).logits[0].double().softmax(-1)
-    for i, mass in enumerate(row.legal_mass):
-        state = CONSTRAINT.follow(row.ids[: i + 1])
-        assert mass == pytest.approx(float(probabilities[i][CONSTRAINT.legal[state]].sum()), abs=1e-5)
+    for row in draw(model, [SPACE.bos], 30, seed=1, count=3, statistics=True):
+        with torch.no_grad():
+            probabilities = model(torch.tensor([row.ids])).logits[0].double().softmax(-1)
+        assert len(row.legal_mass) == len(row.nats) == len(row.ids) - 1
+        for i, (mass, nats) in enumerate(zip(row.legal_mass, row.nats, strict=True)):
+            state = CONSTRAINT.follow(row.ids[: i + 1])
+            assert mass == pytest.approx(float(probabilities[i][LEGAL[state]].sum()), abs=1e-5)
+            assert nats == pytest.approx(-float(probabilities[i][row.ids[i + 1]].log()), abs=1e-5)
+
+
+def test_only_the_legal_rows_of_the_head_are_computed(monkeypatch):
+    asked = []
+    logits = Decoder.logits
+
+    def counted(self, hidden, first=0, end=None):
+        asked.append((first, end))
+        return logits(self, hidden, first, end)
+
+    monkeypatch.setattr(Decoder, "logits", counted)
+    (plain,) = draw(qwen3(1), SPEAK, 30, (SPACE.audio_end,), seed=2)
+    base, size = SPACE.audio_base, SPACE.entries
+    for place, (first, end) in enumerate(asked):
+        begin = base + size * (place % 4)
+        assert (first, end) in ((begin, begin + size), (begin - 1, begin + size), (begin - 1, begin))
+    (told,) = draw(qwen3(1), SPEAK, 30, (SPACE.audio_end,), seed=2, statistics=True)
+    assert told.ids == plain.ids
+    assert asked[-1] == (0, None)
+
+
+def test_rows_of_every_state_are_the_grammars():
+    for state in range(CONSTRAINT.grammar.states):
+        if not LEGAL[state].any():
+            continue
+        for left in (None, *range(int(CONSTRAINT.distance[state]), 8)):
+            rows, wanted = CONSTRAINT.rows(state, left), LEGAL[state].clone()
+            for token in wanted.nonzero()[:, 0].tolist() if left else ():
+                wanted[token] = CONSTRAINT.distance[CONSTRAINT.after(state, token)] <= left - 1
+            found = torch.zeros(SPACE.size, dtype=torch.bool)
+            found[rows.first : rows.end] = True if rows.illegal is None else ~rows.illegal
+            assert torch.equal(found, wanted)
+            assert rows.forced == bool((wanted != LEGAL[state]).any())
 
 
 def test_stop_and_whole_frames():
-    prompt = [SPACE.bos, SPACE.text_start, 5, SPACE.text_end, SPACE.audio_start]
-    row = sample(qwen3(1), CONSTRAINT, prompt, max_tokens=30, stop={SPACE.audio_end}, seed=2)[0]
+    (row,) = draw(qwen3(1), SPEAK, 30, (SPACE.audio_end,), seed=2)
     assert row.ids[-1] == SPACE.audio_end
     codes = generated_codes(row.ids, SPACE)
-    assert codes.shape == ((len(row.ids) - len(prompt) - 1) // SPACE.codebooks, SPACE.codebooks)
+    assert codes.shape == ((len(row.ids) - len(SPEAK) - 1) // SPACE.codebooks, SPACE.codebooks)
 
 
 def test_greedy_is_greedy():
     model = qwen3(2, 0.5)
-    row = sample(model, CONSTRAINT, [SPACE.bos], max_tokens=25, stop=set(), temperature=1e-4)[0]
+    (row,) = draw(model, [SPACE.bos], 25, temperature=0.0)
     with torch.no_grad():
         logits = model(torch.tensor([row.ids])).logits[0]
     for i in range(len(row.ids) - 1):
-        mask, _ = CONSTRAINT.within(torch.tensor([CONSTRAINT.follow(row.ids[: i + 1])]), 25 - i)
-        assert row.ids[i + 1] == int(logits[i].masked_fill(~mask[0], -torch.inf).argmax())
+        rows = CONSTRAINT.rows(CONSTRAINT.follow(row.ids[: i + 1]) or 0, 25 - i)
+        some = logits[i][rows.first : rows.end]
+        some = some if rows.illegal is None else some.masked_fill(rows.illegal, -torch.inf)
+        assert row.ids[i + 1] == rows.first + int(some.argmax())
 
 
-@pytest.mark.parametrize(("prompt", "budget", "message"), [([5], 9, "not the start"), ([SPACE.bos], 1, "budget is 1")])
+def test_prompts_of_unequal_length_are_what_they_are_alone():
+    """In one batch, each with its own budget and stop tokens; rows leave the batch at different steps."""
+    decoder = Decoder(qwen3(4, 0.4))
+    prompts = [
+        Prompt([SPACE.bos], set(), 40),
+        Prompt(SPEAK, {SPACE.audio_end}, 30),
+        Prompt([SPACE.bos, SPACE.audio_start, *range(SPACE.audio_base, SPACE.size, 16)], {SPACE.audio_end}, 9),
+        Prompt([SPACE.bos, *range(3, 60)], set(), 60),
+    ]
+    together = sample(decoder, CONSTRAINT, prompts, count=3, seed=7)
+    alone = [row for i, p in enumerate(prompts) for row in sample(decoder, CONSTRAINT, [p], count=3, seed=7 + i)]
+    assert together == alone
+    assert len({len(row.ids) for row in together}) > 4
+
+
+def test_tokens_are_told_as_they_come():
+    told: dict[int, list[int]] = {}
+    rows = draw(
+        qwen3(1), SPEAK, 30, count=3, seed=2, on_token=lambda row, token: told.setdefault(row, []).append(token)
+    )
+    assert [told[i] for i in range(3)] == [row.ids[len(SPEAK) :] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "budget", "message"),
+    [
+        ([5], 9, "not the start"),
+        ([], 9, "not the start"),
+        ([SPACE.bos], 1, "budget is 1"),
+        ([SPACE.bos, 5, SPACE.eos], 9, "a whole document"),
+        ([SPACE.bos, *[5] * 256], 9, "has 257 tokens, but the model's context is 256"),
+    ],
+)
 def test_impossible_requests(prompt, budget, message):
     with pytest.raises(ValueError, match=message):
-        sample(qwen3(), CONSTRAINT, prompt, max_tokens=budget, stop=set())
+        draw(qwen3(), prompt, budget)
 
 
-def test_top_p_keeps_the_smallest_set():
-    from megatron_soda.inference.sample import _draw
-
+def drawn(**how: Any) -> torch.Tensor:
+    """Shares of 4,000 draws from probabilities 0.5, 0.3, 0.15 and 0.05."""
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().repeat(4000, 1)
-    drawn = _draw(logits, 1.0, 0.7, torch.Generator().manual_seed(0))
-    shares = torch.bincount(drawn, minlength=4) / 4000
-    assert shares[2:].sum() == 0
-    assert shares[0] == pytest.approx(0.5 / 0.8, abs=0.03)
+    uniform = torch.rand(4000, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = sampling._draw(logits, **{"temperature": 1.0, "top_p": 1.0, "top_k": 0, **how}, uniform=uniform)
+    return torch.bincount(found, minlength=4) / 4000
+
+
+def test_how_a_token_is_drawn():
+    assert drawn().tolist() == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.03)
+    for how in ({"top_p": 0.7}, {"top_k": 2}):  # the smallest set; the likeliest two
+        assert drawn(**how).tolist() == pytest.approx([0.5 / 0.8, 0.3 / 0.8, 0, 0], abs=0.03)
+    assert drawn(temperature=0.5).tolist() == pytest.approx([0.685, 0.247, 0.062, 0.007], abs=0.03)
+    assert drawn(temperature=0.0).tolist() == drawn(top_k=1).tolist() == [1, 0, 0, 0]

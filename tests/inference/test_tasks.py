@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from megatron_soda.config.use import Generate
+from megatron_soda.errors import SodaError
 from megatron_soda.inference.sample import Constraint
 from megatron_soda.inference.task import Material, Prompt
 from megatron_soda.registry import TASKS
@@ -15,9 +16,9 @@ AUDIO = [SPACE.audio_base + 16 * k + int(code) for frame in CODES for k, code in
 TEXTS = {"hello": [5, 6], "good morning": [9]}
 
 
-def prompt(task: str, longest: int = 12, **settings) -> Prompt:
+def prompt(task: str, longest: int = 12, context: int = 160, **settings) -> Prompt:
     row = {"codes": CODES, "text": "hello", "id": "u", "language": "en"}
-    made = TASKS[task].prompt(Material(row, SPACE, TEXTS.__getitem__, longest, 2.5, Generate(**settings)))
+    made = TASKS[task].prompt(Material(row, SPACE, TEXTS.__getitem__, longest, 2.5, Generate(**settings), context))
     assert Constraint(SPACE, torch.device("cpu")).follow(made.ids) is not None
     return made
 
@@ -35,7 +36,8 @@ def test_speak_opens_sound_behind_the_text(own, said, ids):
     made = prompt("speak", text=own)
     assert made.ids == [SPACE.bos, SPACE.text_start, *ids, SPACE.text_end, SPACE.audio_start]
     assert (made.stop, made.text, made.given) == ({SPACE.audio_end}, said, 0)
-    assert made.max_tokens == 12 * 4 + 2  # the frames, and two markers
+    # By the letters, at 2.5 frames a second: (2 s + 5 / 3 s), rounded up, and (2 s + 12 / 3 s); and two markers.
+    assert made.max_tokens == {"hello": 10, "good morning": 15}[said] * 4 + 2
     assert TASKS["speak"].needs_text
     assert not TASKS["speak"].writes
 
@@ -49,3 +51,12 @@ def test_continue_gives_the_first_frames(seconds, given):
     assert made.max_tokens == (12 - given) * 4 + 2
     assert not TASKS["continue"].needs_text
     assert not TASKS["continue"].writes
+
+
+def test_the_limits_of_speech():
+    """A held-out text has at most the longest utterance, one's own what the context leaves."""
+    assert prompt("speak", longest=7).max_tokens == 7 * 4 + 2
+    assert prompt("speak", longest=7, text="good morning").max_tokens == 15 * 4 + 2
+    assert prompt("speak", context=5 + 2 + 4 * 4 + 3, text="good morning").max_tokens == 4 * 4 + 2
+    with pytest.raises(SodaError, match=r"generate\.text: with its 1 tokens there is no room .* of 10 tokens"):
+        prompt("speak", context=10, text="good morning")

@@ -2,9 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable
 from itertools import pairwise
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,45 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_soda import ops
 from megatron_soda.ops import library, reference
 from megatron_soda.vocab import Grammar, TokenSpace
 
-SIDES = ["simd", "plain", "torch"]
 seeds = st.integers(0, 2**32 - 1)
-
-
-class Side:
-    """The functions of megatron_soda.ops on one side: csrc with or without SIMD, or without csrc."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __getattr__(self, function: str):
-        if function == "Stream":
-            return lambda *tables, **how: SimpleNamespace(windows=self._here(ops.Stream(*tables, **how).windows))
-        return self._here(getattr(ops, function))
-
-    def _here(self, function: Callable):
-        def call(*arguments, **more):
-            if self.name == "torch":
-                with pytest.MonkeyPatch.context() as patch:
-                    patch.setattr(library, "find", lambda *_: None)
-                    return function(*arguments, **more)
-            library.set_simd(self.name == "simd")
-            try:
-                return function(*arguments, **more)
-            finally:
-                library.set_simd(True)
-
-        return call
-
-
-@pytest.fixture(scope="module", params=SIDES)
-def side(request) -> Side:
-    if request.param != "torch" and library.why_absent:
-        pytest.skip(f"csrc: {library.why_absent}")
-    return Side(request.param)
 
 
 def test_csrc_is_used():

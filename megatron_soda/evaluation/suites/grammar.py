@@ -10,7 +10,9 @@ from ..suite import Row, Suite
 
 if TYPE_CHECKING:
     from ...hf.load import LoadedModel
+    from ...inference.decoder import Decoder
     from ...inference.sample import Constraint, Sampled
+    from ...inference.task import Prompt
     from ..bench import Bench
 
 ROWS_AT_ONCE = 50
@@ -67,18 +69,21 @@ def evaluate_grammar(
     are not measured.
     """
     from ...console import console
+    from ...inference.decoder import Decoder
     from ...inference.sample import Constraint
+    from ...inference.task import Prompt
 
-    constraint = Constraint(model.space, model.device, slots)
+    constraint, decoder = Constraint(model.space, model.device, slots), Decoder(model.model)
+    prompt = Prompt([model.space.bos], set(), max_tokens)
     with console.status(f"{count} generations with the grammar"):
-        held = _generations(model, constraint, count, max_tokens=max_tokens, seed=seed)
+        held = _generations(decoder, constraint, prompt, count, seed, constrained=True)
     with console.status(f"{count} generations without the grammar"):
-        free = _generations(model, constraint, count, max_tokens=max_tokens, seed=seed + count, constrained=False)
+        free = _generations(decoder, constraint, prompt, count, seed + count, constrained=False)
     return {
         "generations": count,
         "valid": sum(model.space.check(np.array(row.ids), slots) is None for row in held),
         **({} if codec is None else _durations(held, model, codec)),
-        "ended_by_itself": sum(row.ended and not row.forced for row in held),
+        "ended_by_itself": sum(row.ended_by_itself for row in held),
         "legal_mass_mean": _mean_mass(held),
         "free_valid": sum(row.ended and row.valid for row in free),
         "free_legal_mass_mean": _mean_mass(free),
@@ -86,15 +91,15 @@ def evaluate_grammar(
 
 
 def _generations(
-    model: "LoadedModel", constraint: "Constraint", count: int, *, seed: int, **settings: Any
+    decoder: "Decoder", constraint: "Constraint", prompt: "Prompt", count: int, seed: int, *, constrained: bool
 ) -> list["Sampled"]:
     """Documents sampled from BOS on, ROWS_AT_ONCE at a time."""
     from ...inference.sample import sample
 
     found: list[Sampled] = []
     for start in range(0, count, ROWS_AT_ONCE):
-        rows, prompt = min(ROWS_AT_ONCE, count - start), [model.space.bos]
-        found += sample(model.model, constraint, prompt, count=rows, seed=seed + start, stop=set(), **settings)
+        how = {"count": min(ROWS_AT_ONCE, count - start), "seed": seed + start}
+        found += sample(decoder, constraint, [prompt], constrained=constrained, statistics=True, **how)
     return found
 
 
