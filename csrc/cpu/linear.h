@@ -134,16 +134,46 @@ SODA_TARGET inline void tile(const int16_t* x, const float* x_scale, int64_t in,
     }
 }
 
-// Calls `visit.template run<Out, Rows>(o, r)` for tiles that cover rows [from, to) of the matrix and all vectors: for a
-// single vector eight rows at once, so that memory is read in several streams.
+// One row of the matrix by one vector. Rows follow one another in memory, which is read in one stream.
+constexpr int64_t kAhead = 2048;  // bytes
+
+template <class Weight>
+SODA_TARGET inline float dot(const float* x, const Weight* weight, int64_t in) {
+  __m256 sums[4] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
+  int64_t i = 0;
+  for (; i + 32 <= in; i += 32) {
+    for (size_t line = 0; line < 32 * sizeof(Weight); line += 64)
+      _mm_prefetch(reinterpret_cast<const char*>(weight + i) + kAhead + line, _MM_HINT_T0);
+    for (int j = 0; j < 4; ++j)
+      sums[j] = _mm256_fmadd_ps(load8(weight + i + 8 * j), _mm256_loadu_ps(x + i + 8 * j), sums[j]);
+  }
+  for (; i + 8 <= in; i += 8) sums[0] = _mm256_fmadd_ps(load8(weight + i), _mm256_loadu_ps(x + i), sums[0]);
+  float sum = sum8(_mm256_add_ps(_mm256_add_ps(sums[0], sums[1]), _mm256_add_ps(sums[2], sums[3])));
+  for (; i < in; ++i) sum += x[i] * to_float(weight[i]);
+  return sum;
+}
+
+SODA_TARGET inline int32_t dot(const int16_t* x, const int8_t* weight, int64_t in) {
+  __m256i sums[4] = {_mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256()};
+  int64_t i = 0;
+  for (; i + 64 <= in; i += 64) {
+    _mm_prefetch(reinterpret_cast<const char*>(weight + i) + kAhead, _MM_HINT_T0);
+    for (int j = 0; j < 4; ++j) {
+      const __m256i w =
+          _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(weight + i + 16 * j)));
+      const __m256i vector = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i + 16 * j));
+      sums[j] = _mm256_add_epi32(sums[j], _mm256_madd_epi16(w, vector));
+    }
+  }
+  int32_t sum =
+      sum8(_mm256_add_epi32(_mm256_add_epi32(sums[0], sums[1]), _mm256_add_epi32(sums[2], sums[3])));
+  for (; i < in; ++i) sum += int32_t{x[i]} * weight[i];
+  return sum;
+}
+
+// Calls `visit.template run<Out, Rows>(o, r)` for tiles that cover rows [from, to) of the matrix and all vectors.
 template <class Visit>
 SODA_TARGET inline void tiles(int64_t rows, int64_t from, int64_t to, const Visit& visit) {
-  if (rows == 1) {
-    int64_t o = from;
-    for (; o + 8 <= to; o += 8) visit.template run<8, 1>(o, 0);
-    for (; o < to; ++o) visit.template run<1, 1>(o, 0);
-    return;
-  }
   int64_t o = from;
   for (; o + 3 <= to; o += 3) {
     int64_t r = 0;
@@ -189,7 +219,11 @@ template <class Weight>
 void linear(const float* x, int64_t rows, int64_t in, const Weight* weight, int64_t from, int64_t to, float* y,
             int64_t out) {
 #ifdef SODA_AVX2
-  if (use_fma()) return tiles(rows, from, to, FloatTiles<Weight>{x, in, weight, y, out});
+  if (use_fma()) {
+    if (rows > 1) return tiles(rows, from, to, FloatTiles<Weight>{x, in, weight, y, out});
+    for (int64_t o = from; o < to; ++o) y[o] = dot(x, weight + o * in, in);
+    return;
+  }
 #endif
   linear_plain(x, rows, in, weight, from, to, y, out);
 }
@@ -197,7 +231,12 @@ void linear(const float* x, int64_t rows, int64_t in, const Weight* weight, int6
 inline void linear(const Quantised& x, int64_t rows, int64_t in, const int8_t* weight, const float* scale,
                    int64_t from, int64_t to, float* y, int64_t out) {
 #ifdef SODA_AVX2
-  if (use_fma()) return tiles(rows, from, to, IntegerTiles{x, in, weight, scale, y, out});
+  if (use_fma()) {
+    if (rows > 1) return tiles(rows, from, to, IntegerTiles{x, in, weight, scale, y, out});
+    for (int64_t o = from; o < to; ++o)
+      y[o] = static_cast<float>(dot(x.values.data(), weight + o * in, in)) * (x.scales[0] * scale[o]);
+    return;
+  }
 #endif
   linear_plain(x, rows, in, weight, scale, from, to, y, out);
 }

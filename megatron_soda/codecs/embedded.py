@@ -41,8 +41,8 @@ from .features import (
 
 FORMAT = "megatron_soda embedded codec quantiser"
 VERSION = "1"  # increment it whenever encode or decode changes its result for the same tensors, but for decode's noise
-# Frames on either side that a frame's sound depends on: 21 sub-frames through the network, 1 through the transform.
-CONTEXT = 6
+# Frames on either side that a frame's sound depends on: 20 sub-frames through network and transform.
+CONTEXT = 5
 
 
 def load_quantiser(path: Path) -> Quantiser:

@@ -26,10 +26,14 @@ class Listener:
     ) -> None:
         self._space, self._codec, self._hear, self._given, self._lookahead = space, codec, hear, given, lookahead
         self._streams: dict[int, SoundStream] = {}
+        self._done: set[int] = set()
         self._frames: dict[int, list[int]] = {}  # by row, the ids of a frame that has begun
 
     def __call__(self, row: int, token: int) -> None:
-        if token == self._space.audio_end and row in self._streams:
+        if row in self._done:
+            return
+        if token == self._space.audio_end:
+            self._push(row, np.zeros((0, self._space.codebooks), np.int16))
             self._finish(row)
         if token < self._space.audio_base:
             return
@@ -51,6 +55,7 @@ class Listener:
         self._tell(row, self._streams[row].push(codes))
 
     def _finish(self, row: int) -> None:
+        self._done.add(row)
         self._tell(row, self._streams.pop(row).finish())
 
     def _tell(self, row: int, wave: np.ndarray) -> None:

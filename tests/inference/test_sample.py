@@ -100,7 +100,7 @@ def test_rows_of_every_state_are_the_grammars():
         for left in (None, *range(int(CONSTRAINT.distance[state]), 8)):
             rows, wanted = CONSTRAINT.rows(state, left), LEGAL[state].clone()
             for token in wanted.nonzero()[:, 0].tolist() if left else ():
-                wanted[token] = CONSTRAINT.distance[CONSTRAINT.after(state, token)] <= left - 1
+                wanted[token] = bool(CONSTRAINT.distance[CONSTRAINT.after(state, token)] <= left - 1)
             found = torch.zeros(SPACE.size, dtype=torch.bool)
             found[rows.first : rows.end] = True if rows.illegal is None else ~rows.illegal
             assert torch.equal(found, wanted)
