@@ -69,8 +69,9 @@ def test_ranks_share_the_work(space, ranks):
         rows = [piece.high - piece.low - (0 if piece.illegal is None else len(piece.illegal)) for piece in sets]
         assert max(rows) - min(rows) <= 1 + markers
         ranges = [piece.high - piece.low for piece in sets]
-        assert max(ranges) <= max(rows) + markers
-        assert sets[0].width in (max(ranges), Rows(space, ranks).local)  # the same on every rank
+        if sum(rows) >= space.entries:  # of markers alone, which one rank has, the range is longer
+            assert max(ranges) <= max(rows) + markers
+        assert sets[0].width in (max(1, *ranges), Rows(space, ranks).local)  # the same on every rank
         assert len({piece.width for piece in sets}) == 1
 
 
