@@ -98,6 +98,7 @@ def losses(run: Path) -> list[float]:
 FLAT = ["schedule.warmup_share=0", "schedule.decay_share=0", "optimizer.learning_rate=2e-3"]
 CAUTIOUS = ["optimizer.name=cautious"]
 BF16 = ["precision.dtype=bf16"]
+LEGAL = ["training.head_rows=legal"]
 LONG = ["training.steps=20"]  # with --full
 
 
@@ -143,6 +144,8 @@ def test_same_losses_and_gradient_norms(straight, layout, extra):
         ("vpp2", CAUTIOUS),
         ("dp2_distributed", CAUTIOUS),
         ("sp2", BF16),
+        ("sp2", LEGAL),
+        ("tp2dp2_distributed", LEGAL),
     ],
 )
 def test_resume_is_bitwise(pool, data, straight, tmp_path, layout, extra):

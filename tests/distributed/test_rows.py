@@ -112,6 +112,37 @@ def test_checkpoints_are_in_the_order_of_ids(pool, data, tmp_path, settings, lay
         assert same_tensors(old, new)
 
 
+def count_reads(run: str, overrides: list[str]) -> list[tuple[str, int]]:
+    """On a rank of the pool: what is read of the checkpoint of step 3, and how often."""
+    from collections import Counter
+    from unittest import mock
+
+    from megatron_soda.parallel import ranks
+    from megatron_soda.training import checkpoint, checkpoint_files
+    from megatron_soda.training.step import Engine
+
+    recipe = small_recipe(Path(run), Path(run), *overrides)
+    engine = Engine(recipe, SPACE, ranks.init(recipe))
+    seen: Counter[str] = Counter()
+    view = checkpoint_files._create_file_view
+
+    def watched(file, start: int, length: int):
+        seen[f"{Path(file.name).name}: {start}"] += 1
+        return view(file, start, length)
+
+    with mock.patch.object(checkpoint_files, "_create_file_view", watched):
+        checkpoint.load(checkpoint.folder_of(Path(run), 3), engine.models, engine.optimizer.inner)
+    return sorted(seen.items())
+
+
+def test_a_table_is_read_once(pool, data, tmp_path):
+    """Whatever the number of its parts on a rank."""
+    pool.run(1, train, str(tmp_path), str(data), ["training.steps=3"])
+    for reads in pool.run(2, count_reads, str(tmp_path), ["parallel.tensor=2"]):
+        assert len(reads) > 30
+        assert {count for _, count in reads} == {1}
+
+
 def as_before(function, *arguments) -> None:
     """On a rank of the pool: the function, with rows as earlier versions had them: ids cut into equal ranges, which
     checkpoints held with the padding."""
