@@ -126,7 +126,10 @@ def _load_results(path: Path, measure: str) -> "Results":
     from ..isoflop.study import load_study
 
     plan = make_plan(load_study(path))
-    return read_results(Path(plan.study.folder) / RESULTS, measure, [run.id for run in plan.runs], plan.study.name)
+    found = Path(plan.study.folder) / RESULTS
+    if not found.is_file():
+        raise SodaError(f"{found}: no such file. Train the study's runs first: soda isoflop run {path}")
+    return read_results(found, measure, [run.id for run in plan.runs], plan.study.name)
 
 
 def _numbers(text: str, count: int, option: str, example: str) -> tuple[float, ...]:

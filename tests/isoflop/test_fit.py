@@ -273,6 +273,7 @@ def test_csv_and_json_lines_are_alike(tmp_path):
         (lambda rows: rows[2].update(loss="nan"), 14, "line 4 (3e+18-2): loss is 'nan'"),
         (lambda rows: rows[2].update(loss=""), 14, "line 4 (3e+18-2): loss is ''"),
         (lambda rows: rows[2].update(tokens=-5), 14, "line 4 (3e+18-2): tokens is '-5'"),
+        (lambda rows: rows[2].update(budget="big"), 14, "line 4 (3e+18-2): budget is 'big'"),
         (lambda rows: rows.append(dict(rows[0])), 15, "line 17 (3e+18-0): a second row of 3e+18-0; left out"),
         (lambda rows: rows.append({**rows[0], "loss": 9}), 15, "with another loss (9, not"),
         (lambda rows: rows[2].update(study="two"), 14, "rows of other studies are left out: 1 of two"),
@@ -309,7 +310,8 @@ def test_seeds_are_no_duplicates(tmp_path):
 @pytest.mark.parametrize(
     ("text", "measure", "message"),
     [
-        ("a,b\n1,2\n", "loss", "no column flops, params_total, tokens. It has: a, b"),
+        ("a,b\n1,2\n", "loss", "no column flops, params_total, tokens. It has: a, b. A"),
+        ("a,b\n1,2,3\n", "loss", "It has: a, b. A"),
         ("", "loss", "holds no results"),
         ("flops,params_total,tokens,loss\n1,1,1,nan\n", "loss", "no usable result"),
         ("flops,params_total,tokens,nll_text\n1,1,1,1\n", "txt", "Did you mean text?"),
