@@ -88,7 +88,8 @@ def fit(
     from ..isoflop.fit import fit_study, to_dict, to_lines
 
     budgets = [_numbers(text, 1, "--budget", "1e21")[0] for text in budget or []]
-    models = [_numbers(text, 2, "--model", "4.374e9:500e9") for text in model or []]
+    pairs = [_numbers(text, 2, "--model", "4.374e9:500e9") for text in model or []]
+    models = [(params, tokens) for params, tokens in pairs]
     made = fit_study(_load_results(results, measure))
     print("\n".join(to_lines(made, budgets, models)))
     if out:
