@@ -88,7 +88,8 @@ def fit(
     from ..isoflop.fit import fit_study, to_dict, to_lines
 
     budgets = [_numbers(text, 1, "--budget", "1e21")[0] for text in budget or []]
-    models = [_numbers(text, 2, "--model", "4.374e9:500e9") for text in model or []]
+    pairs = [_numbers(text, 2, "--model", "4.374e9:500e9") for text in model or []]
+    models = [(params, tokens) for params, tokens in pairs]
     made = fit_study(_load_results(results, measure))
     print("\n".join(to_lines(made, budgets, models)))
     if out:
@@ -126,7 +127,10 @@ def _load_results(path: Path, measure: str) -> "Results":
     from ..isoflop.study import load_study
 
     plan = make_plan(load_study(path))
-    return read_results(Path(plan.study.folder) / RESULTS, measure, [run.id for run in plan.runs], plan.study.name)
+    found = Path(plan.study.folder) / RESULTS
+    if not found.is_file():
+        raise SodaError(f"{found}: no such file. Train the study's runs first: soda isoflop run {path}")
+    return read_results(found, measure, [run.id for run in plan.runs], plan.study.name)
 
 
 def _numbers(text: str, count: int, option: str, example: str) -> tuple[float, ...]:

@@ -85,7 +85,8 @@ def plot_study(fit: Fit, folder: Path, scores: Scores | None = None) -> list[Pat
         with matplotlib.rc_context({"font.size": 8, "pdf.fonttype": 42, "text.parse_math": False}):
             figure = Figure(figsize=size, layout="constrained")
             draw(figure, Style())
-            for suffix, options in (("pdf", {"metadata": {"CreationDate": None}}), ("png", {"dpi": 200})):
+            formats: dict[str, dict[str, Any]] = {"pdf": {"metadata": {"CreationDate": None}}, "png": {"dpi": 200}}
+            for suffix, options in formats.items():
                 made.append(folder / f"{name}.{suffix}")
                 with atomic_path(made[-1]) as temporary:
                     figure.savefig(temporary, format=suffix, **options)
@@ -215,7 +216,8 @@ def _draw_scores(figure: Figure, style: Style, fit: Fit, scores: Scores) -> None
 def rank_correlation(fit: Fit, values: dict[str, float]) -> float:
     """Spearman's, between the measure and a score."""
     rows = [row for row in fit.results.rows if row.run in values]
-    return float(spearmanr([row.loss for row in rows], [values[row.run] for row in rows]).statistic)
+    found: Any = spearmanr([row.loss for row in rows], [values[row.run] for row in rows])
+    return float(found.statistic)
 
 
 def _dress(axes: Axes, style: Style, x: str, y: str, log: bool = True) -> None:

@@ -59,7 +59,7 @@ def read_results(
     rows = _read(path)
     if not rows:
         raise SodaError(f"{path}: holds no results")
-    columns = list(dict.fromkeys(name for row in rows for name in row))
+    columns = list(dict.fromkeys(name for row in rows for name in row if name != "_line"))
     missing = [name for name in NEEDED if name not in columns]
     if missing:
         raise SodaError(
@@ -90,7 +90,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".csv":
             reader = csv.DictReader(text.splitlines())
-            return [{**row, "_line": reader.line_num} for row in reader]
+            return [{**{k: v for k, v in row.items() if k}, "_line": reader.line_num} for row in reader]
         for number, line in enumerate(text.splitlines(), 1):
             if not line.strip():
                 continue
@@ -116,7 +116,7 @@ def _parse_measure(measure: str, columns: list[str], path: Path) -> dict[str, fl
         else:
             named = [column for column in (f"nll_{name}", name) if column in columns][:1]
         if not named or not share > 0:
-            known = ["acoustic"] * bool(codebooks) + [c.removeprefix("nll_") for c in columns if c != "_line"]
+            known = ["acoustic"] * bool(codebooks) + [column.removeprefix("nll_") for column in columns]
             hint = near(name, known)
             raise SodaError(f"{path}: measure {measure!r}: no such column.{hint} Known: {', '.join(known)}")
         for column in named:
@@ -137,7 +137,7 @@ def _of_one_study(rows: list[dict[str, Any]], study: str, notes: list[str]) -> l
 
 def _result(row: dict[str, Any], number: int, weights: dict[str, float], notes: list[str]) -> Result | None:
     values: dict[str, float] = {}
-    for name in (*NEEDED, *weights):
+    for name in (*NEEDED, *weights, *(["budget"] if row.get("budget") else [])):
         try:
             values[name] = float(row.get(name) or "nan")
         except (TypeError, ValueError):
@@ -145,7 +145,7 @@ def _result(row: dict[str, Any], number: int, weights: dict[str, float], notes: 
         if not (math.isfinite(values[name]) and values[name] > 0):
             notes.append(f"{_where(row)}: {name} is {row.get(name)!r}, not a number above 0; left out")
             return None
-    budget = float(row.get("budget") or 0)
+    budget = values.get("budget", 0.0)  # 0: to be found from the FLOPs
     loss = sum(weight * values[name] for name, weight in weights.items())
     run, seed = str(row.get("run") or f"row {number}"), str(row.get("seed", ""))
     return Result(run, budget, values["flops"], values["params_total"], values["tokens"], seed, loss, row)

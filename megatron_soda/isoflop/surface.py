@@ -12,7 +12,7 @@ wherever it starts, and a bootstrap gives intervals that are far too narrow.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -126,7 +126,8 @@ class Surface:
             d = log_flops - cost.log_per_token(n)
             return fixed - self.alpha * n - np.log(cost.power(n)) + self.beta * (d - self.mean_d)
 
-        n = float(bisect(difference, cost.sizes[0] - 30, cost.sizes[1] + 30, xtol=1e-10))
+        found: Any = bisect(difference, cost.sizes[0] - 30, cost.sizes[1] + 30, xtol=1e-10)
+        n = float(found)
         return float(np.exp(n)), float(np.exp(log_flops - cost.log_per_token(n)))
 
     def interval(self, value: Callable[["Surface"], float]) -> tuple[float, float] | None:

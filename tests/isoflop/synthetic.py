@@ -1,7 +1,8 @@
 """Made-up results whose scaling laws are known."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -32,15 +33,34 @@ def parabolic(rng: np.random.Generator, sigma: float, sizes: int = 8, span: floa
     return rows
 
 
-def on_surface(points: Sequence[tuple[float, float, float]], alpha: float, beta: float, power: float) -> list[Result]:
-    """(cost, N, D) with the losses of 1.7 + 400 N^-alpha + B D^-beta, without noise. B is such that BEST is optimal if
-    costs are N^power D."""
+def losses(alpha: float, beta: float, power: float) -> Callable[[Any, Any], Any]:
+    """1.7 + 400 N^-alpha + B D^-beta, with B such that BEST is optimal where costs are N^power D."""
     a = 400.0
     b = alpha * a * BEST[0] ** -alpha * BEST[1] ** beta / (power * beta)
-    return [result(c, n, d, 1.7 + a * n**-alpha + b * d**-beta) for c, n, d in points]
+    return lambda params, tokens: 1.7 + a * params**-alpha + b * tokens**-beta
+
+
+def on_surface(points: Sequence[tuple[float, float, float]], alpha: float, beta: float, power: float) -> list[Result]:
+    """(cost, N, D) with these losses, without noise."""
+    surface = losses(alpha, beta, power)
+    return [result(c, n, d, surface(n, d)) for c, n, d in points]
+
+
+def flops_per_token(params: Any) -> Any:
+    """A smooth function of N that the paper's models follow within 4 %: its slope falls from 1.29 to 1."""
+    away = np.log(params) - 20.165
+    return np.exp(21.85 + 1.15 * away - 0.034 * away**2)
 
 
 def paper_points() -> list[tuple[float, float, float]]:
-    """Budget, N and D of the paper's runs."""
-    plan = make_plan(load_study(PAPER))
-    return [(run.budget, run.params_total, run.tokens) for run in plan.runs]
+    """Budget, N and D of the paper's models, at these costs."""
+    runs = make_plan(load_study(PAPER)).runs
+    return [(run.budget, run.params_total, run.budget / flops_per_token(run.params_total)) for run in runs]
+
+
+def searched(surface: Callable[[Any, Any], Any], flops: float) -> tuple[float, float]:
+    """The N and D of lowest loss at a cost, on a fine grid."""
+    params = np.geomspace(1e7, 1e11, 400_001)
+    tokens = flops / flops_per_token(params)
+    best = np.argmin(surface(params, tokens))
+    return float(params[best]), float(tokens[best])
