@@ -29,7 +29,7 @@ def generate(recipe: Recipe, folder: Path) -> list[dict[str, Any]]:
     from ..codecs.description import load_data_codec
 
     began = time.monotonic()
-    check_writable(Path(recipe.run) / "samples")
+    check_writable(Path(recipe.run))
     model = load_model(folder)
     rows = held_out_rows(recipe.data_folder, recipe.generate.split, model, recipe.data.accept)
     assert model.codec is not None  # held_out_rows refuses a model without
@@ -42,6 +42,7 @@ def generate(recipe: Recipe, folder: Path) -> list[dict[str, Any]]:
             f"{studio.context} tokens)"
         )
     tasks = possible_tasks(recipe, bool(held_out.spoken) and knows_text(recipe))
+    studio.out.mkdir(parents=True, exist_ok=True)
     # If this is interrupted, old captions must not end up beside new sounds.
     (studio.out / "samples.json").unlink(missing_ok=True)
     samples = take_samples(studio, tasks, held_out)
