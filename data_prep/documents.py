@@ -183,7 +183,7 @@ def read_part(path: Path, of: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _crc32(ids: np.ndarray, lengths: np.ndarray) -> int:
-    return zlib.crc32(np.ascontiguousarray(lengths), zlib.crc32(np.ascontiguousarray(ids)))
+    return zlib.crc32(np.ascontiguousarray(lengths).data, zlib.crc32(np.ascontiguousarray(ids).data))
 
 
 def make_part(job: PartJob) -> PartFacts:

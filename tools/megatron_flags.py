@@ -5,7 +5,7 @@ import difflib
 import sys
 from collections.abc import Callable
 
-from megatron_soda.errors import SodaError
+from megatron_soda.errors import SodaError, say
 
 
 def parse(parser: argparse.ArgumentParser, elsewhere: dict[str, str]) -> argparse.Namespace:
@@ -30,5 +30,5 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except SodaError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         sys.exit(2)

@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from ..errors import SodaError
+from ..files import check_regular
 
 BATCH_SECONDS = 240.0  # of padded sound at once, except on a CPU: a few GiB of activations
 ROWS = 8  # most waves in a batch; more would mean more rows of silence for lists as short as a shard's 64
@@ -276,6 +277,8 @@ def _load(model: str, model_class: Any, title: str) -> Any:
     """The model in float32 for inference, from safetensors only: other formats can run code."""
     advice = f"Give a local folder with {title} (config.json and model.safetensors), or use `codec: embedded`."
     try:
+        for path in Path(model).glob("*"):
+            check_regular(path)
         if (Path(model) / "adapter_config.json").exists():
             raise SodaError(f"codec: {model} holds an adapter, which names another model. {advice}")
         model_type = AutoConfig.from_pretrained(model, trust_remote_code=False).model_type

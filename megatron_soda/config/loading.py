@@ -18,6 +18,7 @@ from .recipe import Recipe
 from .renamed import RENAMED
 
 BASE = "base"  # names another file, whose values apply unless this one overrides them
+MOST_VALUES = 100_000  # in a recipe
 _RECIPE: TypeAdapter[Recipe] = TypeAdapter(Recipe)
 
 
@@ -96,9 +97,17 @@ def _files(path: Path, above: tuple[Path, ...] = ()) -> Iterator[tuple[Path, dic
 
 def _yaml(text: str, problem: str) -> Any:
     try:
-        return yaml.load(text, _Loader)  # a safe loader
+        value = yaml.load(text, _Loader)  # a safe loader
     except Exception as error:  # yaml raises many kinds of errors
         raise SodaError(f"{problem}: {' '.join(str(error).split()) or type(error).__name__}") from None
+    left, count = [value], 0
+    while left:  # aliases of aliases can make a few lines endless
+        one = left.pop()
+        left += one.values() if isinstance(one, dict) else one if isinstance(one, list) else ()
+        count += 1
+        if count > MOST_VALUES:
+            raise SodaError(f"{problem}: more than {MOST_VALUES:,} values")
+    return value
 
 
 # ---- overrides

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.markup import escape
 from rich.progress import Progress
 
 from ..console import console
@@ -72,7 +73,8 @@ def convert_stores(folder: Path, names: Sequence[str], format: str, out: Path | 
 def _convert(store: Store, path: Path, format: str, shown: Path | None = None) -> None:
     before = _bytes(store)
     with Progress(console=console) as bar:
-        task = bar.add_task(f"{store.path.name} to {format}", total=2 * store.size)  # once to write, once to compare
+        what = escape(f"{store.path.name} to {format}")
+        task = bar.add_task(what, total=2 * store.size)  # once to write, once to compare
         convert(store, path, format, lambda n: bar.advance(task, n))
     after = _bytes(Store(path))
     console.print(

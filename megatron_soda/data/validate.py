@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .. import ops
 from ..console import console
-from ..errors import SodaError, user_message
+from ..errors import SodaError, printable, user_message
 from ..files import read_json
 from ..tokenizer import NAMES, data_tokenizer
 from ..vocab import FIRST_CODE, Grammar
@@ -36,7 +36,7 @@ def validate(folder: Path, names: Sequence[str] = SIDES, corpora: Mapping[str, s
     def problem(text: str) -> None:
         nonlocal wrong
         wrong += 1
-        print(text)
+        print(printable(text))
 
     stores: dict[str, Store] = {}
     for name, path in {**{name: folder / name for name in names}, **(corpora or {})}.items():
@@ -45,13 +45,13 @@ def validate(folder: Path, names: Sequence[str] = SIDES, corpora: Mapping[str, s
         except (SodaError, OSError) as error:
             problem(f"{name}: {user_message(error)}")
     _same_provenance(stores, problem)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console) as bar, _Hashes(sum(map(len, stores.values()))) as hashes:
         for name, store in stores.items():
             task = bar.add_task(f"validate {name}", total=store.size)
             try:
                 bad = _check_store(name, store, problem, hashes, lambda n, task=task: bar.advance(task, n))
-                print(f"{name}: {store.size:,} tokens, {len(store):,} documents, {bad} bad")
+                print(printable(f"{name}: {store.size:,} tokens, {len(store):,} documents, {bad} bad"))
             except (SodaError, OSError) as error:
                 problem(f"{name}: {user_message(error)}")
         _check_twice(stores, hashes, problem)

@@ -43,7 +43,7 @@ def generate(recipe: Recipe, folder: Path) -> list[dict[str, Any]]:
             f"{studio.decoder.context} tokens)"
         )
     tasks = possible_tasks(recipe, bool(held_out.spoken) and knows_text(recipe))
-    studio.out.mkdir(exist_ok=True)
+    studio.out.mkdir(parents=True, exist_ok=True)
     # If this is interrupted, old captions must not end up beside new sounds.
     (studio.out / "samples.json").unlink(missing_ok=True)
     samples = take_samples(studio, tasks, held_out)

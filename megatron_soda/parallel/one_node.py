@@ -25,7 +25,7 @@ def stay_on_loopback() -> None:
 def loopback_store(wait: timedelta = timedelta(minutes=15)) -> Any:
     """A TCPStore with its server, which others find at LOOPBACK and its `port`. By itself it would listen on all
     addresses."""
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
     listening = socket.create_server((LOOPBACK, 0))
     port = listening.getsockname()[1]

@@ -22,7 +22,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from ..config import Recipe
-from ..errors import SodaError, user_message
+from ..errors import SodaError, say, user_message
 
 if TYPE_CHECKING:
     import torch
@@ -148,7 +148,7 @@ def main() -> int:
         if options.bind:
             check_free(port)
     except SodaError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return 2
     return 0
 

@@ -199,3 +199,16 @@ def test_a_shard_that_is_none(tmp_path):
     pq.write_table(pa.table({"a": [1]}), tmp_path / "y.parquet")
     with pytest.raises(SodaError, match=r"y\.parquet"):
         read_shard(tmp_path / "y.parquet")
+
+
+def test_a_changed_bit_in_a_damaged_part_is_refused(tokenizer, tmp_path):
+    make(tmp_path, [row("a"), row("b")], tokenizer, ["text-first"])
+    (path,) = tmp_path.glob("*.safetensors")
+    content = path.read_bytes()
+    begin = 8 + int.from_bytes(content[:8], "little")
+    for at in range(8 * begin, 8 * len(content), 37):
+        flipped = bytearray(content)
+        flipped[at // 8] ^= 1 << at % 8
+        path.write_bytes(flipped)
+        with pytest.raises(SodaError, match=r"damaged; delete it .* \(its checksum does not match\)"):
+            documents.read_part(path, "train")
