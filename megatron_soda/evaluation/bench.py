@@ -2,7 +2,7 @@
 
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..codecs.base import Codec
 from ..codecs.description import load_data_codec
@@ -10,6 +10,7 @@ from ..config import Recipe
 from ..data.store import Store
 from ..errors import SodaError
 from ..hf.load import load_model
+from ..inference.held_out import held_out_rows
 
 
 class Bench:
@@ -18,6 +19,7 @@ class Bench:
     def __init__(self, recipe: Recipe, folder: Path) -> None:
         self.recipe, self.folder = recipe, folder
         self.model = load_model(folder)
+        self.model.model.float()  # as the paper measured; with bf16 activations a likelihood would depend on its batch
 
     @cached_property
     def data(self) -> tuple[Store, Store]:
@@ -29,6 +31,17 @@ class Bench:
             store.check_made_by(self.model.made_by, f"the model {self.folder}", self.recipe.data.accept)
             store.verify()  # or the results would reflect the damage
         return stores
+
+    @property
+    def softmax(self) -> Literal["all", "legal"]:
+        """Over which tokens the model was trained to choose: over those a likelihood is taken."""
+        return self.recipe.training.head_rows
+
+    @cached_property
+    def utterances(self) -> list[dict[str, Any]]:
+        """The held-out utterances (data/units.py SCHEMA). SodaError if there are none for this model."""
+        chosen = self.recipe.evaluate
+        return held_out_rows(self.recipe.data_folder, chosen.split, self.model, self.recipe.data.accept)
 
     @property
     def has_codec(self) -> bool:

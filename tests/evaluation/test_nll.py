@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_soda.data.store import Store
-from megatron_soda.evaluation.suites import nll
+from megatron_soda.evaluation import likelihood
 from megatron_soda.evaluation.suites.nll import evaluate_nll, unigram
 from megatron_soda.hf.load import load_model
 from megatron_soda.vocab import Grammar
@@ -62,11 +62,11 @@ def test_the_unigram_is_counted_by_class(exported):
 
 @pytest.mark.parametrize("documents", [0, 9])
 def test_nll_is_that_of_a_loop_over_tokens(exported, monkeypatch, documents):
-    monkeypatch.setattr(nll, "TOKENS_AT_ONCE", 300)  # batches of several lengths, padded, and single documents
+    monkeypatch.setattr(likelihood, "TOKENS_AT_ONCE", 300)  # batches of several lengths, padded, and single documents
     data = exported.run / "data"
     test, train, model = Store(data / "test"), Store(data / "train"), load_model(exported.folder)
     assert sum(len(test.document(i)) > CONTEXT + 1 for i in range(len(test))) == 2
-    assert len(nll._batches(sorted((test.document(i) for i in range(len(test))), key=len))) > 3
+    assert len(list(likelihood.batches([len(test.document(i)) for i in range(len(test))]))) > 3
     result = evaluate_nll(model, test, train, documents)
     expected = by_hand(model, test, train, documents or len(test))
     assert set(result["classes"]) == set(expected) == set(test.space.class_names)

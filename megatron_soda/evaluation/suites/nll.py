@@ -1,7 +1,7 @@
 """The NLL vector of a model on held-out documents, compared with a smoothed per-slot unigram."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -10,14 +10,10 @@ from ...registry import SUITES
 from ..suite import Row, Suite
 
 if TYPE_CHECKING:
-    from ...data.batch import Batcher
     from ...data.store import Store
     from ...hf.load import LoadedModel
-    from ...model.legal_rows import LegalRows
     from ..bench import Bench
 
-TOKENS_AT_ONCE = 8192
-ROWS_AT_ONCE = 512  # of logits, in one piece of memory
 TOTALS = {"acoustic_mean": "All acoustic", "all": "All tokens"}
 
 
@@ -116,21 +112,18 @@ def evaluate_nll(model: "LoadedModel", test: "Store", train: "Store", documents:
     from rich.progress import track
 
     from ...console import console
-    from ...data.batch import Batcher
-    from ...model.legal_rows import LegalRows
-    from ...model.rows import Rows
+    from ..likelihood import Likelihood, batches
 
     names, table, baseline = model.space.class_names, model.space.class_table(), unigram(train)
-    batcher = Batcher(model.space)
-    legal = LegalRows(Rows(model.space), {test.slots})
-    limit = model.model.config.max_position_embeddings
+    scorer = Likelihood(model, test.slots)
     count = min(documents, len(test)) if documents else len(test)
-    chosen = sorted((test.document(i)[: limit + 1] for i in range(count)), key=len)
+    chosen = [test.document(i)[: scorer.longest] for i in range(count)]
     sums = np.zeros((4, len(names)))  # tokens; nats of the model, of the model among legal tokens, of the unigram
-    for batch in track(_batches(chosen), "evaluate", console=console):
-        for document, nats in zip(batch, _nats(model, batcher, legal, batch), strict=True):
+    for batch in track(list(batches([len(document) for document in chosen])), "evaluate", console=console):
+        scored = [chosen[i] for i in batch]
+        for document, nats in zip(scored, scorer.nats(scored, ["all", "legal"]), strict=True):
             labels = document[1:]
-            for total, weights in zip(sums, (None, *nats[:, : len(labels)], baseline[labels]), strict=True):
+            for total, weights in zip(sums, (None, *nats, baseline[labels]), strict=True):
                 total += np.bincount(table[labels], weights, len(names))
     rows = {name: _row(*sums[:, i]) for i, name in enumerate(names) if sums[0, i]}
     acoustic = [rows[name] for name in names[3:] if name in rows]
@@ -139,45 +132,6 @@ def evaluate_nll(model: "LoadedModel", test: "Store", train: "Store", documents:
         mean = {key: float(np.mean([row[key] for row in acoustic])) for key in acoustic[0]}
         result["acoustic_mean"] = mean | {"tokens": sum(row["tokens"] for row in acoustic)}
     return result
-
-
-def _nats(
-    model: "LoadedModel", batcher: "Batcher", legal: "LegalRows", documents: list[np.ndarray]
-) -> Iterator[np.ndarray]:
-    """For each document float64 (2, longest - 1): -log p of every token after the first, by the softmax over all tokens
-    and over legal ones; meaningless beyond the document's end."""
-    import torch
-
-    from ...data.windows import Window
-
-    longest = max(map(len, documents))
-    padded = [np.pad(document, (0, longest - len(document)), constant_values=model.space.eos) for document in documents]
-    batch = batcher([Window(ids, len(document) - 1) for ids, document in zip(padded, documents, strict=True)])
-    with torch.no_grad():
-        logits: torch.Tensor = model.model(input_ids=batch.tokens.to(model.device)).logits
-        flat = logits.flatten(0, 1)
-        score = flat.gather(1, batch.labels.flatten()[:, None].to(model.device))[:, 0].float()
-        over_all = torch.cat([part.float().logsumexp(1) for part in flat.split(ROWS_AT_ONCE)])
-        over_legal = torch.zeros_like(score)
-        for piece in legal.pieces(legal.groups(batch).flatten(), batch.loss_weight.flatten()):
-            for index in piece.index.to(model.device).split(ROWS_AT_ONCE):
-                some = flat[index, piece.low : piece.high].float()
-                if piece.illegal is not None:
-                    some.index_fill_(1, piece.illegal.to(model.device), -torch.inf)
-                over_legal[index] = some.logsumexp(1)
-        both = torch.stack([over_all - score, over_legal - score]).unflatten(1, batch.labels.shape)
-    yield from both.transpose(0, 1).double().cpu().numpy()
-
-
-def _batches(documents: list[np.ndarray]) -> list[list[np.ndarray]]:
-    """Batches of about TOKENS_AT_ONCE tokens, padding included, from documents sorted by length."""
-    batches: list[list[np.ndarray]] = []
-    for document in documents:
-        if batches and (len(batches[-1]) + 1) * len(document) <= TOKENS_AT_ONCE:
-            batches[-1].append(document)
-        else:
-            batches.append([document])
-    return batches
 
 
 def _row(tokens: float, model: float, legal: float, baseline: float) -> dict[str, float]:

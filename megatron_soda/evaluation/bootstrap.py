@@ -1,0 +1,37 @@
+"""Confidence intervals by resampling items."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+RESAMPLES, SEED = 1000, 0
+SHARE = 0.95
+
+
+def resampled(sums: np.ndarray, counts: np.ndarray, groups: Sequence[str] | None = None) -> np.ndarray:
+    """float64 (RESAMPLES, figures): sum(sums) / sum(counts), both (items, figures), of items drawn with replacement.
+    Items of one group are drawn together. The same items give the same draws, so differences of two results are paired.
+    """
+    if groups is not None:
+        _, number = np.unique(np.asarray(groups), return_inverse=True)
+        sums, counts = (_by_group(values, number) for values in (sums, counts))
+    rng = np.random.default_rng(SEED)
+    n = len(sums)
+    found = np.empty((RESAMPLES, sums.shape[1]))
+    for row in found:
+        drawn = np.bincount(rng.integers(0, n, n), minlength=n).astype(float)
+        row[:] = (drawn @ sums) / (drawn @ counts)
+    return found
+
+
+def intervals(draws: np.ndarray) -> list[tuple[float, float]]:
+    """Of (resamples, figures): the middle SHARE of the draws of each figure."""
+    tail = (1 - SHARE) / 2
+    low, high = np.quantile(draws, [tail, 1 - tail], axis=0)
+    return [(float(a), float(b)) for a, b in zip(low, high, strict=True)]
+
+
+def _by_group(values: np.ndarray, number: np.ndarray) -> np.ndarray:
+    found = np.zeros((number.max() + 1, values.shape[1]))
+    np.add.at(found, number, values)
+    return found
