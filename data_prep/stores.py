@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from megatron_soda.codecs.description import CodecDescription
 from megatron_soda.config import Recipe
 from megatron_soda.data.store import Store, write_parts
-from megatron_soda.data.units import SCHEMA, SEALED, check_seal, seal
+from megatron_soda.data.units import SCHEMA, check_seal, seal
 from megatron_soda.errors import SodaError
 from megatron_soda.files import atomic_path
 from megatron_soda.tokenizer import TextTokenizer
@@ -248,7 +248,7 @@ def _held_out(path: Path, units: list[Path], sides: list[str], name: str, key: s
     wanted = str(SIDES.index(name))
     left = HELD_OUT_ROWS
     with atomic_path(path) as temporary:
-        facts = {**(pq.read_schema(units[0]).metadata or {}), b"key": key.encode(), **SEALED}
+        facts = {**(pq.read_schema(units[0]).metadata or {}), b"key": key.encode()}
         schema = SCHEMA.with_metadata(facts)
         with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
             for unit, some in zip(units, sides, strict=True):

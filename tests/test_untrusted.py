@@ -211,7 +211,8 @@ READERS = {
     "checksum": (sha256, SodaError),
     "recipe": (load_recipe, SodaError),
     "tokenizer": (lambda path: TextTokenizer(path.parent), SodaError),
-    "lines": (lambda path: next(iter(files.lines(path)))[1], None),
+    "glob": (lambda path: files.expand(f"{path.parent}/*.json"), SodaError),
+    "folder": (lambda path: (list(files.walk(path.parent, failed := [])), failed[0].reason)[1], None),
     "tar": (lambda path: next(iter(tars.read(path.parent, [path], path.parent, Wanted()))).reason, None),
 }
 

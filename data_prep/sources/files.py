@@ -45,6 +45,7 @@ def expand(pattern: str) -> tuple[Path, list[Path]]:
     base, found = matches(given)
     kept: list[Path] = []
     for path in found:
+        check_regular(path)  # a pipe is read only if it is named itself
         if not kept or kept[-1] not in path.parents:
             kept.append(path)
     if not kept:
@@ -79,7 +80,22 @@ def walk(top: Path, failed: list[Reject]) -> Iterator[tuple[Path, list[str], lis
             for folder in folders
             if not folder.startswith(".") and not here.startswith(os.path.realpath(os.path.join(name, folder)) + os.sep)
         )
-        yield Path(name), folders, sorted(file for file in files if not file.startswith("."))
+        odd = set(_odd(name))
+        failed.extend(Reject(os.path.join(name, file), "not a file: a pipe or a device") for file in sorted(odd))
+        yield Path(name), folders, sorted(file for file in files if not file.startswith(".") and file not in odd)
+
+
+def _odd(folder: str) -> Iterator[str]:
+    """The names of pipes, sockets and devices in a folder: opening one could wait forever."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            try:
+                if not entry.name.startswith(".") and not (entry.is_file() or entry.is_dir()):
+                    check_regular(entry.path)
+            except SodaError:
+                yield entry.name
+            except OSError:  # a link in a circle: its reader will report it
+                pass
 
 
 def relative(path: Path, root: Path) -> str:
@@ -125,7 +141,7 @@ class Unpacked:
 def blocks(path: Path) -> Iterator[bytes]:
     """A file's content in small pieces, unpacked if .gz, .tgz or .zst. Raises BadLine after the last good one, and
     SodaError if it unpacks to far too much."""
-    packing = regular(path).suffix.lower()
+    packing = path.suffix.lower()
     decoder: Any = None
     empty = True
     size = Unpacked(path)
@@ -194,7 +210,7 @@ def _decoded(raw: bytearray, number: int) -> str | BadLine:
 
 def unpacked(path: Path, scratch: Path) -> Path:
     """Unpacks `path` into `scratch`, once. For a truncated file, unpacks what there is (its reader will report it)."""
-    state = path.stat()
+    state = regular(path).stat()
     key = hashlib.sha256(f"{path.resolve()}\0{state.st_size}\0{state.st_mtime_ns}".encode(errors="surrogateescape"))
     output = scratch / f"{path.stem.removesuffix('.tar')}-{key.hexdigest()[:16]}{kind(path.stem + '.gz') or '.tar'}"
     if not output.is_file():

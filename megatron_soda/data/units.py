@@ -34,7 +34,6 @@ SCHEMA = pa.schema(
         ("audio", pa.string()),  # where the sound came from
     ]
 )
-SEALED = {b"checksum": b"sha256"}  # in the footer of every shard that has one; earlier versions wrote none
 _MARK = b"SODAsha2"
 
 
@@ -56,14 +55,14 @@ class Row:
 def write_units(path: Path, rows: list[dict], *, codec: CodecDescription, key: str = "") -> None:
     """rows: dicts of SCHEMA's fields, with codes (frames, codebooks)."""
     columns = [{**row, "codes": np.asarray(row["codes"], np.int16).reshape(-1)} for row in rows]
-    facts = {b"codec": json.dumps(codec.to_dict(), sort_keys=True), b"key": key, **SEALED}
+    facts = {b"codec": json.dumps(codec.to_dict(), sort_keys=True), b"key": key}
     with atomic_path(path) as temporary:
         pq.write_table(pa.Table.from_pylist(columns, SCHEMA.with_metadata(facts)), temporary, compression="zstd")
         seal(temporary)
 
 
 def seal(path: Path) -> None:
-    """Inserts the checksum into a Parquet file with SEALED in its metadata."""
+    """Inserts the checksum into a Parquet file."""
     with open(path, "r+b") as file:
         footer = _footer_at(file)
         file.seek(footer)
@@ -74,14 +73,14 @@ def seal(path: Path) -> None:
 
 
 def check_seal(path: Path) -> None:
-    """Raises SodaError if a byte of the shard has changed since it was written. (Older shards have no checksum.)"""
+    """Raises SodaError if a byte of the shard has changed since it was written. (Shards from older versions and from
+    other programs have no checksum.)"""
     with reading(path, CANNOT), open(path, "rb") as file:
         footer = _footer_at(file)
         begin = max(0, footer - len(_MARK) - 32)
         file.seek(begin)
         mark, digest, rest = file.read(len(_MARK)), file.read(32), file.read()
-        declared = SEALED.items() <= (pq.read_schema(path).metadata or {}).items()
-        if (declared or mark == _MARK) and (mark != _MARK or digest != _digest(file, begin, rest)):
+        if mark == _MARK and digest != _digest(file, begin, rest):
             raise ValueError("its checksum does not match: the file is damaged")
 
 
