@@ -15,8 +15,9 @@ import yaml
 from megatron_soda import cli
 from megatron_soda.config import load_recipe, save_recipe
 from megatron_soda.errors import SodaError
+from megatron_soda.files import locked
 from megatron_soda.isoflop.plan import Plan, make_plan
-from megatron_soda.isoflop.records import collect, recipe_hash, result_of, state_of
+from megatron_soda.isoflop.records import CLAIMS, RESULT, collect, recipe_hash, result_of, state_of
 from megatron_soda.isoflop.results import read_results
 from megatron_soda.isoflop.run import run_study
 from megatron_soda.isoflop.study import load_study
@@ -95,7 +96,18 @@ def share_a_process(path: Path) -> dict[str, Any]:
     first = worker.work(plan), list(trained), kinds(plan)
     threads = _threads()
     again = worker.work(plan), trained[len(first[1]) :], kinds(plan)
-    return {"first": first, "again": again, "threads": (threads, _threads()), "alone": last_loss(alone.run)}
+    threads_after, count = _threads(), len(trained)
+    folder = Path(plan.study.folder)
+    (folder / "runs" / plan.runs[0].id / RESULT).unlink()
+    with locked(folder / CLAIMS / plan.runs[0].id):
+        elsewhere = worker.work(plan), trained[count:]
+    return {
+        "first": first,
+        "again": again,
+        "elsewhere": elsewhere,
+        "threads": (threads, threads_after),
+        "alone": last_loss(alone.run),
+    }
 
 
 def test_failures_interruptions_and_repetitions(tmp_path):
@@ -105,6 +117,7 @@ def test_failures_interruptions_and_repetitions(tmp_path):
     found = forked(share_a_process, path)
     assert found["first"] == (130, ids[:3], ["done", "failed", "stopped", "waiting"])
     assert found["again"] == (0, ids[1:], ["done"] * 4)
+    assert found["elsewhere"] == (0, []), "another process has that run"
     before, after = found["threads"]
     assert after <= before + 4, "a run leaves threads behind"
     steps = [json.loads(line)["step"] for line in (tmp_path / "study" / "runs" / ids[2] / "metrics.jsonl").open()]
