@@ -21,7 +21,7 @@ def loaded(code: str) -> set[str]:
 
 
 def test_names_are_those_of_the_files():
-    assert SUITES.names() == ("grammar", "nll")
+    assert SUITES.names() == ("gain", "grammar", "nll")
     assert TASKS.names() == ("continue", "speak", "transcribe")
     for registry in (SUITES, TASKS):
         for name in registry.names():
@@ -76,7 +76,7 @@ def test_the_help_names_every_member(command, registry):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("evaluate.suite=[grammer]", r"must be one of grammar, nll\. Did you mean grammar\?"),
+        ("evaluate.suite=[grammer]", r"must be one of gain, grammar, nll\. Did you mean grammar\?"),
         ("generate.tasks=[talk]", "must be one of continue, speak, transcribe"),
     ],
 )

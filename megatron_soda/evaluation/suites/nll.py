@@ -112,12 +112,12 @@ def evaluate_nll(model: "LoadedModel", test: "Store", train: "Store", documents:
     from rich.progress import track
 
     from ...console import console
-    from ..likelihood import Likelihood, batches
+    from ..likelihood import Likelihood, batches, context_of
 
     names, table, baseline = model.space.class_names, model.space.class_table(), unigram(train)
-    scorer = Likelihood(model, test.slots)
+    scorer, longest = Likelihood(model, test.slots), context_of(model)
     count = min(documents, len(test)) if documents else len(test)
-    chosen = [test.document(i)[: scorer.longest] for i in range(count)]
+    chosen = [test.document(i)[:longest] for i in range(count)]
     sums = np.zeros((4, len(names)))  # tokens; nats of the model, of the model among legal tokens, of the unigram
     for batch in track(list(batches([len(document) for document in chosen])), "evaluate", console=console):
         scored = [chosen[i] for i in batch]
