@@ -8,6 +8,7 @@ import time
 import typer
 
 from .commands import (
+    compare,
     convert_store,
     doctor,
     evaluate,
@@ -37,7 +38,7 @@ app = typer.Typer(
 )
 COMMANDS = (
     *(prepare, validate, inspect, convert_store, train, params),
-    *(export, import_, evaluate, generate, report, doctor),
+    *(export, import_, evaluate, compare, generate, report, doctor),
 )
 for _module in COMMANDS:
     _name = _module.__name__.rpartition(".")[2].removesuffix("_").replace("_", "-")

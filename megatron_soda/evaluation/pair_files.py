@@ -9,6 +9,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,7 +56,7 @@ def language_pairs(folder: Path, kind: Kind) -> list[Pair]:
 
 
 def story_pairs(folder: Path) -> list[Pair]:
-    """sStoryCloze and tStoryCloze: wav files `NUMBER_….wav`, neighbours by number, with the transcript beside in .txt."""
+    """sStoryCloze and tStoryCloze: wav files `NUMBER_….wav`, neighbours by number; transcripts beside them in .txt."""
     _layouts(folder, ("wav files",))
     return _checked(folder, _flat(folder))
 
@@ -99,11 +100,13 @@ def _layouts(folder: Path, possible: Sequence[str] = ("gold.csv", "Parquet files
     if "gold.csv" in found and "wav files" in found:
         found.remove("wav files")
     if len(found) > 1:
-        raise SodaError(f"{folder}: holds both {' and '.join(found)}, so it is not clear which to use; keep one of them")
+        raise SodaError(
+            f"{folder}: holds both {' and '.join(found)}, so it is not clear which to use; keep one of them"
+        )
     if not found:
         hint = ""
         if "gold.csv" in possible and any(folder.rglob("*.wav")):
-            hint = " Its wav files lie deeper, but without a gold.csv (as in ZeroSpeech's test sets) nobody can score them."
+            hint = " Its wav files lie deeper, and no gold.csv says which are right (ZeroSpeech's test sets have none)."
         raise SodaError(f"{folder}: no pairs in it: neither {' nor '.join(possible)}.{hint}")
     return found
 
@@ -112,8 +115,8 @@ def _checked(folder: Path, pairs: list[Pair]) -> list[Pair]:
     """The pairs, sorted by name. SodaError for two of one name, or for files that are not there."""
     pairs = sorted(pairs, key=lambda pair: pair.name)
     names = [pair.name for pair in pairs]
-    if twice := sorted({a for a, b in zip(names, names[1:], strict=False) if a == b}):
-        raise SodaError(f"{folder}: holds several pairs named {_some(twice)}")
+    if twice := sorted({a for a, b in pairwise(names) if a == b}):
+        raise SodaError(f"{folder}: holds several pairs named {some(twice)}")
     listed: dict[str, set[str]] = {}
     missing = []
     for pair in pairs:
@@ -124,11 +127,12 @@ def _checked(folder: Path, pairs: list[Pair]) -> list[Pair]:
             if path.name not in listed[parent]:
                 missing.append(str(path))
     if missing:
-        raise SodaError(f"{folder}: incomplete: {len(missing)} recordings are missing: {_some(missing)}")
+        raise SodaError(f"{folder}: incomplete: {len(missing)} recordings are missing: {some(missing)}")
     return pairs
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """The first few names, for a message."""
     return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
@@ -140,7 +144,9 @@ def _gold(folder: Path, kind: Kind) -> list[Pair]:
     if not files:
         raise SodaError(f"{folder}: no gold.csv in it has the columns {', '.join(GOLD[kind])}")
     if len(files) > 1:
-        raise SodaError(f"{folder}: holds several: {_some([str(path) for path in files])}. Link the folder of one of them.")
+        raise SodaError(
+            f"{folder}: holds several: {some([str(path) for path in files])}. Link the folder of one of them."
+        )
     sides: dict[tuple[str, ...], dict[str, tuple[Side, dict[str, str]]]] = defaultdict(dict)
     keys = ("id", "voice") if kind == "words" else ("subtype", "id", "voice")
     for line, row in _csv(files[0], GOLD[kind]):
@@ -152,7 +158,7 @@ def _gold(folder: Path, kind: Kind) -> list[Pair]:
         sound = Sound(str(files[0].with_name(f"{row['filename']}.wav")))
         sides[key][correct] = Side(sound, row[TEXT[kind]]), row
     if half := [" ".join(key) for key, both in sides.items() if len(both) < 2]:
-        raise SodaError(f"{files[0]}: incomplete: only one side of {len(half)} pairs: {_some(half)}")
+        raise SodaError(f"{files[0]}: incomplete: only one side of {len(half)} pairs: {some(half)}")
     pairs = []
     for key, both in sides.items():
         (positive, row), (negative, _) = both["1"], both["0"]
@@ -227,7 +233,9 @@ def _flat(folder: Path) -> list[Pair]:
     numbered: dict[int, list[Path]] = defaultdict(list)
     for path in sorted(folder.glob("*.wav")):
         if not (number := re.match(r"(\d+)[_+]", path.name)):
-            raise SodaError(f"{path}: the name does not begin with a number and _ or +, which pairs it with another file")
+            raise SodaError(
+                f"{path}: the name does not begin with a number and _ or +, which pairs it with another file"
+            )
         numbered[int(number[1])].append(path)
     counts = {len(paths) for paths in numbered.values()}
     if counts == {1}:
@@ -239,7 +247,7 @@ def _flat(folder: Path) -> list[Pair]:
         sides = [_labelled(*numbered[number]) for number in sorted(numbered)]
     else:
         odd = [f"{number} ({len(paths)})" for number, paths in sorted(numbered.items()) if len(paths) != 2]
-        raise SodaError(f"{folder}: incomplete: numbers whose files are not two: {_some(odd)}")
+        raise SodaError(f"{folder}: incomplete: numbers whose files are not two: {some(odd)}")
     return [Pair(positive.stem, _beside(positive), _beside(negative)) for positive, negative in sides]
 
 
@@ -274,7 +282,7 @@ def _sample_folders(folder: Path) -> list[Pair]:
                 raise SodaError(f"{path}: not named sample_NUMBER_0.wav (right) or sample_NUMBER_1.wav (wrong)")
             samples[int(name[1])][name[2]] = path
         if half := [f"{task.name}/sample_{number}" for number, both in samples.items() if len(both) < 2]:
-            raise SodaError(f"{folder}: incomplete: only one side of {len(half)} pairs: {_some(half)}")
+            raise SodaError(f"{folder}: incomplete: only one side of {len(half)} pairs: {some(half)}")
         for number, both in sorted(samples.items()):
             positive, negative = (Side(Sound(str(both[label]))) for label in "01")
             pairs.append(Pair(f"{task.name} {number}", positive, negative, task.name))
