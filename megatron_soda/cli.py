@@ -46,7 +46,7 @@ for _module in COMMANDS:
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(isoflop.app, name="isoflop")
 
-GOES_ON = ("prepare", "train", "isoflop")  # these resume when run again; the others start over
+GOES_ON = ("prepare", "train", "isoflop", "evaluate")  # these resume when run again; the others start over
 
 
 def main() -> None:
