@@ -8,6 +8,7 @@ import time
 import typer
 
 from .commands import (
+    compare,
     convert_store,
     doctor,
     evaluate,
@@ -37,7 +38,7 @@ app = typer.Typer(
 )
 COMMANDS = (
     *(prepare, validate, inspect, convert_store, train, params),
-    *(export, import_, evaluate, generate, report, doctor),
+    *(export, import_, evaluate, compare, generate, report, doctor),
 )
 for _module in COMMANDS:
     _name = _module.__name__.rpartition(".")[2].removesuffix("_").replace("_", "-")
@@ -45,7 +46,7 @@ for _module in COMMANDS:
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(isoflop.app, name="isoflop")
 
-GOES_ON = ("prepare", "train", "isoflop")  # these resume when run again; the others start over
+GOES_ON = ("prepare", "train", "isoflop", "evaluate")  # these resume when run again; the others start over
 
 
 def main() -> None:

@@ -21,7 +21,8 @@ def loaded(code: str) -> set[str]:
 
 
 def test_names_are_those_of_the_files():
-    assert SUITES.names() == ("grammar", "nll")
+    pairs = ("salmon", "sblimp", "sstorycloze", "swuggy", "tblimp", "tstorycloze", "twuggy")
+    assert SUITES.names() == ("gain", "grammar", "nll", *pairs)
     assert TASKS.names() == ("continue", "speak", "transcribe")
     for registry in (SUITES, TASKS):
         for name in registry.names():
@@ -76,7 +77,7 @@ def test_the_help_names_every_member(command, registry):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("evaluate.suite=[grammer]", r"must be one of grammar, nll\. Did you mean grammar\?"),
+        ("evaluate.suite=[grammer]", r"must be one of gain, grammar, nll, .*, twuggy\. Did you mean grammar\?"),
         ("generate.tasks=[talk]", "must be one of continue, speak, transcribe"),
     ],
 )

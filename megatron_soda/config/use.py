@@ -22,6 +22,8 @@ class Evaluate:
     split: Literal["train", "valid", "test"] = "test"
     documents: CountOrZero = 0
     """Documents to score. 0: all."""
+    benchmarks: str = ""
+    """Folder of the likelihood benchmarks: each in a subfolder of its name (docs/evaluation.md)."""
     generations: CountOrZero = 100
     """Generations for the grammar suite."""
     max_tokens: CountOrZero = 400

@@ -43,6 +43,14 @@ class Bench:
         chosen = self.recipe.evaluate
         return held_out_rows(self.recipe.data_folder, chosen.split, self.model, self.recipe.data.accept)
 
+    @cached_property
+    def slots(self) -> int:
+        """Codes per frame in the documents that the model was trained on."""
+        path = self.recipe.data_folder / self.recipe.evaluate.split
+        if path.with_name(f"{path.name}.json").is_file():
+            return Store(path).slots
+        return 1 if self.recipe.prepare.orders == ["semantic-only"] else self.model.space.codebooks
+
     @property
     def has_codec(self) -> bool:
         return self.model.codec is not None

@@ -34,11 +34,6 @@ class Likelihood:
         self._batcher = Batcher(model.space)
         self._legal = LegalRows(Rows(model.space), {slots})
 
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest document that fits the context: the last one is only a label."""
-        return int(self.model.model.config.max_position_embeddings) + 1
-
     def nats(self, documents: Sequence[np.ndarray], softmaxes: Sequence[str]) -> Iterator[np.ndarray]:
         """For each document of a batch float64 (softmaxes, tokens - 1): -log p of every token after the first, by the
         softmax over "all" tokens or over "legal" ones."""
@@ -72,6 +67,11 @@ class Likelihood:
         return found
 
 
+def context_of(model: "LoadedModel") -> int:
+    """Tokens of the longest document that fits the context: the last one is only a label."""
+    return int(model.model.config.max_position_embeddings) + 1
+
+
 def batches(lengths: Sequence[int]) -> Iterator[list[int]]:
     """Documents by number, sorted by length, in batches of about TOKENS_AT_ONCE tokens, padding included."""
     batch: list[int] = []
@@ -94,7 +94,7 @@ def class_sums(bench: "Bench", name: str, documents: Sequence[np.ndarray], slots
     table, classes = bench.model.space.class_table(), len(bench.model.space.class_names)
     key = [VERSION, bench.model.key, bench.softmax, slots]
     with _Kept(Path(bench.recipe.run) / "evaluate" / f"{name}.jsonl", key) as kept:
-        digests = [_digest(document) for document in documents]
+        digests = [digest_of([document]) for document in documents]
         first = {digest: number for number, digest in reversed(list(enumerate(digests))) if digest not in kept.sums}
         todo = list(first.values())
         for batch in track(list(batches([len(documents[i]) for i in todo])), name, console=console):
@@ -105,8 +105,12 @@ def class_sums(bench: "Bench", name: str, documents: Sequence[np.ndarray], slots
         return np.array([kept.sums[digest] for digest in digests]).reshape(len(documents), classes)
 
 
-def _digest(document: np.ndarray) -> str:
-    return hashlib.sha256(np.asarray(document, "<i4").tobytes()).hexdigest()[:32]
+def digest_of(documents: Sequence[np.ndarray]) -> str:
+    """Of the ids of some documents, in order."""
+    found = hashlib.sha256()
+    for document in documents:
+        found.update(len(document).to_bytes(8, "little") + np.asarray(document, "<i4").tobytes())
+    return found.hexdigest()[:32]
 
 
 class _Kept:

@@ -4,6 +4,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+
+from .. import __version__
 from ..config import Recipe
 from ..errors import SodaError
 from ..files import check_writable, read_json, write_json
@@ -23,14 +27,13 @@ def evaluate(recipe: Recipe, folder: Path) -> dict[str, Any]:
     began = time.monotonic()
     suites = [SUITES[name] for name in dict.fromkeys(recipe.evaluate.suite)]
     bench = Bench(recipe, folder)
-    needs = {need for suite in suites for need in suite.needs}
-    for need in sorted(needs):
-        getattr(bench, need)
+    for suite in suites:
+        suite.check(bench)
     path = Path(recipe.run) / "eval.json"
     check_writable(path.parent)
-    result = _carried_over(path, bench.header(with_data="data" in needs))
+    result = _carried_over(path, bench.header(with_data=any("data" in suite.needs for suite in suites)))
     for suite in suites:
-        result[suite.name] = suite.measure(bench)
+        result[suite.name] = suite.measure(bench) | {"made_with": made_with(recipe)}
         print("\n".join(table(suite, suite.rows(result[suite.name]))))  # first: the disk may be full by now
         write_json(path, result)
     if not suites:
@@ -38,6 +41,11 @@ def evaluate(recipe: Recipe, folder: Path) -> dict[str, Any]:
     update_card(folder, result)
     record_timing(Path(recipe.run), "evaluate", {"seconds": time.monotonic() - began})
     return result
+
+
+def made_with(recipe: Recipe) -> dict[str, Any]:
+    versions = {"megatron_soda": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    return {"seed": recipe.seed, **versions}
 
 
 def _carried_over(path: Path, header: dict[str, Any]) -> dict[str, Any]:
@@ -58,6 +66,8 @@ def table(suite: Suite, rows: list[Row]) -> list[str]:
     columns[suite.unit or "value"] = [row.value for row in rows]
     columns[suite.against or "baseline"] = [row.baseline for row in rows]
     columns["difference"] = [None if row.baseline is None else row.value - row.baseline for row in rows]
+    for side, name in enumerate(("from", "to")):
+        columns[name] = [None if row.interval is None else row.interval[side] for row in rows]
     columns["of"] = [row.of if isinstance(row.of, int) else None for row in rows]
     shown = {name: cells for name, cells in columns.items() if any(cell is not None for cell in cells)}
     heading = f"{suite.name:<22}" + "".join(f"{name:>12}" for name in shown)

@@ -21,6 +21,7 @@ class Row:
     baseline: Any = None  # the same figure for a trivial baseline; lower is better
     small: tuple[Any, Any] = (None, None)  # value and baseline in `Suite.small_unit`
     of: Any = None  # the maximum possible value: an int for counts, 1.0 for shares
+    interval: tuple[Any, Any] | None = None  # 95 %: of the value minus the baseline, without one of the value
     meaning: str = ""
     total: bool = False  # summarises other rows
 
@@ -32,13 +33,18 @@ class Suite(ABC):
     title: ClassVar[str]
     about: ClassVar[str]  # what the figures mean, for readers who do not know the paper
     # What must exist before anything is measured: attributes of `Bench`. The model always does.
-    needs: ClassVar[tuple[Literal["data", "codec"], ...]] = ()
+    needs: ClassVar[tuple[Literal["data", "utterances", "codec"], ...]] = ()
     unit: ClassVar[str] = ""  # unit of values and baselines
     small_unit: ClassVar[str] = ""
     counted: ClassVar[str] = ""  # what `Row.count` counts
     against: ClassVar[str] = ""  # what `Row.baseline` refers to; empty: rows have no baseline
     glossary: ClassVar[tuple[str, str] | None] = None  # a question about the rows and its answer, collapsed on the page
     absent: ClassVar[str] = ""  # shown on the page if there is no result; empty: the page omits the suite
+
+    def check(self, bench: Any) -> None:
+        """Called for every suite before anything is measured. Raises SodaError if something is missing."""
+        for need in self.needs:
+            getattr(bench, need)
 
     @abstractmethod
     def measure(self, bench: Any) -> dict[str, Any]:

@@ -47,6 +47,7 @@ def compared_row(row: Row, top: float) -> dict[str, Any]:
         "value": value,
         "baseline": baseline,
         "change": difference(value, baseline),
+        "interval": interval(row),
         "small": small,
         "small_baseline": small_baseline,
         "small_change": difference(small, small_baseline),
@@ -70,11 +71,17 @@ def shares(rows: list[Row]) -> list[dict[str, Any]]:
                 "meaning": row.meaning,
                 "count": row.count,
                 "value": row.value,
+                "interval": interval(row),
                 "of": row.of if fits and isinstance(row.of, int) else None,
                 "percent": percent(value, of) if fits and of else None,
             }
         )
     return found
+
+
+def interval(row: Row) -> tuple[float, float] | None:
+    low, high = map(finite, row.interval or (None, None))
+    return None if low is None or high is None else (low, high)
 
 
 def percent(value: float | None, top: float) -> float | None:

@@ -45,7 +45,7 @@ class Nll(Suite):
 
     def measure(self, bench: "Bench") -> dict[str, Any]:
         test, train = bench.data
-        result = evaluate_nll(bench.model, test, train, bench.recipe.evaluate.documents)
+        result = evaluate_nll(bench.model, test, train, bench.recipe.evaluate.documents, bench.softmax)
         return result | {"head_rows": bench.recipe.training.head_rows}
 
     def rows(self, result: Mapping[str, Any]) -> list[Row]:
@@ -79,7 +79,8 @@ class Nll(Suite):
             for name, row in named.items()
             if isinstance(row, dict)
         }
-        return more | {key: value for key, value in result.items() if key != "classes" and key not in TOTALS}
+        shown = ("classes", "items", "must_match", *TOTALS)
+        return more | {key: value for key, value in result.items() if key not in shown}
 
     @staticmethod
     def _side(result: Mapping[str, Any]) -> str:
@@ -101,37 +102,56 @@ def unigram(store: "Store") -> np.ndarray:
     return -np.log(counts / totals[classes])
 
 
-def evaluate_nll(model: "LoadedModel", test: "Store", train: "Store", documents: int = 0) -> dict[str, Any]:
+def evaluate_nll(
+    model: "LoadedModel", test: "Store", train: "Store", documents: int = 0, softmax: str = "all"
+) -> dict[str, Any]:
     """Teacher-forced NLL of every token after BOS, for each document separately, truncated at the model's context
     length.
 
-    documents: how many of `test` to use; 0: all. Returns {"classes": {name: row}, "acoustic_mean": row, "all": row}. A
-    row has the number of tokens, and nats and bits: `model` of the softmax over all tokens, `legal` of the one over
-    those that the grammar allows (model minus legal is -log of their share), and of the unigram.
+    documents: how many of `test` to use; 0: all. softmax: "all" or "legal", whose nats of single documents the result
+    keeps for `soda compare`. Returns {"classes": {name: row}, "acoustic_mean": row, "all": row, ..}. A row has the
+    number of tokens, and nats and bits: `model` of the softmax over all tokens, `legal` of the one over those that the
+    grammar allows (model minus legal is -log of their share), and of the unigram.
     """
     from rich.progress import track
 
     from ...console import console
-    from ..likelihood import Likelihood, batches
+    from ..likelihood import Likelihood, batches, context_of, digest_of
 
     names, table, baseline = model.space.class_names, model.space.class_table(), unigram(train)
-    scorer = Likelihood(model, test.slots)
+    scorer, longest = Likelihood(model, test.slots), context_of(model)
     count = min(documents, len(test)) if documents else len(test)
-    chosen = [test.document(i)[: scorer.longest] for i in range(count)]
-    sums = np.zeros((4, len(names)))  # tokens; nats of the model, of the model among legal tokens, of the unigram
+    chosen = [test.document(i)[:longest] for i in range(count)]
+    # Of each document: tokens; nats of the model, of the model among legal tokens, of the unigram
+    of_each = np.zeros((count, 4, len(names)))
     for batch in track(list(batches([len(document) for document in chosen])), "evaluate", console=console):
         scored = [chosen[i] for i in batch]
-        for document, nats in zip(scored, scorer.nats(scored, ["all", "legal"]), strict=True):
+        for number, document, nats in zip(batch, scored, scorer.nats(scored, ["all", "legal"]), strict=True):
             labels = document[1:]
-            for total, weights in zip(sums, (None, *nats, baseline[labels]), strict=True):
+            for total, weights in zip(of_each[number], (None, *nats, baseline[labels]), strict=True):
                 total += np.bincount(table[labels], weights, len(names))
+    sums = of_each.sum(0)
     rows = {name: _row(*sums[:, i]) for i, name in enumerate(names) if sums[0, i]}
     acoustic = [rows[name] for name in names[3:] if name in rows]
     result: dict[str, Any] = {"classes": rows, "all": _row(*sums.sum(1))}
     if acoustic:  # the mean over codebooks, as in the paper
         mean = {key: float(np.mean([row[key] for row in acoustic])) for key in acoustic[0]}
         result["acoustic_mean"] = mean | {"tokens": sum(row["tokens"] for row in acoustic)}
-    return result
+    chosen_nats = of_each[:, 1 + ("all", "legal").index(softmax)]
+    must_match = {"tokens": model.made_by, "softmax": softmax, "data": digest_of(chosen)}
+    return result | {"items": _items(names, of_each[:, 0], chosen_nats), "must_match": must_match}
+
+
+def _items(names: list[str], tokens: np.ndarray, nats: np.ndarray) -> dict[str, Any]:
+    """tokens, nats: (documents, classes) -> the sums of every document, by what is compared between models."""
+    parts = {name: [i] for i, name in enumerate(names[:3])}
+    parts |= {"acoustic": list(range(3, len(names))), "all": list(range(len(names)))}
+    figures = {
+        part: {"sums": nats[:, of].sum(1).tolist(), "counts": tokens[:, of].sum(1).tolist()}
+        for part, of in parts.items()
+        if tokens[:, of].any()
+    }
+    return {"names": [str(i) for i in range(len(tokens))], "figures": figures}
 
 
 def _row(tokens: float, model: float, legal: float, baseline: float) -> dict[str, float]:
