@@ -174,9 +174,9 @@ class EmbeddedCodec:
         pulses = pulse_train(coded.f0[None], len(codes) * SAMPLES_PER_FRAME)
         pulses = pulses[:, low * SAMPLES_PER_FRAME : high * SAMPLES_PER_FRAME]
         some = slice(low * SUBFRAMES_PER_FRAME, high * SUBFRAMES_PER_FRAME)
-        features = (part[None, some] for part in (coded.envelope, coded.f0, coded.voicing))
+        envelope, f0, voicing = (part[None, some] for part in (coded.envelope, coded.f0, coded.voicing))
         with torch.inference_mode():
-            wave = self._decoder.filter(*features, pulses, noise[None])[0]
+            wave = self._decoder.filter(envelope, f0, voicing, pulses, noise[None])[0]
         wave = wave[(first - low) * SAMPLES_PER_FRAME : (end - low) * SAMPLES_PER_FRAME]
         return wave.clamp(-1.0, 1.0).numpy()
 

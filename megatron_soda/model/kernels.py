@@ -4,7 +4,7 @@ The head's scores are read twice and written once, in the dtype of the matrix pr
 them to float32 and pass over them seven times, which took longer than the three products of the head.
 TRITON_INTERPRET=1 runs the kernels on a CPU, for tests.
 """
-# pyright: reportMissingImports=false, reportIndexIssue=false
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false
 # Triton comes with PyTorch for CUDA, and kernel[grid](...) is how its kernels are launched.
 
 from typing import Any

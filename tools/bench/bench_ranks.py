@@ -1,4 +1,5 @@
-"""Measures the CPU time of each tensor-parallel rank in a training step, and in the head alone. Run by hand.
+"""Measures the CPU time of each tensor-parallel rank in a training step, and in the head alone, and counts the scores
+that its head computes. Run by hand.
 
 A rank's own CPU time: waiting for another rank costs none, so cores shared by several ranks change nothing. The step is
 that of `soda train` (forward, backward, clipping, AdamW) over 144,644 ids; what counts is the rank that takes longest.
@@ -33,8 +34,8 @@ from megatron_soda.vocab import LLAMA3
 console = Console()
 
 
-def work(rank: int, settings: list[str], documents: int, steps: int, results: Any) -> None:
-    """In the process of a rank: CPU seconds of the steps after the first, as (step, head)."""
+def work(rank: int, settings: list[str], documents: int, text: float, steps: int, results: Any) -> None:
+    """In the process of a rank, of every step after the first: CPU seconds of the step and of its head, and scores."""
     recipe = load_recipe(None, settings)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
     from megatron_soda.parallel import ranks  # isort: skip  before megatron
@@ -42,23 +43,25 @@ def work(rank: int, settings: list[str], documents: int, steps: int, results: An
 
     device = ranks.init(recipe)
     torch.set_num_threads(1)
-    head, spent = module.head_loss, [0.0]
+    head, spent, scores = module.head_loss, [0.0], [0]
 
     def timed(*arguments: Any, **named: Any) -> Any:
         began = time.process_time()
         result = head(*arguments, **named)
         spent[0] += time.process_time() - began
+        for piece in named["pieces"] or ():
+            scores[0] += len(piece.index) * (piece.high - piece.low)
         return result
 
     setattr(module, "head_loss", timed)  # noqa: B010
     engine = module.Engine(recipe, LLAMA3, device)
     batch = recipe.training.global_batch_size
-    windows = RandomWindows(recipe.data.sequence_length, documents, batch * (steps + 1))
+    windows = RandomWindows(recipe.data.sequence_length, documents, batch * (steps + 1), text)
     found = []
     for number in range(steps + 1):
-        spent[0], began = 0.0, time.process_time()
+        spent[0], scores[0], began = 0.0, 0, time.process_time()
         engine.train_step(windows, number * batch, RATE)
-        found.append((time.process_time() - began, spent[0]))
+        found.append((time.process_time() - began, spent[0], scores[0] / 1e6))
     results.put((rank, found[1:]))
 
 
@@ -88,6 +91,7 @@ def main(
     layers: Annotated[int, typer.Option(help="cut the model to so many; 0: all")] = 0,
     sequence_length: Annotated[int, typer.Option(min=1)] = 1024,
     documents: Annotated[int, typer.Option(min=1, help="of a window")] = 1,
+    text: Annotated[float, typer.Option(min=0, max=1, help="its share of the tokens; SODA's is 4 %")] = 0.04,
     steps: Annotated[int, typer.Option(min=1, help="timed, after a first one")] = 5,
 ) -> None:
     """Prints a table and one JSON line: CPU seconds of every rank, medians over the steps."""
@@ -103,20 +107,37 @@ def main(
         *(settings or []),
     ]
     with console.status("measuring"):
-        found = run(tensor, work, overrides, documents, steps)
-    table = Table("rank", "step, CPU s", "head, CPU s", title=f"{preset}, {sequence_length:,} tokens, {overrides[-1]}")
+        found = run(tensor, work, overrides, documents, text, steps)
+    table = Table(
+        "rank",
+        "step, CPU s",
+        "head, CPU s",
+        "scores, millions",
+        title=f"{preset}, {sequence_length:,} tokens, {overrides[-1]}",
+    )
     rows = []
     for _, results in sorted(found.items()):
-        step, head = (statistics.median(times) for times in zip(*results, strict=True))
-        rows.append({"step": step, "head": head})
+        step, head, scores = (statistics.median(values) for values in zip(*results, strict=True))
+        rows.append({"step": step, "head": head, "scores": scores})
     for name, row in [*((str(i), row) for i, row in enumerate(rows)), ("slowest", _slowest(rows))]:
-        table.add_row(name, f"{row['step']:.3f}", f"{row['head']:.3f}")
+        table.add_row(name, f"{row['step']:.3f}", f"{row['head']:.3f}", f"{row['scores']:.3f}")
     console.print(table)
-    print(to_json({"settings": overrides, "documents": documents, "steps": steps, "rows": rows, **_slowest(rows)}))
+    print(
+        to_json(
+            {
+                "settings": overrides,
+                "documents": documents,
+                "text": text,
+                "steps": steps,
+                "rows": rows,
+                **_slowest(rows),
+            }
+        )
+    )
 
 
 def _slowest(rows: list[dict[str, float]]) -> dict[str, float]:
-    return {key: max(row[key] for row in rows) for key in ("step", "head")}
+    return {key: max(row[key] for row in rows) for key in ("step", "head", "scores")}
 
 
 if __name__ == "__main__":
