@@ -53,7 +53,7 @@ class Decoder:
         self.context: int = config.max_position_embeddings  # tokens
         self.device: torch.device = self._embedding.device
         if weights and self.device.type != "cpu":
-            raise SodaError(f"weights={weights} is for decoding on a CPU; this model is on {self.device}")
+            raise SodaError(f"generate.weights={weights}: is for decoding on a CPU, but this model is on {self.device}")
         self._dtype = torch.float32 if weights else self._embedding.dtype
         self._heads, self._groups = config.num_attention_heads, config.num_key_value_heads
         self._size: int = config.head_dim

@@ -121,6 +121,8 @@ def test_what_cannot_be_decoded_is_refused(tmp_path):
         decoder.prefill([[1], []], 3)
     with pytest.raises(ValueError, match="a prompt has 40000 tokens, but the model's context is 32768"):
         decoder.prefill([[1] * 40_000], 3)
+    with pytest.raises(SodaError, match="weights=int8: is for decoding on a CPU, but this model is on meta"):
+        Decoder(model.to("meta"), "int8")
     model.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     with pytest.raises(SodaError, match="rotary positions of type 'dynamic': only default and llama3"):
         Decoder(model)
