@@ -76,14 +76,14 @@ def _why_not(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
 
 
 def _differences(suite: str, one: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[Difference]:
-    names, groups, tasks = one["names"], one.get("groups"), one.get("tasks")
+    groups, tasks = one.get("groups"), np.array(one.get("tasks", [""] * len(one["names"])))
     figures = [figure for figure in one["figures"] if figure in other["figures"]]
     sums, counts = (
         [np.array([items["figures"][figure][part] for figure in figures], float).T for items in (one, other)]
         for part in ("sums", "counts")
     )
-    for task in ["", *sorted(set(tasks or []) - {""})]:
-        chosen = np.array([not task or tasks[i] == task for i in range(len(names))])
+    for task in ["", *sorted(set(tasks.tolist()) - {""})]:
+        chosen = (tasks == task) | (task == "")
         of_task = None if groups is None else [group for group, some in zip(groups, chosen, strict=True) if some]
         draws = [resampled(s[chosen], c[chosen], of_task) for s, c in zip(sums, counts, strict=True)]
         values = [s[chosen].sum(0) / c[chosen].sum(0) for s, c in zip(sums, counts, strict=True)]

@@ -18,8 +18,10 @@ from ..errors import SodaError
 from ..files import reading
 
 Kind = Literal["words", "sentences"]
-GOLD = {"words": ("id", "filename", "voice", "frequency", "word", "correct")}
-GOLD["sentences"] = ("id", "filename", "voice", "type", "subtype", "transcription", "correct")
+GOLD = {  # columns of gold.csv that are read
+    "words": ("id", "filename", "voice", "frequency", "word", "correct"),
+    "sentences": ("id", "filename", "voice", "type", "subtype", "transcription", "correct"),
+}
 TEXT = {"words": "word", "sentences": "transcription"}
 BANDS = ((0, "out of vocabulary"), (5, "1 to 5"), (20, "6 to 20"), (100, "21 to 100"))
 LABELS = (("correct", "incorrect"), ("positive", "negative"))  # in file names, of the two sides of a pair
@@ -197,11 +199,11 @@ def _band(frequency: str, path: Path) -> str:
 
 def _hub(folder: Path, kind: Kind) -> list[Pair]:
     texts = [f"{side}_{TEXT[kind]}" for side in ("positive", "negative")]
-    columns = ("id", "positive", "negative", *texts)
-    return [
-        Pair(str(row["id"]), *(Side(side.sound, str(row[text] or "")) for side, text in zip(sides, texts, strict=True)))
-        for row, sides in _rows(folder, columns, ("positive", "negative"))
-    ]
+    pairs = []
+    for row, sides in _rows(folder, ("id", "positive", "negative", *texts), ("positive", "negative")):
+        positive, negative = (Side(side.sound, str(row[text] or "")) for side, text in zip(sides, texts, strict=True))
+        pairs.append(Pair(str(row["id"]), positive, negative))
+    return pairs
 
 
 def _rows(

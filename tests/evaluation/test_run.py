@@ -103,6 +103,11 @@ def test_default_suites_and_what_is_printed(exported, capsys):
     stores = [Store(exported.run / "data" / side) for side in ("test", "train")]
     assert result["data"] == [store.fingerprint for store in stores]
     assert json.loads((exported.run / "eval.json").read_text()) == result
+    classes, each = result["nll"]["classes"], ("semantic", "acoustic_1", "acoustic_2", "acoustic_3")
+    assert classes["text"]["tokens"] > 0
+    a_frame = sum(classes[name]["model_bits"] for name in each)  # no document is cut inside one
+    assert result["nll"]["bits_per_audio_second"] == pytest.approx(12.5 * a_frame)
+    assert result["nll"]["bits_per_text_token"] == classes["text"]["model_bits"]
     assert json.loads((exported.run / "timings.json").read_text())["evaluate"]["seconds"] > 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["nll", "tokens", "nats", "unigram", "difference"] in lines

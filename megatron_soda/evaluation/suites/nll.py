@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ...hf.load import LoadedModel
     from ..bench import Bench
 
+NO_AUDIO = ("text", "marker")
 TOTALS = {"acoustic_mean": "All acoustic", "all": "All tokens"}
 
 
@@ -46,7 +47,22 @@ class Nll(Suite):
     def measure(self, bench: "Bench") -> dict[str, Any]:
         test, train = bench.data
         result = evaluate_nll(bench.model, test, train, bench.recipe.evaluate.documents, bench.softmax)
-        return result | {"head_rows": bench.recipe.training.head_rows}
+        return result | {"head_rows": bench.recipe.training.head_rows} | self._rates(result, bench)
+
+    def _rates(self, result: Mapping[str, Any], bench: "Bench") -> dict[str, float]:
+        """Bits per second of audio, for all its tokens together, and per text token."""
+        from ...codecs.description import read_description
+
+        classes, side = result["classes"], "legal" if bench.softmax == "legal" else "model"
+        found: dict[str, float] = {}
+        if "semantic" in classes and bench.model.codec is not None:
+            codec = read_description(bench.model.codec)
+            seconds = classes["semantic"]["tokens"] * codec.samples_per_frame / codec.sample_rate
+            bits = [row["tokens"] * row[f"{side}_bits"] for name, row in classes.items() if name not in NO_AUDIO]
+            found["bits_per_audio_second"] = sum(bits) / seconds
+        if "text" in classes:
+            found["bits_per_text_token"] = classes["text"][f"{side}_bits"]
+        return found
 
     def rows(self, result: Mapping[str, Any]) -> list[Row]:
         classes = result.get("classes")
