@@ -141,6 +141,15 @@ def test_prompts_of_unequal_length_are_what_they_are_alone():
     assert len({len(row.ids) for row in together}) > 4
 
 
+def test_a_row_that_ended_at_its_limit_stays_in_the_batch():
+    frame = [SPACE.bos, SPACE.audio_start, *range(SPACE.audio_base, SPACE.size, 16)]
+    prompts = [Prompt(frame, {SPACE.audio_end}, 2), *[Prompt([SPACE.bos], set(), 40)] * 4]
+    short, *others = sample(Decoder(qwen3(4, 0.4)), CONSTRAINT, prompts, seed=1)
+    assert short.ids == [*frame, SPACE.audio_end]
+    assert short.forced
+    assert max(len(row.ids) for row in others) > 5
+
+
 def test_tokens_are_told_as_they_come():
     told: dict[int, list[int]] = {}
     rows = draw(
