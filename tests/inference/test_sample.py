@@ -177,7 +177,8 @@ def drawn(**how: Any) -> torch.Tensor:
     """Shares of 4,000 draws from probabilities 0.5, 0.3, 0.15 and 0.05."""
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().repeat(4000, 1)
     uniform = torch.rand(4000, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    found = sampling._draw(logits, **{"temperature": 1.0, "top_p": 1.0, "top_k": 0, **how}, uniform=uniform)
+    chosen: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, **how}
+    found = sampling._draw(logits, **chosen, uniform=uniform)
     return torch.bincount(found, minlength=4) / 4000
 
 

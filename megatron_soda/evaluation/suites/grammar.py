@@ -98,8 +98,14 @@ def _generations(
 
     found: list[Sampled] = []
     for start in range(0, count, ROWS_AT_ONCE):
-        how = {"count": min(ROWS_AT_ONCE, count - start), "seed": seed + start}
-        found += sample(decoder, constraint, [prompt], constrained=constrained, statistics=True, **how)
+        rows = min(ROWS_AT_ONCE, count - start)
+        found += sample(
+            *(decoder, constraint, [prompt]),
+            count=rows,
+            seed=seed + start,
+            constrained=constrained,
+            statistics=True,
+        )
     return found
 
 
