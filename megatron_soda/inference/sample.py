@@ -101,10 +101,10 @@ class _Row:
         result.forced |= forced
         result.valid = after >= 0
         result.ended = result.valid and (token in self.stop or after == Grammar.END)
-        self.left -= 1
-        self.going = result.valid and not result.ended and self.left > 0
-        if self.going:
+        self.going = result.valid and not result.ended and self.left > 1
+        if self.going:  # otherwise it may stay in the batch, where it needs a state that has legal tokens
             self.state = after
+            self.left -= 1
 
 
 def sample(

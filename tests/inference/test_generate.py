@@ -88,7 +88,7 @@ def test_a_sample_is_the_best_of_what_is_drawn(exported):
     ids = [s.bos, s.text_start, *model.text.encode(entry["prompt_text"]), s.text_end, s.audio_start]
     longest = (160 - 64) // 4
     prompt = Prompt(ids, {s.audio_end}, longest * 4 + 2)
-    how = {"count": 3, "seed": recipe.seed, "temperature": 0.7, "top_p": 0.9, "statistics": True}
+    how: dict[str, Any] = {"count": 3, "seed": recipe.seed, "temperature": 0.7, "top_p": 0.9, "statistics": True}
     rows = sample(Decoder(model.model), Constraint(s, model.device), [prompt], **how)
     waves = [np.array([t for t in row.ids[len(ids) :] if t >= s.audio_base]).reshape(-1, 4) for row in rows]
     nats = [pytest.approx(float(np.mean(row.nats))) for row in rows]

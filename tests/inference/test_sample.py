@@ -141,6 +141,15 @@ def test_prompts_of_unequal_length_are_what_they_are_alone():
     assert len({len(row.ids) for row in together}) > 4
 
 
+def test_a_row_that_ended_at_its_limit_stays_in_the_batch():
+    frame = [SPACE.bos, SPACE.audio_start, *range(SPACE.audio_base, SPACE.size, 16)]
+    prompts = [Prompt(frame, {SPACE.audio_end}, 2), *[Prompt([SPACE.bos], set(), 40)] * 4]
+    short, *others = sample(Decoder(qwen3(4, 0.4)), CONSTRAINT, prompts, seed=1)
+    assert short.ids == [*frame, SPACE.audio_end]
+    assert short.forced
+    assert max(len(row.ids) for row in others) > 5
+
+
 def test_tokens_are_told_as_they_come():
     told: dict[int, list[int]] = {}
     rows = draw(
@@ -168,7 +177,8 @@ def drawn(**how: Any) -> torch.Tensor:
     """Shares of 4,000 draws from probabilities 0.5, 0.3, 0.15 and 0.05."""
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().repeat(4000, 1)
     uniform = torch.rand(4000, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    found = sampling._draw(logits, **{"temperature": 1.0, "top_p": 1.0, "top_k": 0, **how}, uniform=uniform)
+    chosen: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, **how}
+    found = sampling._draw(logits, **chosen, uniform=uniform)
     return torch.bincount(found, minlength=4) / 4000
 
 

@@ -42,6 +42,9 @@ BYTES = {"": 4, "bf16": 2, "int8": 1}
 PROMPT_FRAMES = 6
 CPU = torch.device("cpu")
 
+Side = tuple[float, list[list[int]]]  # seconds a step, and ids by row
+Rows = list[dict[str, Any]]
+
 console = Console()
 
 
@@ -73,7 +76,7 @@ class GrammarMask(LogitsProcessor):
         return cast(torch.FloatTensor, masked)
 
 
-def theirs(model: Any, constraint: Constraint, prompt: Prompt, batch: int, clock: Callable[[], float]):
+def theirs(model: Any, constraint: Constraint, prompt: Prompt, batch: int, clock: Callable[[], float]) -> Side:
     """Seconds a step, and ids by row."""
     mask = GrammarMask(constraint, prompt, clock)
     settings = {"max_new_tokens": prompt.max_tokens, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -81,7 +84,7 @@ def theirs(model: Any, constraint: Constraint, prompt: Prompt, batch: int, clock
     return (mask.times[-1] - mask.times[0]) / (len(mask.times) - 1), found.tolist()
 
 
-def ours(decoder: Decoder, constraint: Constraint, prompt: Prompt, batch: int, clock: Callable[[], float]):
+def ours(decoder: Decoder, constraint: Constraint, prompt: Prompt, batch: int, clock: Callable[[], float]) -> Side:
     times: list[float] = []
 
     def told(row: int, token: int) -> None:
@@ -120,7 +123,9 @@ def first_difference(model: Any, prompt: Prompt, a: list[int], b: list[int]) -> 
     return {"token": places[0] - len(prompt.ids), "gap": float((logits[a[places[0]]] - logits[b[places[0]]]).abs())}
 
 
-def measure(preset: str, batches: list[int], tokens: int, repeats: int, clock: Callable[[], float], rate: float):
+def measure(
+    preset: str, batches: list[int], tokens: int, repeats: int, clock: Callable[[], float], rate: float
+) -> Rows:
     """A row a format and batch."""
     torch.manual_seed(0)
     recipe = load_recipe(None, [f"model.preset={preset}"])
@@ -130,7 +135,7 @@ def measure(preset: str, batches: list[int], tokens: int, repeats: int, clock: C
     constraint, count = Constraint(LLAMA3, CPU), weights_a_step(model)
     rows = []
     for batch in batches:
-        sides: dict[str, Callable[[], tuple[float, list[list[int]]]]] = {
+        sides: dict[str, Callable[[], Side]] = {
             "generate": lambda batch=batch: theirs(model, constraint, prompt, batch, clock)
         }
         for weights in FORMATS:

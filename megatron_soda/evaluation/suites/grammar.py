@@ -98,9 +98,10 @@ def _generations(
 
     found: list[Sampled] = []
     for start in range(0, count, ROWS_AT_ONCE):
+        rows = min(ROWS_AT_ONCE, count - start)
         found += sample(
             *(decoder, constraint, [prompt]),
-            count=min(ROWS_AT_ONCE, count - start),
+            count=rows,
             seed=seed + start,
             constrained=constrained,
             statistics=True,
