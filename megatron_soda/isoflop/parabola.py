@@ -141,7 +141,7 @@ def _residuals(curves: list[Curve], sigma: float) -> Array:
         left = 1 - np.diag(np.vander(curve.x - curve.x.mean(), 3) @ _solver(curve.x))
         error = curve.y - curve.at(curve.x)
         pooled += [e / s**0.5 for e, s in zip(error, left, strict=True) if s > 1e-6]
-    scaled: Array = np.array(pooled, np.float64)
+    scaled = np.array(pooled)
     scaled -= scaled.mean()
     spread = float(scaled.std())
     return scaled * (sigma / spread) if spread > 0 else scaled

@@ -78,10 +78,11 @@ def _supervise(plan: Plan, recipes: list[Recipe], overrides: list[str], jobs: in
                 worker.send_signal(signal.SIGTERM)
         for worker in workers:
             worker.wait()
-    died = [path for worker, path in zip(workers, logs, strict=True) if worker.returncode not in (0, 2, 130)]
-    if died and not interrupted:
-        tail = died[0].read_text(errors="replace").strip().splitlines()[-1:]
-        raise SodaError(f"a worker ended unexpectedly ({''.join(tail)}); see {', '.join(map(str, died))}")
+    for worker, path in zip(workers, logs, strict=True):
+        if worker.returncode not in (0, 2, 130) and not interrupted:
+            tail = path.read_text(errors="replace").strip().splitlines()[-1:]
+            told = f"was killed by signal {-worker.returncode}" if worker.returncode < 0 else f"ended ({''.join(tail)})"
+            raise SodaError(f"a worker {told}; see {path}. The same command resumes.")
     return 130 if interrupted or any(worker.returncode == 130 for worker in workers) else 0
 
 

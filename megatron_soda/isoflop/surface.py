@@ -26,6 +26,7 @@ DRAWS = 200
 HUBER = 1e-3  # in log loss, as in Hoffmann et al.
 EXPONENTS = (0.01, 3.0)  # searched
 _GRID = np.geomspace(0.05, 1.6, 9)
+_NOTHING = 1e-9  # of the floor: a term this small is a rounding error
 FEWEST = 6  # runs: one more than parameters
 
 
@@ -91,9 +92,9 @@ class Surface:
         """Why there is no optimum; empty: there is one."""
         if min(self.cost.power(end) for end in self.cost.sizes) <= 0:
             return "larger models cost no more per token"
-        if not (self.a > 0 and self.b > 0):
-            name = "parameters" if self.a <= 0 else "tokens"
-            return f"the loss does not fall with the number of {name}"
+        for name, term in (("parameters", self.a), ("tokens", self.b)):
+            if term < _NOTHING * self.floor or term == 0:
+                return f"the loss does not fall with the number of {name}"
         ends = [
             f"{name} is at the end of its range ({value:.3g})"
             for name, value in (("alpha", self.alpha), ("beta", self.beta))

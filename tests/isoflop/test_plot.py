@@ -17,7 +17,10 @@ from tests.report.test_report import Page
 
 @pytest.fixture(scope="module")
 def fit() -> Fit:
-    rows = [row for of in parabolic(np.random.default_rng(0), 0.01, 5).values() for row in of][2:]
+    budgets = parabolic(np.random.default_rng(0), 0.01, 7)
+    budgets[3e18] = budgets[3e18][:2]  # no parabola
+    budgets[9e18] = budgets[9e18][4:]  # one without a minimum
+    rows = [row for of in budgets.values() for row in of]
     named = [replace(row, run=f"run-{i}") for i, row in enumerate(rows)]
     return fit_study(Results("runs/my study.csv", "loss", named, ["line 9: was left out"]), draws=10)
 
@@ -45,6 +48,8 @@ def test_figures_and_page(fit, tmp_path):
         "line 9: was left out",
         "run-7",
         "my study",
+        "budget 3e+18, parameters: 2 sizes, and a parabola needs 3",
+        "budget 9e+18, parameters: the minimum is not bracketed: it lies beyond the smallest model",
     ):
         assert shown in page.text
     assert "#010101" not in html  # the figures' ink is the page's
@@ -71,11 +76,3 @@ def test_scores_that_cannot_be_used(fit, tmp_path: Path, text, message):
     (tmp_path / "scores.csv").write_text(text)
     with pytest.raises(SodaError, match=message):
         read_scores(tmp_path / "scores.csv", fit)
-
-
-def test_what_could_not_be_fitted_is_drawn_without(tmp_path):
-    rows = parabolic(np.random.default_rng(0), 0.0, 5)
-    kept = [*rows[3e18][:2], *rows[9e18], *rows[3e19], *rows[9e19][3:]]
-    plot_study(fit_study(Results("few.csv", "loss", kept, []), draws=0), tmp_path)
-    page = Page((tmp_path / "isoflop.html").read_text())
-    assert "budget 3e+18, parameters: 2 sizes, and a parabola needs 3" in page.text
