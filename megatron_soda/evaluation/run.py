@@ -70,10 +70,12 @@ def table(suite: Suite, rows: list[Row]) -> list[str]:
         columns[name] = [None if row.interval is None else row.interval[side] for row in rows]
     columns["of"] = [row.of if isinstance(row.of, int) else None for row in rows]
     shown = {name: cells for name, cells in columns.items() if any(cell is not None for cell in cells)}
-    heading = f"{suite.name:<22}" + "".join(f"{name:>12}" for name in shown)
+    names = [row.name.replace("_", " ") for row in rows]
+    width = max([22, *(len(name) + 1 for name in names)])
+    heading = f"{suite.name:<{width}}" + "".join(f"{name:>12}" for name in shown)
     lines = [
-        f"{row.name.replace('_', ' '):<22}" + "".join(f"{_figure(cells[i]):>12}" for cells in shown.values())
-        for i, row in enumerate(rows)
+        f"{name:<{width}}" + "".join(f"{_figure(cells[i]):>12}" for cells in shown.values())
+        for i, name in enumerate(names)
     ]
     return [heading, *lines, ""]
 

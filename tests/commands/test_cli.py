@@ -215,7 +215,7 @@ def test_a_signal_ends_a_command_with_a_sentence(monkeypatch, capsys, tmp_path, 
     assert cleaned == [command]
     said = capsys.readouterr().err
     assert "Interrupted after" in said
-    assert ("to resume" in said) == (command == "prepare")
+    assert ("to resume" in said) == (command in ("prepare", "evaluate"))
     assert "Traceback" not in said
 
 

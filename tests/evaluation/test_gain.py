@@ -12,7 +12,7 @@ from megatron_soda.errors import SodaError
 from megatron_soda.evaluation import likelihood
 from megatron_soda.evaluation.bench import Bench
 from megatron_soda.evaluation.run import evaluate
-from megatron_soda.evaluation.suites.gain import Gain, Utterance, with_partners
+from megatron_soda.evaluation.suites.gain import PARTS, Gain, Utterance, _utterance, with_partners
 from megatron_soda.vocab import Grammar
 from tests.evaluation.toys import Toy
 
@@ -42,6 +42,12 @@ def test_partners_have_other_words_in_the_same_language_and_the_same_lengths():
     for own in everyone:
         if own.id in found:
             assert list(map(len, found[own.id])) == [len(own.text), len(own.audio)]
+
+
+def test_utterances_of_no_known_recording_are_each_of_their_own(exported):
+    rows = [{**exported.rows[i], "recording": ""} for i in range(4)]
+    known = [_utterance(row, [5, 6], exported.space) for row in rows]
+    assert with_partners(known, 0)
 
 
 def test_ties_are_broken_by_the_seed():
@@ -92,29 +98,43 @@ def test_figures_are_those_of_a_loop_over_tokens(exported, monkeypatch, head_row
     used = result["items"]["names"]
     assert result["utterances"] == len(used) == 12 - result["left_out"]["none as long in the same language"]["count"]
     assert set(used) >= set(longest[:3])
-    given = {part: np.zeros(2) for part in ("semantic", "acoustic", "text")}
-    alone = {part: np.zeros(2) for part in given}
+    sums = {part: {name: np.zeros(2) for name in ("right", "wrong", "alone")} for part in PARTS}
+
+    def add(name: str, of_audio: list[float], of_text: list[float]) -> None:
+        levels = np.array(of_audio).reshape(-1, 4)
+        sums["semantic"][name] += levels[:, 0].sum(), len(levels)
+        sums["acoustic"][name] += levels[:, 1:].sum(), 3 * len(levels)
+        sums["audio"][name] += levels.sum(), levels.size
+        sums["text"][name] += sum(of_text), len(of_text)
+
+    def predicted(first: list[int], second: list[int]) -> tuple[list[float], list[float]]:
+        nats = by_hand(bench, [s.bos, *first, *second, s.eos], head_rows == "legal")
+        return nats[1 : len(first) - 1], nats[len(first) + 1 : -2]
+
     frames = 0
-    for row in rows:
-        if row["id"] not in used:
-            continue
-        text, audio = bench.model.text.encode(row["text"]), s.audio_ids(row["codes"]).tolist()
-        frames += len(row["codes"])
-        written, sound = [s.text_start, *text, s.text_end], [s.audio_start, *audio, s.audio_end]
-        for first, second, sums in ((written, sound, "audio"), (sound, written, "text")):
-            nats = by_hand(bench, [s.bos, *first, *second, s.eos], head_rows == "legal")
-            before, after = nats[1 : len(first) - 1], nats[len(first) + 1 : -2]
-            of_audio, of_text = (after, before) if sums == "audio" else (before, after)
-            levels = np.array(of_audio).reshape(-1, 4)
-            place, other = (given, alone) if sums == "audio" else (alone, given)
-            place["semantic"] += levels[:, 0].sum(), len(levels)
-            place["acoustic"] += levels[:, 1:].sum(), 3 * len(levels)
-            other["text"] += sum(of_text), len(of_text)
-    for part, name in ((p, n) for p in given for n in ("right", "alone")):
-        nats, count = (given if name == "right" else alone)[part]
-        assert result[part]["tokens"] == count
-        assert result[part][f"{name}_nats"] == pytest.approx(nats / count, abs=1e-5)
-    bits = (given["semantic"][0] + given["acoustic"][0]) / math.log(2) / (frames / 12.5)
+    fitting = [_utterance(row, bench.model.text.encode(row["text"]), s) for row in rows[:12]]
+    for own, *wrong in with_partners(fitting, bench.recipe.seed):
+        written, sound, other_text, other_sound = (
+            [start, *ids.tolist(), end]
+            for (start, end), ids in zip(
+                [(s.text_start, s.text_end), (s.audio_start, s.audio_end)] * 2,
+                [own.text, own.audio, *wrong],
+                strict=True,
+            )
+        )
+        (text_alone, audio_right), (audio_alone, text_right) = predicted(written, sound), predicted(sound, written)
+        add("right", audio_right, text_right)
+        add("alone", audio_alone, text_alone)
+        add("wrong", predicted(other_text, sound)[1], predicted(other_sound, written)[1])
+        frames += len(own.audio) // 4
+    for part, by_name in sums.items():
+        for name, (nats, count) in by_name.items():
+            assert result[part]["tokens"] == count
+            assert result[part][f"{name}_nats"] == pytest.approx(nats / count, abs=1e-5)
+        gain = (by_name["wrong"][0] - by_name["right"][0]) / by_name["right"][1]
+        assert result[part]["gain"] == pytest.approx(gain, abs=1e-5)
+        assert result[part]["gain_low"] < gain < result[part]["gain_high"]
+    bits = sums["audio"]["right"][0] / math.log(2) / (frames / 12.5)
     assert result["bits_per_audio_second"]["right"] == pytest.approx(bits, rel=1e-5)
     assert result["bits_per_text_token"]["alone"] == pytest.approx(result["text"]["alone_nats"] / math.log(2))
     assert result["softmax"] == head_rows
@@ -170,7 +190,11 @@ def test_an_interrupted_suite_goes_on(exported, monkeypatch):
     assert len(scored) == len(lines) - 9
     for name, figure in whole["items"]["figures"].items():
         assert again["items"]["figures"][name]["sums"] == pytest.approx(figure["sums"], abs=1e-5)
-    assert kept.read_bytes().count(b"\n") == len(lines)
+    complete = kept.read_bytes()
+    assert complete.count(b"\n") == len(lines)
+    kept.write_bytes(complete + lines[-1][:20])
+    Gain().measure(bench)
+    assert kept.read_bytes() == complete
     bench.model.key = "another model"
     scored.clear()
     Gain().measure(bench)

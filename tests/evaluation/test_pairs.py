@@ -135,15 +135,14 @@ def test_figures_are_those_of_a_loop_over_tokens(exported, benchmarks):
 def test_transcripts_are_scored_once_whatever_the_voices_and_lower_case_where_the_paper_did(exported, benchmarks):
     bench, s = bench_of(exported, benchmarks), exported.space
     for name, count, cased in (("tblimp", 5, str.lower), ("twuggy", 12, str)):
-        result, right = SUITES[name].measure(bench), []
+        result, right, sums = SUITES[name].measure(bench), [], []
         for number in range(count):
-            sides = [
-                nats_by_hand(
-                    bench, [s.bos, s.text_start, *bench.model.text.encode(cased(text(number, of))), s.text_end]
-                )
-                for of in (True, False)
-            ]
+            both = [bench.model.text.encode(cased(text(number, of))) for of in (True, False)]
+            sides = [nats_by_hand(bench, [s.bos, s.text_start, *ids, s.text_end]) for ids in both]
             right.append([sides[0].mean() < sides[1].mean(), sides[0].sum() < sides[1].sum()])
+            sums += [side.sum() for side in sides]
+        kept = (exported.run / "evaluate" / f"{name}.jsonl").read_text().splitlines()[1:]
+        assert sorted(json.loads(line)[1][0] for line in kept) == pytest.approx(sorted(sums), abs=1e-4)
         found = result["all"]["accuracies"]
         assert set(found) == {"paper", "mean", "sum"}
         assert [found["paper"]["accuracy"], found["sum"]["accuracy"]] == pytest.approx(np.mean(right, axis=0))

@@ -168,6 +168,7 @@ def test_columns_that_nothing_fills_are_left_out():
     class Plain(Toy):
         unit = ""
 
+    assert len({len(line) for line in table(Plain(), [Row("another_speaker:_semantic_mean", 1)])[:2]}) == 1
     assert table(Plain(), [Row("word_error_rate", 0.12345)]) == [
         f"{'toy':<22}{'value':>12}",
         f"{'word error rate':<22}{'0.1235':>12}",

@@ -117,7 +117,8 @@ class Gain(Suite):
 
 
 def _utterance(row: Mapping[str, Any], text: list[int], space: "TokenSpace") -> Utterance:
-    names = {name: row[name] or "" for name in ("language", "speaker", "recording")}
+    names = {name: row[name] or "" for name in ("language", "speaker")}
+    names["recording"] = row["recording"] or row["id"]
     said = " ".join(row["text"].casefold().split())
     return Utterance(row["id"], np.array(text, np.int32), space.audio_ids(row["codes"]), said, **names)
 
