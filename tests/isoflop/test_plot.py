@@ -17,7 +17,7 @@ from tests.report.test_report import Page
 
 @pytest.fixture(scope="module")
 def fit() -> Fit:
-    budgets = parabolic(np.random.default_rng(0), 0.01, 7)
+    budgets = parabolic(np.random.default_rng(0), 0.002, 7)
     budgets[3e18] = budgets[3e18][:2]  # no parabola
     budgets[9e18] = budgets[9e18][4:]  # one without a minimum
     rows = [row for of in budgets.values() for row in of]
