@@ -93,7 +93,7 @@ def class_sums(bench: "Bench", name: str, documents: Sequence[np.ndarray], slots
     scorer = Likelihood(bench.model, slots)
     table, classes = bench.model.space.class_table(), len(bench.model.space.class_names)
     key = [VERSION, bench.model.key, bench.softmax, slots]
-    with _Kept(Path(bench.recipe.run) / "evaluate" / f"{name}.jsonl", key) as kept:
+    with _Kept(Path(bench.recipe.run) / "evaluate" / f"{name}.jsonl", key, classes) as kept:
         digests = [digest_of([document]) for document in documents]
         first = {digest: number for number, digest in reversed(list(enumerate(digests))) if digest not in kept.sums}
         todo = list(first.values())
@@ -117,7 +117,7 @@ class _Kept:
     """Sums of documents in a file: a line with the key, then a line per document. A file with another key is started
     over, and a line that was half written is dropped."""
 
-    def __init__(self, path: Path, key: list[Any]) -> None:
+    def __init__(self, path: Path, key: list[Any], classes: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         heading = f"{json.dumps(key)}\n".encode()
         before = path.read_bytes() if path.is_file() else b""
@@ -129,7 +129,9 @@ class _Kept:
         with reading(path, "damaged; delete it and evaluate again"):
             for line in whole.splitlines()[1:]:
                 digest, sums = json.loads(line)
-                self.sums[digest] = sums
+                if len(sums) != classes:
+                    raise ValueError(f"{len(sums)} sums for {classes} classes")
+                self.sums[digest] = list(map(float, sums))
         self._file = path.open("r+b")
         self._file.truncate(len(whole))
         self._file.seek(len(whole))

@@ -65,7 +65,7 @@ class PairSuite(Suite):
         pairs = self.read(folder)
         if self.spoken:
             return pairs
-        if empty := [pair.name for pair in pairs if not (pair.positive.text and pair.negative.text)]:
+        if empty := [pair.name for pair in pairs if not (pair.positive.text.strip() and pair.negative.text.strip())]:
             raise SodaError(f"{folder}: {len(empty)} pairs have no transcripts to score, the first is {empty[0]}")
         texts = {(pair.positive.text, pair.negative.text): pair for pair in reversed(pairs)}
         return sorted(texts.values(), key=lambda pair: pair.name)  # several voices say the same

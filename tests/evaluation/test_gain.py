@@ -195,6 +195,11 @@ def test_an_interrupted_suite_goes_on(exported, monkeypatch):
     kept.write_bytes(complete + lines[-1][:20])
     Gain().measure(bench)
     assert kept.read_bytes() == complete
+    for damaged in (b'["a", [1.0]]\n', b'["a"\n', b'["a", 5]\n'):
+        kept.write_bytes(lines[0] + damaged + lines[1])
+        with pytest.raises(SodaError, match=r"gain\.jsonl: damaged; delete it and evaluate again"):
+            Gain().measure(bench)
+    kept.write_bytes(complete)
     bench.model.key = "another model"
     scored.clear()
     Gain().measure(bench)
