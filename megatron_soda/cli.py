@@ -8,6 +8,7 @@ import time
 import typer
 
 from .commands import (
+    continue_,
     convert_store,
     doctor,
     evaluate,
@@ -19,8 +20,12 @@ from .commands import (
     params,
     prepare,
     report,
+    serve,
+    speak,
     tokenizer,
     train,
+    transcribe,
+    translate,
     validate,
 )
 from .commands.arguments import examples
@@ -38,6 +43,7 @@ app = typer.Typer(
 COMMANDS = (
     *(prepare, validate, inspect, convert_store, train, params),
     *(export, import_, evaluate, generate, report, doctor),
+    *(transcribe, speak, continue_, translate, serve),
 )
 for _module in COMMANDS:
     _name = _module.__name__.rpartition(".")[2].removesuffix("_").replace("_", "-")
