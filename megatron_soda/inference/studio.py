@@ -52,7 +52,7 @@ class Studio:
     def draw(self, decoder: Decoder, prompt: Prompt, count: int, seed: int) -> list[Sampled]:
         """`count` continuations by a model with this one's token space."""
         chosen = self.recipe.generate
-        how = {"temperature": chosen.temperature, "top_p": chosen.top_p}
+        how: Any = {"temperature": chosen.temperature, "top_p": chosen.top_p}
         return sample(decoder, self.constraint, [prompt], count=count, seed=seed, statistics=True, **how)
 
     def hear(self, result: Sampled) -> np.ndarray:

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from ..inference.listen import Listener
-from ..inference.own import Answer, Chance, answer, codes_of, continuation, text_of, voiced
+from ..inference.own import Chance, answer, codes_of, continuation, text_of, voiced
 from ..inference.studio import Studio
 from ..inference.task import Material
 from ..registry import TASKS
+from ..tokenizer import TextTokenizer
 from .work import Job
 
 LOOKAHEAD = 2  # frames after one that is heard, for codecs that would like more: the sound is nearly the same
@@ -25,7 +26,7 @@ class Transcription:
 
     def __call__(self, studio: Studio, job: Job) -> None:
         material = studio.material(codes=uploaded(studio, self.sound))
-        text = _Text(studio, job.emit)
+        text = Writing(studio.model.text, studio.model.space.text_size, job.emit)
 
         def on_token(row: int, token: int) -> None:
             job.check()
@@ -88,26 +89,25 @@ def _aloud(studio: Studio, job: Job, task: str, material: Material, chance: Chan
     job.emit(found)
 
 
-class _Text:
-    """Tokens to pieces of text. The last letters are held back: more tokens may change them."""
+class Writing:
+    """Tokens of a text to pieces of it, which `say` gets. What more tokens may still change is held back."""
 
-    def __init__(self, studio: Studio, say: Callable[[str], None]) -> None:
-        self._studio, self._say, self._ids, self._said = studio, say, [], ""
+    def __init__(self, text: TextTokenizer, size: int, say: Callable[[str], None]) -> None:
+        self._text, self._size, self._say = text, size, say
+        self._ids: list[int] = []
+        self._said = ""
 
     def push(self, token: int) -> None:
-        if token < self._studio.model.space.text_size:
-            self._ids.append(token)
-            text = self._studio.model.text.decode(self._ids)
-            if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-                self._tell(text)
+        if token >= self._size:
+            return
+        self._ids.append(token)
+        if not self._text.is_byte(token):
+            so_far = self._text.decode(self._ids)
+            if not so_far.endswith("\N{REPLACEMENT CHARACTER}"):
+                self.finish(so_far)
 
     def finish(self, text: str) -> None:
-        self._tell(text)
-
-    def _tell(self, text: str) -> None:
-        if text.startswith(self._said) and text != self._said:
+        """The text, or its beginning, that is known now."""
+        if len(text) > len(self._said):
             self._say(text[len(self._said) :])
             self._said = text
-
-
-__all__ = ["Answer", "Continuation", "Speech", "Transcription", "Work"]
