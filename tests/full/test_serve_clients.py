@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import soundfile
 
+from megatron_soda.inference.own import Chance, answer, codes_of, continuation
+from megatron_soda.registry import TASKS
 from tests.exported import HOP, RATE
 from tests.full.test_browser import FLAGS, wait_for
 from tests.serving.server import Gate, Served, need_packages, served
@@ -88,6 +90,15 @@ def asked_hosts(browser: Any) -> set[str]:
     return {urlsplit(url).netloc for url in urls if not url.startswith(("data:", "blob:", "chrome:"))}
 
 
+def long_continuation(server: Served, recording: Path) -> int:
+    """A seed with which 0.8 s follow."""
+    material = continuation(server.studio, codes_of(server.studio, recording), 0.8, "")
+    task = TASKS["continue"]
+    return next(
+        seed for seed in range(50) if not answer(server.studio, task, [material], Chance(seed))[0].ended_by_itself
+    )
+
+
 def test_the_page(server: Served, browser: Any, recording: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Upload, transcribe, continue, speak in that voice: all by this server alone, heard before the end."""
     find = browser.find_element
@@ -98,6 +109,8 @@ def test_the_page(server: Served, browser: Any, recording: Path, monkeypatch: py
     assert find("id", "heard").get_attribute("value")
     find("id", "seconds").clear()
     find("id", "seconds").send_keys("0.8")
+    seed = long_continuation(server, recording)
+    browser.execute_script(f"Math.random = () => {seed + 0.5} / 1e9")
     gate = Gate(monkeypatch, after=20)
     find("id", "continue").click()
     wait_for(browser, "return document.body.dataset.first > 0")  # while the generation stands still
