@@ -49,8 +49,6 @@ def run_task(folder: Path, name: str, how: How, ask: Callable[[Studio], list[Ask
     results.json go to how.out; nothing is written without it. Raises SodaError before the first generation if an
     argument cannot be used."""
     task = TASKS[name]
-    if how.out:
-        check_writable(how.out)
     studio = open_studio(folder, how.codec, how.weights, how.out or Path())
     shots = read_examples(studio, task, how.shots, to) if how.shots else ()
     asks = [replace(one, material=replace(one.material, examples=shots)) for one in ask(studio)]
@@ -59,6 +57,8 @@ def run_task(folder: Path, name: str, how: How, ask: Callable[[Studio], list[Ask
             task.prompt(one.material)
         except SodaError as error:
             raise SodaError(f"{one.name}: {error}") from None
+    if how.out:
+        check_writable(how.out)
     entries = []
     with _progress(len(asks)) as advance:
         for start in range(0, len(asks), BATCH):
@@ -67,9 +67,9 @@ def run_task(folder: Path, name: str, how: How, ask: Callable[[Studio], list[Ask
             materials = [one.material for one in some]
             found = answer(studio, task, materials, chance, lambda row, token: advance(0))
             entries += [_entry(studio, name, one, result) for one, result in zip(some, found, strict=True)]
+            if how.out:  # each time: an interruption leaves what is done
+                write_json(how.out / "results.json", entries)
             advance(len(some))
-    if how.out:
-        write_json(how.out / "results.json", entries)
     _print(entries, how.out)
     return entries
 

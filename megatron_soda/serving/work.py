@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -51,7 +52,7 @@ class Job:
         except SodaError as error:
             self._put(True, error)
         except Exception as error:
-            log.exception("a request failed")
+            log.error("".join(traceback.format_exception(error)).rstrip())
             self._put(True, error)
 
     def _put(self, last: bool, event: Any) -> None:

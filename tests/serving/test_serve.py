@@ -335,6 +335,7 @@ def test_a_failure_of_ours_is_not_shown(client, monkeypatch, capsys):
     response = client.post(SPEECH, json=SAY)
     assert response.status_code == 500
     assert "division" not in response.text
+    assert "ZeroDivisionError: division by zero" in capsys.readouterr().err
 
 
 def test_what_to_install(monkeypatch):
