@@ -9,6 +9,7 @@ import typer
 
 from .commands import (
     compare,
+    continue_,
     convert_store,
     doctor,
     evaluate,
@@ -20,8 +21,12 @@ from .commands import (
     params,
     prepare,
     report,
+    serve,
+    speak,
     tokenizer,
     train,
+    transcribe,
+    translate,
     validate,
 )
 from .commands.arguments import examples
@@ -39,6 +44,7 @@ app = typer.Typer(
 COMMANDS = (
     *(prepare, validate, inspect, convert_store, train, params),
     *(export, import_, evaluate, compare, generate, report, doctor),
+    *(transcribe, speak, continue_, translate, serve),
 )
 for _module in COMMANDS:
     _name = _module.__name__.rpartition(".")[2].removesuffix("_").replace("_", "-")

@@ -86,6 +86,10 @@ class TextTokenizer:
         with no_panic(self.path, FAILED):
             return self._model.decode([int(i) for i in ids], skip_special_tokens=False)
 
+    def is_byte(self, token: int) -> bool:
+        """Whether it is a byte that sentencepiece falls back to: bytes after it can change what it stands for."""
+        return bool(_BYTE.fullmatch(self._model.id_to_token(token) or ""))
+
     def space(self, codebooks: int, entries: int) -> TokenSpace:
         return TokenSpace(self.size, self.bos, self.eos, codebooks, entries)
 
@@ -126,6 +130,7 @@ def clean_text(text: str, space: TokenSpace) -> str:
     return _MARKER.sub(lambda marker: f"< {marker[0][1:]}", text)
 
 
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
 _MARKER = re.compile("|".join(map(re.escape, (BOS, EOS, *MARKERS))))
 
 

@@ -6,7 +6,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-WHOLE = ("report", "hf", "codecs", "ops", "config", "commands", "sources", "tasks", "suites", "inference", "evaluation")
+WHOLE = (
+    "report",
+    "hf",
+    "codecs",
+    "ops",
+    "config",
+    "commands",
+    "sources",
+    "tasks",
+    "suites",
+    "inference",
+    "evaluation",
+    "serving",
+)
 NOT_SHOWN = {"__init__.py", "progress.py", "console.py", "files.py"}
 
 

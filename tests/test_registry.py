@@ -23,7 +23,7 @@ def loaded(code: str) -> set[str]:
 def test_names_are_those_of_the_files():
     pairs = ("salmon", "sblimp", "sstorycloze", "swuggy", "tblimp", "tstorycloze", "twuggy")
     assert SUITES.names() == ("gain", "grammar", "nll", *pairs)
-    assert TASKS.names() == ("continue", "speak", "transcribe")
+    assert TASKS.names() == ("continue", "speak", "transcribe", "translate")
     for registry in (SUITES, TASKS):
         for name in registry.names():
             assert registry[name].name == name
@@ -58,7 +58,7 @@ def test_a_file_is_a_member(monkeypatch, tmp_path):
     import megatron_soda.inference.tasks as package
 
     monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path)])
-    assert TASKS.names() == ("class", "continue", "speak", "transcribe")
+    assert TASKS.names() == ("class", "continue", "speak", "transcribe", "translate")
     assert "class" in load_recipe(None, ["generate.tasks=[class]"]).generate.tasks
     assert TASKS["class"].name == "class"
     del TASKS._members["class"]

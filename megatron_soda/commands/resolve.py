@@ -39,6 +39,21 @@ def model_folder(target: str | Path, recipe: Recipe) -> Path:
     return export(recipe)
 
 
+def find_model(target: str | Path) -> Path:
+    """The exported folder of a run or of itself. Raises SodaError for anything else."""
+    target = Path(target)
+    if (target / "soda.json").is_file():
+        return target
+    if not (target / "recipe.yaml").is_file() and (target / "config.json").is_file():
+        raise SodaError(
+            f"{target}: a Hugging Face model that soda did not export. First: soda import {target} run=runs/NAME; then "
+            "give runs/NAME."
+        )
+    if not target.is_dir():
+        raise SodaError(f"{target}: no such folder; give a run or a model that soda exported")
+    return model_folder(target, resolve(target, []))
+
+
 def find_stores(target: str) -> tuple[Path, list[str]] | None:
     """The folder and name of a store. The name is empty for a data folder and for a run that was prepared but not
     trained (training writes recipe.yaml). None for a recipe or any other run."""

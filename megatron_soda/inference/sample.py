@@ -59,10 +59,10 @@ class Constraint:
         return int(self.following[state, self.kinds[token]])
 
     def follow(self, ids: list[int]) -> int | None:
-        """The state after `ids` from the start of a document, None if one of them is illegal."""
+        """The state after `ids`, documents one after another; None if one of them is illegal."""
         state = Grammar.START
         for token in ids:
-            state = self.after(state, token)
+            state = self.after(Grammar.START if state == Grammar.END else state, token)
             if state < 0:
                 return None
         return state

@@ -31,15 +31,23 @@ class Studio:
         self.decoder = Decoder(self.model.model, self.recipe.generate.weights)
         self.constraint = Constraint(self.model.space, self.model.device)
         self.frame_rate = self.codec.sample_rate / self.codec.samples_per_frame  # Hz
-        fitting = (self.decoder.context - TEXT_AND_MARKERS) // self.model.space.codebooks
+        self.fitting = (self.decoder.context - TEXT_AND_MARKERS) // self.model.space.codebooks  # frames
         # Frames in an utterance, and in what is generated.
-        self.longest = max(1, min(round(self.recipe.generate.max_seconds * self.frame_rate), fitting))
+        self.longest = max(1, min(round(self.recipe.generate.max_seconds * self.frame_rate), self.fitting))
+
+    def material(self, longest: int | None = None, **rest: Any) -> Material:
+        """longest: frames of sound in the document; by default, as many as the context takes."""
+        longest = self.decoder.context if longest is None else longest
+        space, encode = self.model.space, self.model.text.encode
+        return Material(space, encode, self.frame_rate, self.decoder.context, longest, **rest)
 
     def prompt(self, task: Task, row: dict[str, Any], longest: int) -> Prompt:
-        settings, encode = self.recipe.generate, self.model.text.encode
-        return task.prompt(
-            Material(row, self.model.space, encode, longest, self.frame_rate, settings, self.decoder.context)
-        )
+        """A held-out utterance's, or that of generate.text, which may take as long as it needs."""
+        settings, codes = self.recipe.generate, row["codes"]
+        given = max(1, min(round(settings.prompt_seconds * self.frame_rate), len(codes) // 2))
+        own = settings.text if task.needs_text else ""
+        text = own or row["text"]
+        return task.prompt(self.material(None if own else longest, text=text, codes=codes, given=given))
 
     def draw(self, decoder: Decoder, prompt: Prompt, count: int, seed: int) -> list[Sampled]:
         """`count` continuations by a model with this one's token space."""

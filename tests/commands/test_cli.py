@@ -14,6 +14,7 @@ from megatron_soda.files import write_sealed
 from tests.helpers import write_data
 
 COMMANDS = "prepare validate inspect convert-store train export import evaluate generate report doctor".split()
+COMMANDS += "transcribe speak continue translate serve".split()
 
 
 def soda(monkeypatch, *arguments: str) -> int:
@@ -53,6 +54,11 @@ def test_help_has_examples(monkeypatch, capsys, command):
         (["import", "empty", "run=run"], "empty: no config.json in it"),
         (["import", "empty"], "give a run folder: run=runs/NAME"),
         (["report", "R"], "run"),
+        (["transcribe", "a.wav", "--model", "nowhere"], "nowhere: no such folder; give a run or a model"),
+        (["speak", "hello", "--model", "empty"], "empty: no recipe.yaml in it"),
+        (["speak", "hello", "--model", "empty", "--voice-text", "x"], "give it with --voice FILE"),
+        (["continue", "a.wav", "--seconds", "1", "--model", "theirs"], "First: soda import theirs run=runs/NAME"),
+        (["translate", "a.wav", "--to", "English!", "--model", "R"], "--to English!: not a language's code"),
         (["prepare", "R", "prepare.speech=nowhere"], "nowhere"),
         (["prepare", "R", "prepare.codec=mimi", "prepare.codec_path=nowhere", "prepare.speech=D"], "D"),
     ],
@@ -62,6 +68,8 @@ def test_mistakes_are_messages(monkeypatch, capsys, tmp_path, arguments, message
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("run: run\ndata: {sequence_length: 32}\n")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "config.json").write_text("{}")
     if "data.path=D" in arguments:
         write_data(tmp_path / "D")
     status = soda(monkeypatch, *[str(recipe) if a == "R" else a for a in arguments])

@@ -1,4 +1,4 @@
-"""Continues speech from its first second."""
+"""Continues speech."""
 
 from ...registry import TASKS
 from ..task import Material, Prompt, Task
@@ -11,9 +11,10 @@ class Continue(Task):
     meaning = "The model hears the prompt and continues on its own."
 
     def prompt(self, material: Material) -> Prompt:
-        space, codes = material.space, material.row["codes"]
-        wanted = round(material.settings.prompt_seconds * material.frame_rate)
-        given = max(1, min(wanted, len(codes) // 2))
-        ids = [space.bos, space.audio_start, *space.audio_ids(codes[:given]).tolist()]
-        budget = (material.longest - given) * space.codebooks + 2
-        return Prompt(ids, {space.audio_end}, budget, given=given)
+        space = material.space
+        ids = [*material.start(), *material.audio(material.codes[: material.given])[:-1]]
+        frames = min(material.longest - material.given, (material.room(ids) - 2) // space.codebooks)
+        return Prompt(ids, {space.audio_end}, frames * space.codebooks + 2, given=material.given)
+
+    def example(self, material: Material) -> list[int]:
+        return [material.space.bos, *material.audio(material.codes), material.space.eos]

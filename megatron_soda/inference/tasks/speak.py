@@ -1,12 +1,7 @@
-"""Text to speech."""
+"""Text to speech, in the voice of a recording if there is one."""
 
-import math
-
-from ...errors import SodaError
 from ...registry import TASKS
 from ..task import Material, Prompt, Task
-
-PAUSES, SLOWEST = 2.0, 3.0  # seconds, and letters a second: speech that takes longer is cut off
 
 
 @TASKS.register
@@ -15,18 +10,17 @@ class Speak(Task):
     title = "Speak"
     meaning = "The model is given text and produces the sound."
     needs_text = True
+    temperature, top_p = 0.9, 0.8
 
     def prompt(self, material: Material) -> Prompt:
-        space = material.space
-        text = material.settings.text or material.row["text"]
-        ids = [space.bos, space.text_start, *material.encode(text), space.text_end, space.audio_start]
-        room = (material.context - len(ids) - 2) // space.codebooks
-        if room < 1:
-            raise SodaError(
-                f"generate.text: with its {len(ids) - 4} tokens there is no room for sound in the model's context of "
-                f"{material.context} tokens. Give a shorter text."
-            )
-        if not material.settings.text:
-            room = min(room, material.longest)
-        frames = min(room, math.ceil((PAUSES + len(text) / SLOWEST) * material.frame_rate))
-        return Prompt(ids, {space.audio_end}, frames * space.codebooks + 2, text=text)
+        ids = material.start()
+        if material.voice:
+            said, codes = material.voice
+            ids += [*material.words(said), *material.audio(codes)]
+        ids += [*material.words(material.text), material.space.audio_start]
+        limit = material.speech_tokens(ids, material.text)
+        return Prompt(ids, {material.space.audio_end}, limit, text=material.text)
+
+    def example(self, material: Material) -> list[int]:
+        words, audio = material.words(material.text), material.audio(material.codes)
+        return [material.space.bos, *words, *audio, material.space.eos]

@@ -1,0 +1,26 @@
+"""`soda serve`."""
+
+from typing import Annotated
+
+import typer
+
+from .arguments import Codec, FewerBits
+from .resolve import find_model
+
+EXAMPLES = ("soda serve runs/quickstart", "soda serve runs/mine --port 9000 --weights int8")
+
+
+def command(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A run folder, or a model that soda exported.")],
+    host: Annotated[str, typer.Option(help="The address to listen on; by default only this machine can use it.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8000,
+    codec: Codec = "",
+    weights: FewerBits = None,
+) -> None:
+    """A page to speak with a model, and OpenAI's /v1/audio/speech and /v1/audio/transcriptions."""
+    from ..serving.run import check_installed, serve
+
+    check_installed()
+    serve(find_model(model), host, port, codec, weights.value if weights else "")

@@ -1,0 +1,54 @@
+"""`soda serve`: binds an address and runs the server."""
+
+import importlib.util
+import ipaddress
+import socket
+from pathlib import Path
+
+from ..console import console
+from ..errors import SodaError
+from ..inference.decoder import Weights
+
+NEEDED = ("starlette", "uvicorn", "python_multipart")
+END_SECONDS = 3  # for answers in progress when the server is stopped
+
+
+def check_installed() -> None:
+    """SodaError, saying what to install, unless the packages of the extra `serve` are there."""
+    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+        named = " and ".join(name.replace("_", "-") for name in missing)
+        raise SodaError(f"soda serve needs {named}: pip install 'megatron-soda[serve]'")
+
+
+def serve(folder: Path, host: str, port: int, codec: str = "", weights: Weights = "") -> None:
+    """Serves the exported model in `folder` until it is stopped. SodaError if the address cannot be used."""
+    import uvicorn
+
+    from ..inference.own import open_studio
+    from .app import build_app
+
+    listening = bind(host, port)
+    with listening:
+        local = is_loopback(listening.getsockname()[0])
+        app = build_app(open_studio(folder, codec, weights), local)
+        shown = f"[{host}]" if ":" in host else host
+        console.print(f"http://{shown}:{listening.getsockname()[1]}  (Ctrl-C ends it)")
+        if not local:
+            console.note("warning ", "everybody who can reach this address can use the model: there is no password")
+        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=END_SECONDS)
+        uvicorn.Server(config).run(sockets=[listening])
+
+
+def bind(host: str, port: int) -> socket.socket:
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, socket.SOCK_STREAM)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+    except OSError as error:
+        raise SodaError(f"--host {host} --port {port}: cannot listen there ({error.strerror or error})") from None
+    return listening
+
+
+def is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address).is_loopback
