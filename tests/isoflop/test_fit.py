@@ -164,7 +164,7 @@ def test_a_surface_from_noisy_runs(exact, method):
 
 
 def test_huber_ignores_an_outlier(exact):
-    spoiled = [replace(row, loss=row.loss * 1.2) if i == 30 else row for i, row in enumerate(exact)]
+    spoiled = [replace(row, loss=row.loss * 1.2) if i == 6 else row for i, row in enumerate(exact)]
     found = {method: fit_surface(spoiled, method, draws=0).exponents[0] for method in METHODS}
     truth = fit_surface(exact, "projection", draws=0).exponents[0]
     assert found["huber"] == pytest.approx(truth, abs=0.002)
