@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors import SodaError
 from .arguments import Codec, FewerBits, Model, Out, Seed, Shots, Temperature, TopP
 from .resolve import find_model
 
@@ -30,8 +31,6 @@ def command(
     weights: FewerBits = None,
 ) -> None:
     """Say texts; wav files and results.json go to --out."""
-    from ..errors import SodaError
-
     if voice_text and not voice:
         raise SodaError("--voice-text is the transcript of a recording: give it with --voice FILE")
     folder = find_model(model)

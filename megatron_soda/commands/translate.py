@@ -1,10 +1,12 @@
 """`soda translate`."""
 
+import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ..errors import SodaError
 from .arguments import Codec, FewerBits, Model, Out, Seed, Shots, Temperature, TopP
 from .resolve import find_model
 
@@ -29,10 +31,6 @@ def command(
 ) -> None:
     """Say recordings in another language, with a model that was trained on translations; wav files, and both texts in
     results.json, go to --out."""
-    import re
-
-    from ..errors import SodaError
-
     for option, value in {"--to": to, "--from": language}.items():
         if value and not re.fullmatch(CODE, value):
             raise SodaError(f"{option} {value}: not a language's code, such as en or es")

@@ -1,5 +1,7 @@
 """The fields of requests, checked: OpenAI's, and ours."""
 
+# pyright: reportMissingImports=false  (the extra `serve`)
+
 import base64
 import binascii
 import math

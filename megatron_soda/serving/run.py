@@ -1,5 +1,7 @@
 """`soda serve`: binds an address and runs the server."""
 
+# pyright: reportMissingImports=false  (the extra `serve`)
+
 import importlib.util
 import ipaddress
 import socket

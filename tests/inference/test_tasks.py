@@ -98,6 +98,25 @@ def test_translate_goes_by_way_of_both_texts():
         prompt("translate")
 
 
+@pytest.mark.parametrize("context", [60, 69, 70, 100, 400])
+def test_a_translation_that_is_begun_has_room_to_its_end(context):
+    """However long its texts become, or it is refused at once."""
+    task, given = TASKS["translate"], material(to="en", context=context, longest=100)
+    try:
+        made = task.prompt(given)
+    except SodaError:
+        assert context < 70
+        return
+    assert context >= 70
+    for _ in range(2):
+        ids = [*made.ids, *[5] * (made.max_tokens - 1), S.text_end]
+        more = task.then(given, made, ids, "hello" * 20)
+        assert more
+        made = more
+    assert made.stop == {S.audio_end}
+    assert len(made.ids) + made.max_tokens <= context
+
+
 def test_examples_are_documents_in_front():
     """Each a whole document, in the order of its task's prompt."""
     whole = {

@@ -24,7 +24,13 @@ class Translate(Task):
         ids = [*material.start(), *material.audio(material.codes), material.space.text_start]
         if material.language:
             ids += material.encode(tag(material.language))
-        return Prompt(ids, {material.space.text_end}, text_tokens(material, ids))
+        limit = self._text(material, ids)
+        material.room(ids + (2 * limit + 2) * [0] + material.encode(tag(material.to)))  # both texts, then sound
+        return Prompt(ids, {material.space.text_end}, limit)
+
+    def _text(self, material: Material, ids: list[int]) -> int:
+        """The limit of a text: as for a transcript, but most of the context is for what comes after it."""
+        return min(text_tokens(material, ids), max(8, material.room(ids) // 4))
 
     def then(self, material: Material, prompt: Prompt, ids: list[int], said: str) -> Prompt | None:
         space = material.space
@@ -32,7 +38,7 @@ class Translate(Task):
             return None
         if ids[len(material.examples) :].count(space.text_start) == 1:
             ids = [*ids, space.text_start, *material.encode(tag(material.to))]
-            return Prompt(ids, {space.text_end}, text_tokens(material, ids))
+            return Prompt(ids, {space.text_end}, self._text(material, ids))
         ids = [*ids, space.audio_start]
         return Prompt(ids, {space.audio_end}, material.speech_tokens(ids, said), text=said)
 
