@@ -1,6 +1,6 @@
 """The server's routes: the page, and OpenAI's paths for speech and transcriptions."""
 
-# pyright: reportMissingImports=false  (the extra `serve`)
+# pyright: reportMissingImports=false
 
 import base64
 import json

@@ -1,6 +1,6 @@
 """The fields of requests, checked: OpenAI's, and ours."""
 
-# pyright: reportMissingImports=false  (the extra `serve`)
+# pyright: reportMissingImports=false
 
 import base64
 import binascii

@@ -1,6 +1,6 @@
 """`soda serve`: binds an address and runs the server."""
 
-# pyright: reportMissingImports=false  (the extra `serve`)
+# pyright: reportMissingImports=false
 
 import importlib.util
 import ipaddress
