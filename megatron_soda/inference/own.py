@@ -92,7 +92,7 @@ def text_of(studio: Studio, text: str, name: str) -> str:
 
 def continuation(studio: Studio, codes: np.ndarray, seconds: float, name: str) -> Material:
     """Material to continue a sound for so many seconds. SodaError if the context has no room for them."""
-    frames = max(1, round(seconds * studio.frame_rate))
+    frames = max(1, round(min(seconds * studio.frame_rate, studio.decoder.context)))
     if len(codes) + frames > studio.fitting:
         left = max(0, studio.fitting - len(codes)) / studio.frame_rate
         raise SodaError(

@@ -12,6 +12,8 @@ from ..vocab import Grammar, TokenSpace
 from .decoder import Decoder
 from .task import Prompt
 
+COLDEST = 1e-6  # below this temperature the likeliest token is taken: a division by less could overflow
+
 
 @dataclass
 class Sampled:
@@ -229,7 +231,7 @@ class _Choice:
 
 def _draw(logits: Tensor, temperature: float, top_p: float, top_k: int, uniform: Tensor) -> Tensor:
     """int64 (rows,): one token per row. uniform: float64 (rows, 1) in [0, 1), what chance decides."""
-    if temperature == 0:
+    if temperature < COLDEST:
         return logits.argmax(-1)
     if 0 < top_k < logits.shape[1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)

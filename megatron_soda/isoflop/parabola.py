@@ -78,7 +78,8 @@ def fit_parabolas(budgets: dict[float, list[Result]], of: str, seed: int = 0) ->
     """of: `params` or `tokens`."""
     curves = [fit_curve(budget, rows, of) for budget, rows in budgets.items()]
     good = [curve for curve in curves if not curve.problem]
-    sigma = _sigma([curve for curve in curves if len(curve.coefficients)])
+    fitted = [curve for curve in curves if len(curve.coefficients)]
+    sigma = _sigma(fitted)
     if len(good) < _FEWEST:
         return Approach2(curves, None, sigma, 0.0)
     costs = np.log([curve.cost for curve in good])
@@ -90,7 +91,7 @@ def fit_parabolas(budgets: dict[float, list[Result]], of: str, seed: int = 0) ->
     draws = np.zeros((0, 2))
     lost = 0.0
     if sigma is not None:
-        draws = _bootstrap(good, sigma, costs - centre, np.random.default_rng(seed))
+        draws = _bootstrap(good, _residuals(fitted, sigma), costs - centre, np.random.default_rng(seed))
         lost = 1 - len(draws) / DRAWS
     return Approach2(curves, Line(float(exponent), float(intercept), centre, r2, draws), sigma, lost)
 
@@ -147,9 +148,8 @@ def _residuals(curves: list[Curve], sigma: float) -> Array:
     return scaled * (sigma / spread) if spread > 0 else scaled
 
 
-def _bootstrap(curves: list[Curve], sigma: float, costs: Array, rng: np.random.Generator) -> Array:
+def _bootstrap(curves: list[Curve], errors: Array, costs: Array, rng: np.random.Generator) -> Array:
     """(draws, 2) lines through the minima of resampled runs. A minimum that is not bracketed in a draw is not used."""
-    errors = _residuals(curves, sigma)
     optima, usable = np.zeros((DRAWS, len(curves))), np.zeros((DRAWS, len(curves)))
     for i, curve in enumerate(curves):
         drawn = curve.at(curve.x) + rng.choice(errors, (DRAWS, len(curve.x)))

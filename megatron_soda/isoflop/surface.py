@@ -28,6 +28,7 @@ EXPONENTS = (0.01, 3.0)  # searched
 _GRID = np.geomspace(0.05, 1.6, 9)
 _NOTHING = 1e-9  # of the floor: a term this small is a rounding error
 FEWEST = 6  # runs: one more than parameters
+_FAR = 30.0  # in log N beyond the runs' sizes: a factor of 1e13
 
 
 @dataclass
@@ -100,7 +101,12 @@ class Surface:
             for name, value in (("alpha", self.alpha), ("beta", self.beta))
             if not EXPONENTS[0] * 1.01 < value < EXPONENTS[1] * 0.99
         ]
-        return " and ".join(ends)
+        if ends:
+            return " and ".join(ends)
+        far = any(
+            self._difference(flops, n) * sign < 0 for flops in self.cost.budgets for n, sign in self._bounds(_FAR)
+        )
+        return "its optimum is at absurd sizes" if far else ""
 
     @property
     def exponents(self) -> tuple[float, float]:
@@ -120,16 +126,22 @@ class Surface:
     def optimum(self, flops: float) -> tuple[float, float]:
         """The N and D of lowest loss at a cost: where the derivatives of the two terms along the curve of equal cost
         cancel, alpha a exp(..) = k beta b exp(..). Found by bisection: the difference of their logs falls with N."""
-        log_flops, cost = float(np.log(flops)), self.cost
-        fixed = float(np.log(self.alpha * self.a / (self.beta * self.b))) + self.alpha * self.mean_n
-
-        def difference(n: float) -> float:
-            d = log_flops - cost.log_per_token(n)
-            return fixed - self.alpha * n - np.log(cost.power(n)) + self.beta * (d - self.mean_d)
-
-        found: Any = bisect(difference, cost.sizes[0] - 30, cost.sizes[1] + 30, xtol=1e-10)
+        far = _FAR
+        while any(self._difference(flops, n) * sign < 0 for n, sign in self._bounds(far)):
+            far *= 2
+        (low, _), (high, _) = self._bounds(far)
+        found: Any = bisect(lambda n: self._difference(flops, n), low, high, xtol=1e-10)
         n = float(found)
-        return float(np.exp(n)), float(np.exp(log_flops - cost.log_per_token(n)))
+        return float(np.exp(n)), float(np.exp(np.log(flops) - self.cost.log_per_token(n)))
+
+    def _difference(self, flops: float, n: float) -> float:
+        d = float(np.log(flops)) - self.cost.log_per_token(n)
+        fixed = float(np.log(self.alpha * self.a / (self.beta * self.b))) - float(np.log(self.cost.power(n)))
+        return fixed - self.alpha * (n - self.mean_n) + self.beta * (d - self.mean_d)
+
+    def _bounds(self, far: float) -> tuple[tuple[float, int], tuple[float, int]]:
+        """log N that far from the runs' sizes, with the sign of the difference there if the optimum lies between."""
+        return (self.cost.sizes[0] - far, 1), (self.cost.sizes[1] + far, -1)
 
     def interval(self, value: Callable[["Surface"], float]) -> tuple[float, float] | None:
         """95 % of a value over the bootstrap; None without one, or if most of its draws have no optimum."""

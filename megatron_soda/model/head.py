@@ -141,6 +141,7 @@ class _Block:
             return mine, total, score
         highest = mine.clone()
         dist.all_reduce(highest, dist.ReduceOp.MAX, group)
+        highest.clamp_(min=torch.finfo(highest.dtype).min)  # where no rank has a row: -inf - -inf would be NaN
         both = torch.stack([total * (mine - highest).exp(), score])  # total is relative to this rank's highest
         dist.all_reduce(both, group=group)
         return highest, both[0], both[1]

@@ -107,7 +107,7 @@ class _Server:
         request = await limited(request)
         try:
             body = json.loads(await request.body())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise SodaError(f"the request is not JSON ({error})") from None
         work, sound = fields.speech(body)
         return await self._aloud(request, work, sound)

@@ -97,7 +97,7 @@ def _number(values: Any, key: str) -> float | None:
         return None
     try:
         number = float(found)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
         raise SodaError(f"{key} must be a number")

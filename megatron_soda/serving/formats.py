@@ -16,6 +16,7 @@ TYPES = {  # response_format: media type
     "pcm": "audio/pcm",
 }
 _FFMPEG = {"mp3": ("mp3", "libmp3lame"), "opus": ("ogg", "libopus"), "aac": ("adts", "aac"), "flac": ("flac", "flac")}
+_USUAL = 48_000  # Hz, which every codec takes: Opus, for one, takes no 44,100
 _UNKNOWN = 0xFFFFFFFF  # the length in the header of a wav that has no end yet
 
 
@@ -37,7 +38,10 @@ class Stream:
             container, codec = _FFMPEG[format]
             write = _Pipe(self._file)
             self._container: Any = av.open(write, "w", format=container, options={"fflags": "+flush_packets"})
-            self._stream: Any = self._container.add_stream(codec, rate=rate, layout="mono")
+            known = av.Codec(codec, "w").audio_rates  # None: any
+            self._stream: Any = self._container.add_stream(
+                codec, rate=rate if not known or rate in known else _USUAL, layout="mono"
+            )
             self._rate, self._at = rate, 0
 
     def push(self, wave: np.ndarray) -> bytes:

@@ -47,8 +47,10 @@ def bind(host: str, port: int) -> socket.socket:
         listening = socket.socket(family, socket.SOCK_STREAM)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
-    except OSError as error:
-        raise SodaError(f"--host {host} --port {port}: cannot listen there ({error.strerror or error})") from None
+        listening.listen()  # now: two that only bind an address can both have it
+    except (OSError, UnicodeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise SodaError(f"--host {host} --port {port}: cannot listen there ({why})") from None
     return listening
 
 

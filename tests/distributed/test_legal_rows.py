@@ -195,7 +195,9 @@ def compute(one_in: int, at_a_time: int, z: float, sequence: bool) -> list[float
 
 
 @pytest.mark.parametrize(("world", "sequence"), [(1, False), (2, False), (2, True), (4, False), (4, True)])
-@pytest.mark.parametrize(("one_in", "at_a_time", "z"), [(0, 1000, 1e-4), (0, 3, 0.1), (4, 7, 0.1), (16, 1000, 1e-4)])
+@pytest.mark.parametrize(
+    ("one_in", "at_a_time", "z"), [(0, 1000, 1e-4), (0, 3, 0.1), (4, 7, 0.1), (16, 1000, 1e-4), (1000, 1000, 0.1)]
+)
 def test_against_float64(pool, world, sequence, one_in, at_a_time, z):
     for rank in pool.run(world, compute, one_in, at_a_time, z, sequence):
         assert max(rank) < 3e-6

@@ -188,3 +188,5 @@ def test_how_a_token_is_drawn():
         assert drawn(**how).tolist() == pytest.approx([0.5 / 0.8, 0.3 / 0.8, 0, 0], abs=0.03)
     assert drawn(temperature=0.5).tolist() == pytest.approx([0.685, 0.247, 0.062, 0.007], abs=0.03)
     assert drawn(temperature=0.0).tolist() == drawn(top_k=1).tolist() == [1, 0, 0, 0]
+    for temperature in (1e-5, 1e-40, 1e-300):  # no number overflows
+        assert drawn(temperature=temperature).tolist() == [1, 0, 0, 0]

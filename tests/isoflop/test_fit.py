@@ -17,7 +17,7 @@ from megatron_soda.isoflop.fit import compare_model, fit_study, predict, to_line
 from megatron_soda.isoflop.parabola import fit_parabolas
 from megatron_soda.isoflop.results import Result, Results, read_results
 from megatron_soda.isoflop.surface import Method, fit_cost, fit_surface
-from tests.isoflop.synthetic import BEST, POWER, A, D, losses, on_surface, paper_points, parabolic, searched
+from tests.isoflop.synthetic import BEST, POWER, A, D, losses, on_surface, paper_points, parabolic, result, searched
 
 ALPHA, BETA = 0.34, 0.28
 METHODS: tuple[Method, ...] = ("projection", "huber")
@@ -112,6 +112,22 @@ def test_minima_that_are_not_there_are_not_used():
         assert line.split()[2:] == ["-", "-", "-"]
 
 
+def test_noise_that_only_shows_where_there_is_no_minimum():
+    """Two budgets whose parabolas go through all three runs, and one of four runs whose minimum is not bracketed."""
+    size = {1e18: 1e8, 1e19: 3e8}
+    rows = {
+        budget: [result(budget, best * times, 1e10 / times, 3 + np.log(times) ** 2) for times in (0.5, 1, 2.1)]
+        for budget, best in size.items()
+    }
+    rows[1e20] = [result(1e20, 1e9 * x, 1e11 / x, 2 + x / 10 + e) for x, e in ((1, 0), (2, 0.01), (3, -0.01), (4, 0))]
+    found = fit_parabolas(rows, "params")
+    assert [bool(curve.problem) for curve in found.curves] == [False, False, True]
+    assert found.line is not None
+    assert found.sigma is not None
+    low, high = found.line.interval() or (0, 0)
+    assert low < found.line.exponent < high
+
+
 # ---- approach 3
 
 
@@ -175,6 +191,24 @@ def test_a_loss_that_does_not_fall_with_size_has_no_optimum(exact):
     flat = [replace(row, loss=2 + 400 * row.tokens**-0.28) for row in exact]
     found = fit_surface(flat, "projection", draws=0)
     assert found.problem == "the loss does not fall with the number of parameters"
+
+
+def test_an_optimum_at_absurd_sizes_is_none(exact):
+    """Of a draw of the bootstrap: with small exponents it may lie beyond any number."""
+    found = fit_surface(exact, "projection", draws=0)
+    absurd = replace(found, a=found.b * 1e4, alpha=0.05, beta=0.05)
+    assert absurd.problem == "its optimum is at absurd sizes"
+    assert replace(found, draws=[absurd, *[found] * 9]).interval(lambda one: one.exponents[0]) is not None
+    assert found.problem == ""
+
+
+def test_an_optimum_far_beyond_the_runs(exact):
+    """At any cost: where the two terms' slopes along the curve of equal cost cancel."""
+    found = fit_surface(exact, "projection", draws=0)
+    params, tokens = found.optimum(1e90)
+    a, b = (found.loss(params * by, tokens * by ** -found.cost.power(np.log(params))) for by in (0.999, 1.001))
+    assert min(a, b) >= found.loss(params, tokens)
+    assert params > np.exp(found.cost.sizes[1] + 31)
 
 
 def test_costs_are_those_of_the_runs():

@@ -137,6 +137,25 @@ def test_formats(server, client, format):
     assert np.std(found) > 0
 
 
+@pytest.mark.parametrize("format", ["flac", "mp3", "opus", "aac"])
+@pytest.mark.parametrize("rate", [12_500, 44_100])
+def test_formats_at_any_rate(format, rate):
+    """Opus knows five, MP3 nine."""
+    import av
+
+    from megatron_soda.serving.formats import Stream
+
+    wave = np.sin(2 * np.pi * 440 * np.arange(rate) / rate, dtype=np.float32) / 2
+    stream = Stream(format, rate)
+    data = b"".join([*(stream.push(piece) for piece in np.split(wave, 5)), stream.finish()])
+    with av.open(io.BytesIO(data)) as file:
+        frames = list(file.decode(audio=0))
+    found = np.concatenate([frame.to_ndarray().astype(np.float32) for frame in frames], 1)[0]
+    seconds = len(found) / frames[0].sample_rate
+    assert abs(seconds - 1) < 0.15
+    assert abs(np.abs(np.fft.rfft(found)).argmax() / seconds - 440) < 2
+
+
 def test_mp3_is_what_clients_get_that_do_not_ask(client):
     response = client.post(SPEECH, json={"input": "stay", "voice": "alloy", "model": "tts-1"})
     assert response.headers["content-type"] == "audio/mpeg"
@@ -250,6 +269,7 @@ def test_too_many_are_told_to_come_back(server, client, monkeypatch):
 FILE = {"file": ("a.wav", sound())}
 WRONG: list[tuple[str, dict[str, Any], int, str]] = [
     (SPEECH, {"content": b"{"}, 400, "the request is not JSON"),
+    (SPEECH, {"content": b"[" * 100_000}, 400, "the request is not JSON"),
     (SPEECH, {"json": [1]}, 400, "not a JSON object"),
     (SPEECH, {"json": {**SAY, "input": " "}}, 400, "input is empty"),
     (SPEECH, {"json": {**SAY, "input": 3}}, 400, "input must be a text"),
@@ -260,6 +280,7 @@ WRONG: list[tuple[str, dict[str, Any], int, str]] = [
     (SPEECH, {"json": {**SAY, "response_format": "ogg"}}, 400, "response_format must be one of mp3, opus"),
     (SPEECH, {"json": {**SAY, "response_format": ["pcm"]}}, 400, "response_format must be one of"),
     (SPEECH, {"json": {**SAY, "temperature": "hot"}}, 400, "temperature must be a number"),
+    (SPEECH, {"json": {**SAY, "temperature": 10**400}}, 400, "temperature must be a number"),
     (SPEECH, {"json": {**SAY, "seed": -1}}, 400, "seed must be a whole number"),
     (SPEECH, {"json": {**SAY, "voice_audio": "?"}}, 400, "voice_audio must be a sound file in base64"),
     (SPEECH, {"json": {**SAY, "voice_audio": "AAAA"}}, 400, "the sound: cannot be read"),
@@ -274,6 +295,7 @@ WRONG: list[tuple[str, dict[str, Any], int, str]] = [
     (CONTINUATIONS, {"files": FILE}, 400, "seconds: how long"),
     (CONTINUATIONS, {"files": FILE, "data": {"seconds": "nan"}}, 400, "seconds must be a number"),
     (CONTINUATIONS, {"files": FILE, "data": {"seconds": "9"}}, 400, "has room for"),
+    (CONTINUATIONS, {"files": FILE, "data": {"seconds": "1e308"}}, 400, "has room for"),
     ("/etc/passwd", {}, 404, "Not Found"),
     (SPEECH, {"json": SAY, "headers": {"origin": "https://example.com"}}, 403, "pages of https://example.com"),
     (SPEECH, {"json": SAY, "headers": {"origin": "null"}}, 403, "pages of null"),
@@ -338,8 +360,11 @@ def test_addresses(server):
     port = int(server.url.rpartition(":")[2])
     with pytest.raises(SodaError, match=f"--host 127.0.0.1 --port {port}: cannot listen there"):
         run.bind("127.0.0.1", port)
-    with pytest.raises(SodaError, match="cannot listen there"):
-        run.bind("no.such.host.invalid", 0)
+    for host in ("no.such.host.invalid", "a..b"):
+        with pytest.raises(SodaError, match="cannot listen there"):
+            run.bind(host, 0)
+    with run.bind("127.0.0.1", 0) as waiting, pytest.raises(SodaError, match="cannot listen there"):
+        run.bind("127.0.0.1", waiting.getsockname()[1])  # another server, whose model is still being loaded
     assert run.is_loopback("127.0.0.1")
     assert run.is_loopback("::1")
     assert not run.is_loopback("0.0.0.0")
