@@ -1,6 +1,7 @@
 """The server's routes: the page, and OpenAI's paths for speech and transcriptions."""
 
-# pyright: reportMissingImports=false  (the extra `serve`)
+# The extra `serve` may not be installed.
+# pyright: reportMissingImports=false
 
 import base64
 import json

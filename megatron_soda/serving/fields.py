@@ -1,6 +1,7 @@
 """The fields of requests, checked: OpenAI's, and ours."""
 
-# pyright: reportMissingImports=false  (the extra `serve`)
+# The extra `serve` may not be installed.
+# pyright: reportMissingImports=false
 
 import base64
 import binascii

@@ -1,6 +1,7 @@
 """What every request passes: who may ask, how much may be sent, and what the page may load."""
 
-# pyright: reportMissingImports=false  (the extra `serve`)
+# The extra `serve` may not be installed.
+# pyright: reportMissingImports=false
 
 from typing import Any
 from urllib.parse import urlsplit

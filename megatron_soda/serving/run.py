@@ -1,6 +1,7 @@
 """`soda serve`: binds an address and runs the server."""
 
-# pyright: reportMissingImports=false  (the extra `serve`)
+# The extra `serve` may not be installed.
+# pyright: reportMissingImports=false
 
 import importlib.util
 import ipaddress
