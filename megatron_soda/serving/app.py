@@ -1,6 +1,5 @@
 """The server's routes: the page, and OpenAI's paths for speech and transcriptions."""
 
-# The extra `serve` may not be installed.
 # pyright: reportMissingImports=false
 
 import base64

@@ -1,6 +1,5 @@
 """The fields of requests, checked: OpenAI's, and ours."""
 
-# The extra `serve` may not be installed.
 # pyright: reportMissingImports=false
 
 import base64

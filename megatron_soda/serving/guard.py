@@ -1,6 +1,5 @@
 """What every request passes: who may ask, how much may be sent, and what the page may load."""
 
-# The extra `serve` may not be installed.
 # pyright: reportMissingImports=false
 
 from typing import Any

@@ -1,6 +1,5 @@
 """`soda serve`: binds an address and runs the server."""
 
-# The extra `serve` may not be installed.
 # pyright: reportMissingImports=false
 
 import importlib.util
