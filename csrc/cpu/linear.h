@@ -223,7 +223,7 @@ void linear(const float* x, int64_t rows, int64_t in, const Weight* weight, int6
             int64_t out) {
 #ifdef SODA_AVX2
   if (use_fma()) {
-    if (rows > 1) return tiles(rows, from, to, FloatTiles<Weight>{x, in, weight, y, out});
+    if (rows != 1) return tiles(rows, from, to, FloatTiles<Weight>{x, in, weight, y, out});
     int64_t o = from;
     if (in * static_cast<int64_t>(sizeof(Weight)) >= kLongRow)
       for (; o + 8 <= to; o += 8) tile<8, 1>(x, in, weight + o * in, y + o, out);
@@ -238,7 +238,7 @@ inline void linear(const Quantised& x, int64_t rows, int64_t in, const int8_t* w
                    int64_t from, int64_t to, float* y, int64_t out) {
 #ifdef SODA_AVX2
   if (use_fma()) {
-    if (rows > 1) return tiles(rows, from, to, IntegerTiles{x, in, weight, scale, y, out});
+    if (rows != 1) return tiles(rows, from, to, IntegerTiles{x, in, weight, scale, y, out});
     for (int64_t o = from; o < to; ++o)
       y[o] = static_cast<float>(dot(x.values.data(), weight + o * in, in)) * (x.scales[0] * scale[o]);
     return;

@@ -12,7 +12,7 @@
 namespace soda {
 namespace {
 
-constexpr int64_t kVersion = 3;      // megatron_soda/ops/library.py wants this number
+constexpr int64_t kVersion = 4;      // megatron_soda/ops/library.py wants this number
 constexpr int64_t kGrain = 1 << 16;  // tokens that are worth a thread
 
 template <class Function>

@@ -1,6 +1,7 @@
 """The tasks with people's own sounds and texts: `soda transcribe`, `speak`, `continue`, `translate` and `serve`."""
 
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -37,11 +38,17 @@ class Answer:
 
 @dataclass(frozen=True)
 class Chance:
-    """How tokens are drawn. None: as the paper does for the task."""
+    """How tokens are drawn. None: as the paper does for the task. SodaError for what is no number or too large."""
 
     seed: int = 0
     temperature: float | None = None
     top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        if not all(math.isfinite(value) for value in (self.temperature or 0, self.top_p or 0)):
+            raise SodaError("temperature and top-p must be finite numbers")
+        if abs(self.seed) >= 1 << 62:  # torch takes 64 bits, and each document of a batch has its own seed
+            raise SodaError(f"seed {self.seed}: must be below 2^62")
 
 
 def open_studio(folder: Path, codec: str = "", weights: Weights = "", out: Path = Path()) -> Studio:
@@ -92,7 +99,7 @@ def text_of(studio: Studio, text: str, name: str) -> str:
 
 def continuation(studio: Studio, codes: np.ndarray, seconds: float, name: str) -> Material:
     """Material to continue a sound for so many seconds. SodaError if the context has no room for them."""
-    frames = max(1, round(min(seconds * studio.frame_rate, studio.decoder.context)))
+    frames = max(1, round(min(studio.decoder.context, seconds * studio.frame_rate)))
     if len(codes) + frames > studio.fitting:
         left = max(0, studio.fitting - len(codes)) / studio.frame_rate
         raise SodaError(

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from ..codecs.description import DESCRIPTION, read_description
 from ..config import Recipe, load_recipe
+from ..errors import SodaError
 from ..files import read_json, to_json, write_json, write_text
 from .plan import Plan, Run
 from .results import RESULTS
@@ -117,14 +118,23 @@ def state_of(plan: Plan, run: Run, recipe: Recipe) -> State:
         if result.get("recipe_hash") == recipe_hash(recipe):
             return State("done", run.steps, "", result)
         return State("failed", 0, other_recipe(folder))
-    if (folder / FAILED).is_file():
-        return State("failed", 0, str(read_json(folder / FAILED, dict).get("error")))
+    if (why := _why_failed(folder / FAILED)) is not None:
+        return State("failed", 0, why)
     where = _claimed_by(Path(plan.study.folder) / CLAIMS / run.id)
     lines = _metrics(folder / "metrics.jsonl")
     step = lines[-1]["step"] if lines else 0
     if where is not None:
         return State("running", step, where)
     return State("stopped" if lines else "waiting", step)
+
+
+def _why_failed(path: Path) -> str | None:
+    try:
+        return str(read_json(path, dict).get("error")) if path.is_file() else None
+    except SodaError:
+        if path.is_file():
+            raise
+        return None  # a worker has just deleted it, to try the run again
 
 
 def other_recipe(folder: Path) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-VERSION = 3  # as in csrc/cpu/ops.cpp; incremented in both whenever an op changes its meaning or its arguments
+VERSION = 4  # as in csrc/cpu/ops.cpp; incremented in both whenever an op changes its meaning or its arguments
 CPU_OPS = (
     *("pack_frames", "unpack_frames", "expand_windows", "build_batch", "best_fit", "first_illegal", "hash_documents"),
     *("linear", "norm_and_rotate", "attend", "set_simd"),

@@ -6,6 +6,7 @@ import importlib.util
 import ipaddress
 import socket
 from pathlib import Path
+from typing import Any
 
 from ..console import console
 from ..errors import SodaError
@@ -42,16 +43,31 @@ def serve(folder: Path, host: str, port: int, codec: str = "", weights: Weights 
 
 
 def bind(host: str, port: int) -> socket.socket:
+    """Listens on the first of the host's addresses that this machine has: localhost may also be ::1 where there is no
+    IPv6. It listens at once, because two servers that only bind an address can both have it."""
+    why: Exception = OSError("it has no address")
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listening = socket.socket(family, socket.SOCK_STREAM)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(address)
-        listening.listen()  # now: two that only bind an address can both have it
+        for family, _, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            try:
+                return _listening(family, address)
+            except OSError as error:
+                why = error
     except (OSError, UnicodeError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise SodaError(f"--host {host} --port {port}: cannot listen there ({why})") from None
-    return listening
+        why = error
+    told = getattr(why, "strerror", None) or why
+    raise SodaError(f"--host {host} --port {port}: cannot listen there ({told})")
+
+
+def _listening(family: int, address: Any) -> socket.socket:
+    made = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind(address)
+        made.listen()
+    except OSError:
+        made.close()
+        raise
+    return made
 
 
 def is_loopback(address: str) -> bool:

@@ -9,6 +9,7 @@ from megatron_soda.inference.listen import Listener
 from megatron_soda.inference.sample import Constraint, sample
 from megatron_soda.inference.studio import generated_codes
 from megatron_soda.inference.task import Prompt
+from megatron_soda.vocab import TokenSpace
 from tests.exported import HOP, FakeCodec
 
 
@@ -46,3 +47,23 @@ def test_what_is_heard_is_the_result(exported, codec):
     lengths = [len(generated_codes(result.ids, s)) for result in rows]
     assert min(lengths) == 2  # one ends at once: only its prompt is heard
     assert max(lengths) > 3
+
+
+def test_long_sounds_are_not_decoded_once_a_frame():
+    """Most codecs decode from the start: what they decode in all must grow with the length, not with its square."""
+    decoded: list[int] = []
+
+    class Counting(FakeCodec):
+        def decode_part(self, codes: np.ndarray, first: int, end: int) -> np.ndarray:
+            decoded.append(end)
+            return super().decode_part(codes, first, end)
+
+    space = TokenSpace(text_size=30, bos=0, eos=2, codebooks=4, entries=16)
+    codes, heard = np.random.default_rng(0).integers(0, 16, (400, 4)), []
+    listener = Listener(space, Counting(), lambda row, wave: heard.append(wave))
+    for token in [space.audio_start, *space.audio_ids(codes).tolist(), space.audio_end]:
+        listener(0, token)
+    listener.finish()
+    np.testing.assert_array_equal(np.concatenate(heard), FakeCodec().decode([codes])[0])
+    assert len(heard[0]) == HOP
+    assert sum(decoded) < 6 * len(codes)

@@ -16,6 +16,7 @@ from megatron_soda import cli
 from megatron_soda.config import load_recipe, save_recipe
 from megatron_soda.errors import SodaError
 from megatron_soda.files import locked
+from megatron_soda.isoflop import records
 from megatron_soda.isoflop.plan import Plan, make_plan
 from megatron_soda.isoflop.records import CLAIMS, RESULT, collect, recipe_hash, result_of, state_of
 from megatron_soda.isoflop.results import read_results
@@ -183,6 +184,19 @@ def test_the_command(monkeypatch, capsys, tmp_path):
     path.write_text(text)
     assert soda(monkeypatch, "run", path, "--collect") == 2
     assert "holds a run of another recipe" in capsys.readouterr().err
+
+
+def test_a_failure_is_forgotten_while_it_is_read(monkeypatch, tmp_path):
+    """A worker deletes the file when it tries the run again: that must not end the process that shows the runs."""
+    plan = plan_of(tiny_study(tmp_path))
+    run, recipe = plan.runs[0], plan.recipe_of(plan.runs[0])
+    failed = Path(recipe.run) / records.FAILED
+    failed.parent.mkdir(parents=True)
+    failed.write_text('{"error": "no room"}')
+    assert state_of(plan, run, recipe).told == "no room"
+    plain = records.read_json
+    monkeypatch.setattr(records, "read_json", lambda path, kind: path.unlink() or plain(path, kind))
+    assert state_of(plan, run, recipe).kind == "waiting"
 
 
 def test_runs_trained_by_other_means_are_collected(tmp_path):

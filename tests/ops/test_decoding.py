@@ -72,6 +72,15 @@ def test_sums_of_the_largest_integers_fit(side):
     assert float(side.linear(x, weight, torch.ones(1))) == pytest.approx(-3.0 * 128 * 9728, rel=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize(("rows", "out"), [(0, 3), (0, 16), (2, 0), (0, 0)])
+def test_products_of_nothing(side, rows, out, dtype):
+    weight = torch.ones(out, 40).to(dtype)
+    found = side.linear(torch.ones(rows, 40), weight, torch.ones(out) if dtype == torch.int8 else None)
+    assert found.shape == (rows, out)
+    assert found.dtype == torch.float32
+
+
 def test_quantised_rows():
     weight = torch.from_numpy(np.random.default_rng(3).standard_normal((5, 33)).astype(np.float32))
     weight[2] = 0

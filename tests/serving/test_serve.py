@@ -356,7 +356,7 @@ def test_what_to_install(monkeypatch):
         run.check_installed()
 
 
-def test_addresses(server):
+def test_addresses(server, monkeypatch):
     port = int(server.url.rpartition(":")[2])
     with pytest.raises(SodaError, match=f"--host 127.0.0.1 --port {port}: cannot listen there"):
         run.bind("127.0.0.1", port)
@@ -368,3 +368,7 @@ def test_addresses(server):
     assert run.is_loopback("127.0.0.1")
     assert run.is_loopback("::1")
     assert not run.is_loopback("0.0.0.0")
+    both = [(socket.AF_INET, 1, 6, "", (address, 0)) for address in ("192.0.2.1", "127.0.0.1")]  # the first is not ours
+    monkeypatch.setattr(run.socket, "getaddrinfo", lambda *_, **__: both)
+    with run.bind("localhost", 0) as found:
+        assert found.getsockname()[0] == "127.0.0.1"
