@@ -31,7 +31,7 @@ class Sampled:
 
 
 @dataclass(frozen=True, eq=False)
-class LegalRows:
+class LegalIds:
     """Which rows of the head compete for the next token."""
 
     first: int
@@ -46,7 +46,7 @@ class Constraint:
     def __init__(self, space: TokenSpace, device: torch.device, slots: int = 0) -> None:
         self.grammar = Grammar(space, slots)
         self.device = device
-        self.all = LegalRows(0, space.size, None)
+        self.all = LegalIds(0, space.size, None)
         self.kinds = space.kind_table()  # int8 (size,)
         self.following = np.full((self.grammar.states, int(self.kinds.max()) + 1), -1)  # -1: illegal
         for (state, kind), after in self.grammar.step.items():
@@ -69,13 +69,13 @@ class Constraint:
                 return None
         return state
 
-    def rows(self, state: int, left: int | None = None) -> LegalRows:
+    def rows(self, state: int, left: int | None = None) -> LegalIds:
         """The legal tokens in `state`; given `left`, only those after which the document can still end within that many
         tokens, including this one."""
         ample = left is None or self.furthest[state] <= left - 1
         return self._rows(state, None if ample else left)
 
-    def _find_rows(self, state: int, left: int | None) -> LegalRows:
+    def _find_rows(self, state: int, left: int | None) -> LegalIds:
         after = self.following[state]
         allowed = after >= 0
         if left is not None:
@@ -84,7 +84,7 @@ class Constraint:
         ids = np.flatnonzero(legal)
         first, end = int(ids[0]), int(ids[-1]) + 1
         illegal = None if len(ids) == end - first else torch.from_numpy(~legal[first:end]).to(self.device)
-        return LegalRows(first, end, illegal, left is not None)
+        return LegalIds(first, end, illegal, left is not None)
 
 
 @dataclass
@@ -192,7 +192,7 @@ class _Choice:
     constrained: bool
     statistics: bool
 
-    def legal(self, row: _Row) -> LegalRows:
+    def legal(self, row: _Row) -> LegalIds:
         return self.constraint.rows(row.state, row.left) if self.constrained else self.constraint.all
 
     @torch.inference_mode()
@@ -200,7 +200,7 @@ class _Choice:
         """int64 (rows,): a token for each row. hidden: (rows, hidden); uniform: float64 (rows, 1)."""
         chosen = torch.empty(len(rows), dtype=torch.long, device=hidden.device)
         whole = self.decoder.logits(hidden) if self.statistics else None
-        groups: dict[LegalRows, list[int]] = {}
+        groups: dict[LegalIds, list[int]] = {}
         for place, row in enumerate(rows):
             groups.setdefault(self.legal(row), []).append(place)
         for legal, places in groups.items():
