@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron_soda.model import head
+from megatron_soda.model.legal_rows import Piece
 
 pytest.importorskip("triton", reason="comes with PyTorch for CUDA")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -24,7 +25,7 @@ def test_in_the_interpreter():
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "15 passed" in done.stdout
+    assert "16 passed" in done.stdout
 
 
 @pytest.fixture
@@ -68,27 +69,41 @@ def test_against_float64(kernels, columns, width, dtype):
     torch.testing.assert_close(scores[:, :columns].double(), wanted, **close)
 
 
+def some_pieces() -> list[Piece]:
+    """Rows in a range, with gaps, and with a sample of the others."""
+    first, second, third = torch.arange(50).split([20, 13, 17])
+    return [
+        Piece(first, 30, 0, 30, others=torch.tensor([40, 90, 199]), one_in=16),
+        Piece(second, 70, 0, 70, torch.tensor([31, 33, 69])),
+        Piece(third, 200, 0, 200, others=torch.tensor([], dtype=torch.int64), one_in=16),
+    ]
+
+
 @here
-def test_the_whole_head(kernels, monkeypatch):
+@pytest.mark.parametrize("pieces", [None, some_pieces()], ids=["all rows", "legal rows"])
+def test_the_whole_head(kernels, monkeypatch, pieces):
     """With padded rows, and chunks of which the last one is not full."""
     monkeypatch.setitem(head.CHUNK_BYTES, "cpu", 4 * 256 * 20)
     generator = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(50, 8, generator=generator), torch.randn(256, 8, generator=generator)
     weight[200:] = 0
-    labels, classes = torch.randint(200, (50,), generator=generator), torch.randint(3, (50,), generator=generator)
+    labels = torch.randint(200 if pieces is None else 30, (50,), generator=generator)
+    classes = torch.randint(3, (50,), generator=generator)
     of_label = torch.rand(50, generator=generator)
     found = []
     for scores in (head._TorchScores, head._TritonScores):
         monkeypatch.setattr(head, "_scores_class", lambda _, scores=scores: scores)
         x, gradient = hidden.clone().requires_grad_(), torch.zeros_like(weight)
         loss, sums = head.head_loss(
-            x, weight, labels, of_label, classes, classes=3, rows=200, z_weight=0.1, weight_gradient=gradient
-        )
+            x, weight, labels, of_label, classes, classes=3, rows=200, z_weight=0.1, weight_gradient=gradient,
+            pieces=pieces,
+        )  # fmt: skip
         loss.backward()
         found.append((loss.detach(), sums, x.grad, gradient))
     for torch_code, triton_code in zip(*found, strict=True):
         torch.testing.assert_close(triton_code, torch_code, rtol=1e-4, atol=1e-5)
     assert found[1][3][:200].abs().min(1).values.gt(0).any()
+    assert pieces is None or found[1][3][[40, 90, 199]].all()
     assert not found[1][3][200:].any()
 
 
