@@ -52,7 +52,9 @@ def main() -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "group"), [(signal.SIGTERM, False), (signal.SIGHUP, True)], ids=["alone", "its whole group"]
+    ("number", "group"),
+    [(signal.SIGTERM, False), pytest.param(signal.SIGHUP, True, marks=pytest.mark.full)],
+    ids=["alone", "its whole group"],
 )
 def test_a_signal_ends_the_workers_too(number, group):
     process = subprocess.Popen(

@@ -163,7 +163,7 @@ def as_before(function, *arguments) -> None:
 
 
 @pytest.mark.parametrize("settings", [[], ["parallel.distributed_optimizer=true"]], ids=["plain", "distributed"])
-@pytest.mark.parametrize("head", ["all", "legal"])
+@pytest.mark.parametrize("head", [pytest.param("all", marks=pytest.mark.full), "legal"])
 def test_a_checkpoint_of_an_earlier_version(pool, data, tmp_path, settings, head):
     """It is read at every layout, and a run that began with one goes on."""
     settings = [*settings, FOUR, *FLAT, f"training.head_rows={head}"]

@@ -157,6 +157,7 @@ def test_help_has_examples(monkeypatch, capsys, command):
     assert f"soda isoflop {command} " in capsys.readouterr().out.split("Examples:")[1]
 
 
+@pytest.mark.full
 def test_the_command(monkeypatch, capsys, tmp_path):
     path = tiny_study(tmp_path, budgets=[{"flops": 1e8, "widths": [16, 32]}])
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

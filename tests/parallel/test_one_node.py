@@ -30,7 +30,8 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize(("processes", "fewest"), [(1, 1), (2, 3)])  # gloo of every rank, and the store
+# gloo of every rank, and the store
+@pytest.mark.parametrize(("processes", "fewest"), [(1, 1), pytest.param(2, 3, marks=pytest.mark.full)])
 def test_nothing_listens_beyond_loopback(tmp_path, processes, fewest):
     script = tmp_path / "rank.py"
     script.write_text(RANK)
