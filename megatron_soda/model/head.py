@@ -51,7 +51,7 @@ class _Head(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
         sums = torch.zeros(2, classes, dtype=torch.float64, device=hidden.device)
         buffer = hidden.new_empty(0)
-        for piece, part in _chunks(pieces or [Piece(None, local, 0, rows)], len(hidden), room):
+        for piece, part in _chunks([Piece(None, local, 0, rows)] if pieces is None else pieces, len(hidden), room):
             of_label, own = loss_weight[part], piece.high - piece.low
             index = labels[part] - (start + piece.low)
             index = torch.where((index >= 0) & (index < own), index, -1)

@@ -134,6 +134,21 @@ def test_a_sample_of_the_other_rows(ranks):
     assert LegalRows(Rows(SPACE), {SPACE.codebooks}).turn(batch) is None
 
 
+def test_positions_without_a_weight_cost_nothing():
+    """Validation fills its last micro-batches with windows that weigh nothing: no product of the head is for them."""
+    from megatron_soda.model.head import head_loss
+
+    ids = np.concatenate(documents(2))
+    legal, batch = LegalRows(Rows(SPACE), {SPACE.codebooks}), batch_of(ids)
+    labels, weights, classes = batch.labels.flatten(), torch.zeros(len(ids) - 1), batch.class_id.flatten()
+    pieces = legal.pieces(legal.groups(batch).flatten(), weights)
+    assert pieces == []
+    unusable = torch.full((len(ids) - 1, 4), torch.nan), torch.full((SPACE.size, 4), torch.nan)
+    loss, sums = head_loss(*unusable, labels, weights, classes, classes=CLASSES, rows=SPACE.size, pieces=pieces)
+    assert loss == 0
+    assert not sums.any()
+
+
 def compute(one_in: int, at_a_time: int, z: float, sequence: bool) -> list[float]:
     """On a rank of the pool: the largest differences to float64, relative to its largest value."""
     import torch.distributed as dist

@@ -9,7 +9,6 @@ The limit is what reading the weights of a step once takes, at the bandwidth mea
     python tools/bench/bench_generate.py --models "" --export runs/quickstart/hf --store runs/quickstart/data/test
 """
 
-import json
 import statistics
 import sys
 import time
@@ -26,15 +25,16 @@ from transformers import LogitsProcessor, LogitsProcessorList, Qwen3ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron_soda import ops
 from megatron_soda.config import load_recipe
 from megatron_soda.data.store import Store
 from megatron_soda.errors import SodaError, run_tool
+from megatron_soda.files import to_json
 from megatron_soda.hf.load import load_model, quiet_transformers
 from megatron_soda.hf.qwen3 import hf_config
 from megatron_soda.inference.decoder import Decoder, Weights
 from megatron_soda.inference.sample import Constraint, sample
 from megatron_soda.inference.task import Prompt
+from megatron_soda.ops import library, linear
 from megatron_soda.vocab import LLAMA3
 
 FORMATS: tuple[Weights, ...] = ("", "bf16", "int8")
@@ -100,7 +100,7 @@ def bandwidth() -> float:
     weight, x = torch.ones(100_000, 512), torch.ones(1, 512)
     best = 0.0
     for _ in range(5):
-        for read in (lambda: ops.linear(x, weight), weight.sum):
+        for read in (lambda: linear(x, weight), weight.sum):
             began = time.perf_counter()
             read()
             best = max(best, weight.numel() * 4 / (time.perf_counter() - began))
@@ -225,7 +225,7 @@ def main(
     if export:
         facts["nll"] = nll(Path(export), Path(store), documents)
         console.print(facts["nll"])
-    print(json.dumps({**facts, "csrc": ops.library.describe(), "rows": rows}))
+    print(to_json({**facts, "csrc": library.describe(), "rows": rows}))
 
 
 if __name__ == "__main__":
