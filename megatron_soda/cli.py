@@ -8,6 +8,7 @@ import time
 import typer
 
 from .commands import (
+    ablate,
     compare,
     continue_,
     convert_store,
@@ -51,8 +52,9 @@ for _module in COMMANDS:
     app.command(_name, epilog=examples(*_module.EXAMPLES))(_module.command)
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(isoflop.app, name="isoflop")
+app.add_typer(ablate.app, name="ablate")
 
-GOES_ON = ("prepare", "train", "isoflop", "evaluate")  # these resume when run again; the others start over
+GOES_ON = ("prepare", "train", "isoflop", "ablate", "evaluate")  # these resume when run again; the others start over
 
 
 def main() -> None:

@@ -58,8 +58,8 @@ def run(
 ) -> None:
     """Train a study's runs; results go to its folder. Run it again to resume: what is done is not repeated."""
     from ..isoflop.plan import make_plan
-    from ..isoflop.run import run_study
     from ..isoflop.study import load_study
+    from ..studies.run import run_study
 
     raise typer.Exit(run_study(make_plan(load_study(study), overrides), overrides or [], jobs, collect))
 

@@ -6,13 +6,13 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..config import Model, Recipe, load_recipe, save_recipe
 from ..config.model import SIZES
-from ..data.store import Store
 from ..errors import SodaError
 from ..files import write_text
-from ..model.size import size_of, space_of, study_flops
+from ..model.size import size_of, space_of, study_flops, training_tokens
 from ..vocab import TokenSpace
 from .results import short
 from .study import Accounting, Budget, Rules, Study
@@ -46,6 +46,10 @@ class Run:
     def id(self) -> str:
         return f"{self.budget:g}-d{self.hidden_size}-s{self.seed}".replace("+", "")
 
+    @property
+    def cost(self) -> float:
+        return self.flops("total")
+
     def flops(self, accounting: Accounting) -> float:
         """What the run costs, by its own tokens."""
         if accounting == "6nd":
@@ -75,10 +79,37 @@ class Plan:
     runs: list[Run]
     dropped: list[Dropped]
     overrides: list[str]
+    suites: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.study.name
+
+    @property
+    def folder(self) -> str:
+        return self.study.folder
+
+    @property
+    def source(self) -> str:
+        return self.study.source
+
+    def columns(self, run: Run) -> dict[str, Any]:
+        data = training_tokens(self.recipe)
+        names = ("hidden_size", "num_layers", "num_attention_heads", "ffn_hidden_size", "batch_size", "steps")
+        names += ("learning_rate", "adam_beta2", "params_total", "tokens", "seed")
+        return {
+            "budget": run.budget,
+            "flops": run.flops("total"),
+            "flops_6nd": run.flops("6nd"),
+            **{name: getattr(run, name) for name in names},
+            "target": run.is_target,
+            "passes": run.tokens / data if data else None,
+        }
 
     def recipe_of(self, run: Run) -> Recipe:
         """The recipe of one run: the study's recipe with the run's sizes, batch, rate and steps."""
-        micro = math.gcd(self.recipe.training.micro_batch_size, run.batch_size)
+        largest = min(self.recipe.training.micro_batch_size, run.batch_size)
+        micro = next(size for size in range(largest, 0, -1) if run.batch_size % size == 0)
         settings = {
             "name": f"{self.study.name}-{run.id}",
             "run": Path(self.study.folder) / "runs" / run.id,
@@ -98,13 +129,6 @@ class Plan:
         if not self.recipe.data.path:  # the runs share the stores of the study's recipe
             settings["data.path"] = self.recipe.data_folder
         return load_recipe(self.study.recipe_path, [*self.overrides, *(f"{k}={v}" for k, v in settings.items())])
-
-    def data_tokens(self) -> int | None:
-        """Training tokens of all corpora; None if the stores are not there."""
-        named = self.recipe.data.corpora or {"train": str(self.recipe.data_folder / "train")}
-        if not all(Path(f"{path}.json").is_file() for path in named.values()):
-            return None
-        return sum(Store(path).size for path in named.values())
 
     def gpu_hours(self, run: Run) -> float:
         return run.flops("total") / (self.study.mfu * self.study.device_tflops * 1e12 * 3600)
@@ -155,7 +179,8 @@ def _run(flops: float, width: int, seed: int, is_target: bool, plan: Plan) -> Ru
     size = size_of(model, plan.space, length)
     if not is_target and (why := _pruned(flops, size.total, plan.study)):
         return why
-    batch = max(1, 2 ** math.ceil(math.log2(flops / (cost * rules.most_steps * length))))
+    fewest = flops / (cost * rules.most_steps * length)
+    batch = max(1, math.ceil(fewest) if rules.any_batch else 2 ** math.ceil(math.log2(fewest)))
     while rules.rate_limit and batch > 1 and learning_rate(batch, width, length, rules) > rules.rate_limit:
         batch //= 2
     steps = round(flops / (cost * batch * length))
@@ -201,6 +226,8 @@ def model_sizes(width: int, rules: Rules) -> tuple[int, int, int, int, int, int]
 
 def learning_rate(batch: int, width: int, length: int, rules: Rules) -> float:
     """Peak rate at `batch` sequences of `length` tokens."""
+    if rules.learning_rate:
+        return rules.learning_rate
     return rules.rate_constant * math.sqrt(batch * length / _RATE_TOKENS) / width
 
 
@@ -230,7 +257,7 @@ def to_csv(plan: Plan) -> str:
 
 def to_lines(plan: Plan) -> list[str]:
     """The plan as a table, with what every run costs by each way of counting, and what was left out."""
-    data = plan.data_tokens()
+    data = training_tokens(plan.recipe)
     head = f"{'budget':>9}{'width':>7}{'layers':>7}{'batch':>7}{'steps':>9}{'rate':>10}{'beta2':>9}{'params':>10}"
     head += f"{'tokens':>10}{'forward':>10}{'total':>10}{'6ND':>10}{'GPU hours':>11}{'passes' if data else '':>8}"
     lines = [head]

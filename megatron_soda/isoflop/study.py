@@ -37,8 +37,12 @@ class Rules:
     """Layers = width / this, at least 1. 0: the paper's rule, width / (57 + 4 log2 width)."""
     most_steps: Count = 65536
     """The batch is the smallest power of two (in sequences) that needs at most this many steps."""
+    any_batch: bool = False
+    """The batch is the smallest whole number instead: then all runs take nearly the same number of steps."""
     rate_constant: Above0 = 0.33
     """Peak learning rate = this x sqrt(batch) / width, with the batch in units of 4,096 tokens."""
+    learning_rate: AtLeast0 = 0
+    """One peak learning rate for all runs. 0: by `rate_constant`."""
     rate_limit: AtLeast0 = 0.01
     """The batch is halved while the rate is above this. 0: no limit."""
     smallest_batch: Count = 8

@@ -80,5 +80,13 @@ def space_of(recipe: Recipe) -> TokenSpace:
     return Store(path).space if Path(f"{path}.json").is_file() else LLAMA3
 
 
+def training_tokens(recipe: Recipe) -> int | None:
+    """Training tokens of all corpora; None if the stores are not there."""
+    named = recipe.data.corpora or {"train": str(recipe.data_folder / "train")}
+    if not all(Path(f"{path}.json").is_file() for path in named.values()):
+        return None
+    return sum(Store(path).size for path in named.values())
+
+
 def sizes(model: Model, space: TokenSpace, sequence_length: int) -> dict[str, int]:
     return asdict(size_of(model, space, sequence_length))

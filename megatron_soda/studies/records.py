@@ -18,8 +18,9 @@ from ..codecs.description import DESCRIPTION, read_description
 from ..config import Recipe, load_recipe
 from ..errors import SodaError
 from ..files import read_json, to_json, write_json, write_text
-from .plan import Plan, Run
-from .results import RESULTS
+from ..isoflop.results import RESULTS
+from ..registry import SUITES
+from .base import Plan, Run
 
 RESULT, FAILED, CLAIMS = "result.json", "failed.json", "claims"
 _DECISIVE = ("seed", "model", "data", "parallel", "training", "optimizer", "schedule", "precision")
@@ -32,29 +33,23 @@ def recipe_hash(recipe: Recipe) -> str:
 
 
 def result_of(plan: Plan, run: Run, recipe: Recipe) -> dict[str, Any] | None:
-    """The result of a run whose last step was taken and validated; None before."""
+    """The result of a run whose last step was taken and validated, and that was evaluated; None before."""
     folder = Path(recipe.run)
     lines = _metrics(folder / "metrics.jsonl")
     last = next((line for line in reversed(lines) if line["step"] == run.steps and "valid_nll" in line), None)
-    if last is None:
+    measured = _measured(plan, folder)
+    if last is None or measured is None:
         return None
     nll: dict[str, float] = last["valid_nll"]
-    data = plan.data_tokens()
     return {
         "run": run.id,
-        "study": plan.study.name,
-        "budget": run.budget,
-        "flops": run.flops("total"),
-        "flops_6nd": run.flops("6nd"),
-        **{name: getattr(run, name) for name in ("hidden_size", "num_layers", "num_attention_heads")},
-        **{name: getattr(run, name) for name in ("ffn_hidden_size", "batch_size", "steps", "learning_rate")},
-        **{name: getattr(run, name) for name in ("adam_beta2", "params_total", "tokens", "seed")},
-        "target": run.is_target,
+        "study": plan.name,
+        **plan.columns(run),
         "recipe_hash": recipe_hash(recipe),
-        "passes": run.tokens / data if data else None,
         "loss": last["valid_loss"],
         "nll": nll,
         "bits_per_audio_second": _bits_per_second(nll, recipe),
+        **measured,
         "wall_seconds": _facts(folder / "timings.json").get("train", {}).get("seconds"),
         "device_seconds": _device_seconds(lines),
         "device": _facts(folder / "environment.json").get("device"),
@@ -73,6 +68,20 @@ def _metrics(path: Path) -> list[dict[str, Any]]:
             if isinstance(point, dict) and isinstance(point.get("step"), int):
                 lines.append(point)
     return lines
+
+
+def _measured(plan: Plan, folder: Path) -> dict[str, float] | None:
+    """The figures of the plan's suites: those with a baseline as baseline - value, which is what was gained. None if a
+    suite is missing."""
+    found = _facts(folder / "eval.json")
+    if any(name not in found for name in plan.suites):
+        return None
+    figures: dict[str, float] = {}
+    for name in plan.suites:
+        for row in SUITES[name].rows(found[name]):
+            if isinstance(row.value, int | float):
+                figures[f"{name}_{row.name}"] = row.value if row.baseline is None else row.baseline - row.value
+    return figures
 
 
 def _facts(path: Path) -> dict[str, Any]:
@@ -120,7 +129,7 @@ def state_of(plan: Plan, run: Run, recipe: Recipe) -> State:
         return State("failed", 0, other_recipe(folder))
     if (why := _why_failed(folder / FAILED)) is not None:
         return State("failed", 0, why)
-    where = _claimed_by(Path(plan.study.folder) / CLAIMS / run.id)
+    where = _claimed_by(Path(plan.folder) / CLAIMS / run.id)
     lines = _metrics(folder / "metrics.jsonl")
     step = lines[-1]["step"] if lines else 0
     if where is not None:
@@ -174,7 +183,7 @@ def collect(plan: Plan, recipes: list[Recipe]) -> list[dict[str, Any]]:
         if state.result:
             found.append(state.result)
     if found:
-        target = Path(plan.study.folder)
+        target = Path(plan.folder)
         write_text(target / RESULTS, "".join(to_json(result) + "\n" for result in found))
         write_text(target / "results.csv", _csv(found))
     return found

@@ -1,6 +1,6 @@
 """One process that trains runs of a study, one after another, until none is left:
 
-    python -m megatron_soda.isoflop.worker STUDY [key=value ...]
+    python -m megatron_soda.studies.worker STUDY [key=value ...]
 
 Several may work on a study at once, on any number of hosts that share its folder: each claims a run by a lock, which
 the kernel releases however the process ends. Importing the engine takes seconds; later runs in the same process start
@@ -12,6 +12,7 @@ import ctypes
 import signal
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from ..config import Recipe
@@ -19,9 +20,9 @@ from ..errors import SodaError, user_message
 from ..files import locked, write_json
 from ..log import log
 from ..training.stop import listening
-from .plan import Plan, Run, make_plan
+from .base import Plan, Run
+from .load import load_plan
 from .records import CLAIMS, FAILED, RESULT, other_recipe, result_of, state_of
-from .study import load_study
 
 _PARENT_ENDED = 1  # prctl's PR_SET_PDEATHSIG
 
@@ -47,7 +48,7 @@ def work(plan: Plan) -> int:
 @contextlib.contextmanager
 def _claim(plan: Plan, run: Run) -> Iterator[bool]:
     """Yields False if another process has the run."""
-    folder = Path(plan.study.folder) / CLAIMS / run.id
+    folder = Path(plan.folder) / CLAIMS / run.id
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as held:
         try:
@@ -71,6 +72,7 @@ def _train(plan: Plan, run: Run, recipe: Recipe) -> bool | None:
             raise SodaError(other_recipe(folder))
         if not train(recipe):
             return False
+        _evaluate(plan, recipe)
         result = result_of(plan, run, recipe)
         if result is None:
             raise SodaError(f"{folder}: all steps are done, but metrics.jsonl has no validation of the last one")
@@ -83,10 +85,19 @@ def _train(plan: Plan, run: Run, recipe: Recipe) -> bool | None:
     return True
 
 
+def _evaluate(plan: Plan, recipe: Recipe) -> None:
+    if not plan.suites:
+        return
+    from ..evaluation.run import evaluate
+    from ..hf.export import export
+
+    evaluate(replace(recipe, evaluate=replace(recipe.evaluate, suite=list(plan.suites))), export(recipe))
+
+
 def main() -> None:
     ctypes.CDLL(None).prctl(_PARENT_ENDED, signal.SIGTERM)  # `soda isoflop run` was killed: save and stop
     try:
-        status = work(make_plan(load_study(sys.argv[1]), sys.argv[2:]))
+        status = work(load_plan(sys.argv[1], sys.argv[2:]))
     except SodaError as error:
         print(f"error: {error}", file=sys.stderr)
         status = 2

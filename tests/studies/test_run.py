@@ -16,12 +16,13 @@ from megatron_soda import cli
 from megatron_soda.config import load_recipe, save_recipe
 from megatron_soda.errors import SodaError
 from megatron_soda.files import locked
-from megatron_soda.isoflop import records
 from megatron_soda.isoflop.plan import Plan, make_plan
-from megatron_soda.isoflop.records import CLAIMS, RESULT, collect, recipe_hash, result_of, state_of
 from megatron_soda.isoflop.results import read_results
-from megatron_soda.isoflop.run import run_study
 from megatron_soda.isoflop.study import load_study
+from megatron_soda.model.size import training_tokens
+from megatron_soda.studies import records
+from megatron_soda.studies.records import CLAIMS, RESULT, collect, recipe_hash, result_of, state_of
+from megatron_soda.studies.run import run_study
 from tests.forked import forked
 from tests.helpers import small_recipe, write_data
 
@@ -67,7 +68,7 @@ def _threads() -> int:
 
 def share_a_process(path: Path) -> dict[str, Any]:
     """A study whose second run fails at first, and whose third is interrupted at its third step."""
-    from megatron_soda.isoflop import worker
+    from megatron_soda.studies import worker
     from megatron_soda.training import stop, trainer
 
     plan = plan_of(path)
@@ -130,7 +131,7 @@ def test_failures_interruptions_and_repetitions(tmp_path):
     assert result["loss"] == last_loss(tmp_path / "study" / "runs" / run.id)
     assert result["tokens"] == run.tokens == run.steps * run.batch_size * 32
     assert result["flops"] == run.flops_per_token * run.tokens
-    assert result["passes"] == pytest.approx(run.tokens / plan.data_tokens())
+    assert result["passes"] == pytest.approx(run.tokens / training_tokens(plan.recipe))
     assert result["recipe_hash"] == recipe_hash(plan.recipe_of(run))
     assert set(result["nll"]) >= {"text", "semantic", "acoustic_1"}
     assert 0 < result["device_seconds"] < result["wall_seconds"]
