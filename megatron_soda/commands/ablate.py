@@ -49,6 +49,7 @@ def run(
 
         for name in made.study.stores:
             prepare(made.store_of(name))
+        made = _load(study, overrides)  # now with the stores' vocabulary
     raise typer.Exit(run_study(made, overrides or [], jobs, collect))
 
 
