@@ -171,6 +171,15 @@ class Grammar:
             mask[state] |= kinds == kind
         return mask
 
+    def transitions(self) -> np.ndarray:
+        """int64 (states, kinds): the state after a token of a kind, -1 where it is illegal. After the end of a document
+        the next one may start."""
+        table = np.full((self.states, FIRST_CODE + self.space.codebooks), -1)
+        for (state, kind), following in self.step.items():
+            table[state, kind] = following
+        table[self.END] = table[self.START]
+        return table
+
     def following(self) -> np.ndarray:
         """bool (kinds + 1, 2, kinds): which kinds may follow a token, as far as a window of documents shows it.
 

@@ -48,9 +48,7 @@ class Constraint:
         self.device = device
         self.all = LegalIds(0, space.size, None)
         self.kinds = space.kind_table()  # int8 (size,)
-        self.following = np.full((self.grammar.states, int(self.kinds.max()) + 1), -1)  # -1: illegal
-        for (state, kind), after in self.grammar.step.items():
-            self.following[state, kind] = after
+        self.following = self.grammar.transitions()
         self.distance = self.grammar.shortest_end()
         # The token budget matters in a state once a legal token could lead too far from the end for the budget.
         self.furthest = np.where(self.following >= 0, self.distance[self.following], -1).max(1)
@@ -64,7 +62,7 @@ class Constraint:
         """The state after `ids`, documents one after another; None if one of them is illegal."""
         state = Grammar.START
         for token in ids:
-            state = self.after(Grammar.START if state == Grammar.END else state, token)
+            state = self.after(state, token)
             if state < 0:
                 return None
         return state
