@@ -22,6 +22,7 @@ from .commands import (
     params,
     prepare,
     report,
+    reproduce,
     serve,
     speak,
     tokenizer,
@@ -44,7 +45,7 @@ app = typer.Typer(
 )
 COMMANDS = (
     *(prepare, validate, inspect, convert_store, train, params),
-    *(export, import_, evaluate, compare, generate, report, doctor),
+    *(export, import_, evaluate, compare, generate, report, reproduce, doctor),
     *(transcribe, speak, continue_, translate, serve),
 )
 for _module in COMMANDS:

@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -155,11 +156,16 @@ def _full_key(key: str, text: str) -> str:
 def all_keys() -> list[str]:
     """Every key of a recipe, with its section's name if it has one."""
     keys = []
-    for name, kind in get_type_hints(Recipe).items():
+    for name, kind in _hints(Recipe).items():
         keys.append(name)
         if is_dataclass(kind):
             keys += [f"{name}.{f.name}" for f in fields(kind)]
     return keys
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)  # slow, and asked for every key of every file
 
 
 def _kind_of(path: list[str]) -> Any:
@@ -167,7 +173,7 @@ def _kind_of(path: list[str]) -> Any:
     kind: Any = Recipe
     for name in path:
         if is_dataclass(kind):
-            kind = get_type_hints(kind).get(name, str)
+            kind = _hints(kind).get(name, str)
         elif get_origin(kind) is dict:
             kind = get_args(kind)[1]
         else:

@@ -14,7 +14,7 @@ from megatron_soda.files import write_sealed
 from tests.helpers import write_data
 
 COMMANDS = "prepare validate inspect convert-store train export import evaluate generate report doctor".split()
-COMMANDS += "transcribe speak continue translate serve".split()
+COMMANDS += "reproduce transcribe speak continue translate serve".split()
 
 
 def soda(monkeypatch, *arguments: str) -> int:

@@ -17,7 +17,7 @@ PAPER = ROOT / "examples" / "isoflop" / "paper.yaml"
 # The authors' generator, run apart from this project. FLOPs (3 x the code's, one digit), width, layers, heads, ffn,
 # batch, steps, rate, beta2, millions of parameters without tables and with both, billions of tokens, 6 x the former x
 # tokens, and where a row is from.
-GRID = [line.split("|") for line in (Path(__file__).parent / "paper_grid.txt").read_text().splitlines()]
+GRID = [line.split("|") for line in (ROOT / "megatron_soda" / "isoflop" / "paper_grid.txt").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
