@@ -1,5 +1,6 @@
 """The results section: the rows of every suite, as a table against a baseline or as bars."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from ..evaluation.suite import Row, Suite
@@ -26,7 +27,11 @@ def part(suite: Suite, result: dict[str, Any], warnings: list[str]) -> dict[str,
             f"eval.json: its part “{suite.name}” is damaged and not shown ({type(error).__name__}: {error})."
         )
         rows, rest = [], {}
-    return {"suite": suite, "rows": compared(rows) if suite.against else shares(rows), "more": flatten(rest)}
+    return {
+        "suite": suite,
+        "rows": compared(rows) if suite.against else shares(rows, suite.beside),
+        "more": flatten(rest),
+    }
 
 
 def compared(rows: list[Row]) -> list[dict[str, Any]]:
@@ -56,7 +61,7 @@ def compared_row(row: Row, top: float) -> dict[str, Any]:
     }
 
 
-def shares(rows: list[Row]) -> list[dict[str, Any]]:
+def shares(rows: list[Row], names: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Counts and shares with bars, other figures without. Values that are not numbers are left out."""
     found = []
     for row in rows:
@@ -69,6 +74,13 @@ def shares(rows: list[Row]) -> list[dict[str, Any]]:
                 "name": row.name,
                 "label": row.label or row.name,
                 "meaning": row.meaning,
+                "beside": []
+                if not row.beside
+                else [
+                    (name, value)
+                    for name, value in zip(names, map(finite, row.beside), strict=True)
+                    if value is not None
+                ],
                 "count": row.count,
                 "value": row.value,
                 "interval": interval(row),
