@@ -21,14 +21,14 @@ class Wavlm(Judge):
     package, module = "transformers", "transformers"
 
     def load(self, model: str) -> Verdicts:
-        import torch
-        from transformers import AutoFeatureExtractor, WavLMForXVector
-
         if not Path(model).is_dir() or not model:
             raise SodaError(
                 f"wavlm: {model or 'no folder'}: name the folder of a WavLMForXVector, such as a copy of "
                 "microsoft/wavlm-base-plus-sv: evaluate.judges=[wavlm:FOLDER]"
             )
+        import torch
+        from transformers import AutoFeatureExtractor, WavLMForXVector
+
         device = "cuda" if torch.cuda.is_available() else "cpu"
         with reading(Path(model), "not a WavLMForXVector with its feature extractor"):
             prepare = AutoFeatureExtractor.from_pretrained(model, local_files_only=True)
