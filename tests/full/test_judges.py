@@ -39,7 +39,7 @@ def test_whisper_hears_the_same_alone_and_together(tmp_path):
     if not (Path(WHISPER) / "model.bin").is_file():
         pytest.skip(f"{WHISPER}: no weights of Whisper (set SODA_WHISPER)")
     waves = [prompt(name) for name in ("conf-extended", "digits/20", "demo-echodone")]
-    waves += [np.concatenate([prompt("demo-echodone")] * 14)]  # over 30 s
+    waves += [np.concatenate([prompt("conf-adminmenu-18"), prompt("basic-pbx-ivr-main")])]  # 47 s
     languages = ["en"] * len(waves)
     sounds = [lambda wave=wave: wave for wave in waves]
     together = Panel([f"whisper:{WHISPER}"], tmp_path / "a").judged(sounds, RATE, languages, "x")["whisper"]
