@@ -1,15 +1,16 @@
-"""Evaluation suites and generation tasks by name. Importing this module or any member does not import the engine:
-recipes and the page only need names and descriptions."""
+"""Evaluation suites, judges of sound and generation tasks by name. Importing this module or any member does not import
+the engine: recipes and the page only need names and descriptions."""
 
 import importlib
 import pkgutil
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+from .evaluation.judge import Judge
 from .evaluation.suite import Suite
 from .inference.task import Task
 
-Member = TypeVar("Member", Suite, Task)
+Member = TypeVar("Member", Suite, Judge, Task)
 
 
 class Registry(Generic[Member]):
@@ -46,4 +47,5 @@ class Registry(Generic[Member]):
 
 
 SUITES: Registry[Suite] = Registry("megatron_soda.evaluation.suites")
+JUDGES: Registry[Judge] = Registry("megatron_soda.evaluation.judges")
 TASKS: Registry[Task] = Registry("megatron_soda.inference.tasks")

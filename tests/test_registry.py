@@ -8,7 +8,7 @@ import pytest
 
 from megatron_soda.config import load_recipe
 from megatron_soda.errors import SodaError
-from megatron_soda.registry import SUITES, TASKS
+from megatron_soda.registry import JUDGES, SUITES, TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = ("torch", "transformers", "megatron", "rich", "soundfile", "pyarrow")
@@ -22,9 +22,10 @@ def loaded(code: str) -> set[str]:
 
 def test_names_are_those_of_the_files():
     pairs = ("salmon", "sblimp", "sstorycloze", "swuggy", "tblimp", "tstorycloze", "twuggy")
-    assert SUITES.names() == ("gain", "grammar", "nll", *pairs)
+    assert SUITES.names() == tuple(sorted((*pairs, "asr", "continuation", "gain", "grammar", "nll", "tts")))
+    assert JUDGES.names() == ("dnsmos", "resemblyzer", "wavlm", "whisper")
     assert TASKS.names() == ("continue", "speak", "transcribe", "translate")
-    for registry in (SUITES, TASKS):
+    for registry in (SUITES, JUDGES, TASKS):
         for name in registry.names():
             assert registry[name].name == name
             assert name in registry
@@ -38,8 +39,8 @@ def test_recipes_load_no_engine_and_members_neither():
     assert "yaml" in found
     assert found.isdisjoint({*HEAVY, "numpy"})
     found = loaded(
-        "from megatron_soda.registry import SUITES, TASKS\n"
-        "for registry in (SUITES, TASKS): [registry[name] for name in registry.names()]"
+        "from megatron_soda.registry import JUDGES, SUITES, TASKS\n"
+        "for registry in (SUITES, JUDGES, TASKS): [registry[name] for name in registry.names()]"
     )
     assert "numpy" in found
     assert found.isdisjoint(HEAVY)
@@ -77,7 +78,7 @@ def test_the_help_names_every_member(command, registry):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("evaluate.suite=[grammer]", r"must be one of gain, grammar, nll, .*, twuggy\. Did you mean grammar\?"),
+        ("evaluate.suite=[grammer]", r"must be one of asr, continuation, gain, .*, twuggy\. Did you mean grammar\?"),
         ("generate.tasks=[talk]", "must be one of continue, speak, transcribe"),
     ],
 )

@@ -33,6 +33,7 @@ def checks() -> list[tuple[str, bool, str, str]]:
     cuda = torch.cuda.is_available()
     device = torch.cuda.get_device_name() if cuda else f"CPU, {os.cpu_count()} cores"
     te, dali = _version("transformer-engine"), _version("nvidia-dali-cuda130") or _version("nvidia-dali-cuda120")
+    judges = _version("faster-whisper") and "faster-whisper" + (", Resemblyzer" if _version("Resemblyzer") else "")
     # PyPI's `apex` is an unrelated project; NVIDIA's has this module.
     apex = importlib.util.find_spec("amp_C") is not None and _imports("apex.optimizers")
     nccl = torch.distributed.is_nccl_available() and cuda
@@ -62,6 +63,12 @@ def checks() -> list[tuple[str, bool, str, str]]:
             bool(dali),
             dali or "absent: soundfile, PyAV and soxr decode",
             "pip install megatron-soda[dali], prepare.decoder=dali; on a CPU soundfile is as fast",
+        ),
+        (
+            "judges",
+            bool(judges),
+            judges or "absent: evaluate.judges must be []",
+            "pip install 'megatron-soda[judges]' (docs/evaluation.md)",
         ),
         (
             "apt-get, dpkg-deb",

@@ -6,7 +6,7 @@ from typing import Literal, Self
 from pydantic import model_validator
 from pydantic.dataclasses import dataclass
 
-from ..registry import SUITES, TASKS
+from ..registry import JUDGES, SUITES, TASKS
 from .fields import SECTION, Above0, Count, CountOrZero, choice
 
 
@@ -23,7 +23,11 @@ class Evaluate:
     documents: CountOrZero = 0
     """Documents to score. 0: all."""
     benchmarks: str = ""
-    """Folder of the likelihood benchmarks: each in a subfolder of its name (docs/evaluation.md)."""
+    """Folder of the benchmarks: each in a subfolder of its name (docs/evaluation.md)."""
+    judges: list[str] = field(default_factory=lambda: ["whisper", "resemblyzer"])
+    """Who judges sounds, in the suites asr, tts and continuation: NAME or NAME:MODEL, as in whisper:some/folder."""
+    shots: CountOrZero = 0
+    """Examples that precede each recording in the suite asr."""
     generations: CountOrZero = 100
     """Generations for the grammar suite."""
     max_tokens: CountOrZero = 400
@@ -33,6 +37,8 @@ class Evaluate:
     def _check(self) -> Self:
         for name in self.suite:
             choice("evaluate.suite", name, SUITES.names())
+        for name in self.judges:
+            choice("evaluate.judges", name.partition(":")[0], JUDGES.names())
         return self
 
 

@@ -11,6 +11,8 @@ from ..data.store import Store
 from ..errors import SodaError
 from ..hf.load import load_model
 from ..inference.held_out import held_out_rows
+from ..inference.studio import Studio
+from .panel import Panel, place_for_kept
 
 
 class Bench:
@@ -64,6 +66,17 @@ class Bench:
                 f"Leave such suites out of evaluate.suite (now {self.recipe.evaluate.suite})."
             )
         return load_data_codec(self.model.codec)
+
+    @cached_property
+    def studio(self) -> Studio:
+        """For generating. Sounds are saved in RUN/evaluate."""
+        return Studio(self.model, self.recipe, self.codec, Path(self.recipe.run) / "evaluate")
+
+    @cached_property
+    def panel(self) -> Panel:
+        """The recipe's judges of sounds."""
+        chosen = self.recipe.evaluate
+        return Panel(chosen.judges, place_for_kept(chosen.benchmarks, self.recipe.run) / "judged")
 
     def header(self, *, with_data: bool) -> dict[str, Any]:
         """What eval.json says about the model, and about the data if they were used."""

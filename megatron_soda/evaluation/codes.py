@@ -1,7 +1,6 @@
 """Codes of a benchmark's recordings. Encoding is the expensive step, so they are kept by codec and by content."""
 
 import hashlib
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,6 +16,7 @@ from ..codecs.description import CodecDescription
 from ..console import console
 from ..data.units import read_shard, write_units
 from ..errors import SodaError
+from .panel import place_for_kept
 
 SECONDS_AT_ONCE = 120.0  # of sound in memory, and in one file: what is lost if it is interrupted
 LONGEST = 3600.0  # seconds
@@ -27,7 +27,7 @@ def encoded(sounds: Sequence[Sound], codec: Codec, benchmarks: Path, run: Path) 
 
     Kept in `benchmarks`/codes, or in RUN/evaluate/codes where nothing can be written there.
     """
-    folder = (benchmarks if os.access(benchmarks, os.W_OK) else run / "evaluate") / "codes" / codec.fingerprint
+    folder = place_for_kept(str(benchmarks), str(run)) / "codes" / codec.fingerprint
     hashes = [_hash(sound) for sound in sounds]
     known = dict(_known(folder))
     todo = {digest: sound for digest, sound in zip(hashes, sounds, strict=True) if digest not in known}

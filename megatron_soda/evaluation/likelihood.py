@@ -1,7 +1,6 @@
 """How likely a model finds documents: teacher-forced, in batches, and the same in any batch to 1e-5."""
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,9 +12,9 @@ from rich.progress import track
 from ..console import console
 from ..data.batch import Batcher
 from ..data.windows import Window
-from ..files import reading
 from ..model.legal_rows import LegalRows, Piece
 from ..model.rows import Rows
+from .kept import Kept
 
 if TYPE_CHECKING:
     from ..hf.load import LoadedModel
@@ -93,16 +92,22 @@ def class_sums(bench: "Bench", name: str, documents: Sequence[np.ndarray], slots
     scorer = Likelihood(bench.model, slots)
     table, classes = bench.model.space.class_table(), len(bench.model.space.class_names)
     key = [VERSION, bench.model.key, bench.softmax, slots]
-    with _Kept(Path(bench.recipe.run) / "evaluate" / f"{name}.jsonl", key, classes) as kept:
+
+    def check(sums: Any) -> list[float]:
+        if len(sums) != classes:
+            raise ValueError(f"{len(sums)} sums for {classes} classes")
+        return list(map(float, sums))
+
+    with Kept(Path(bench.recipe.run) / "evaluate" / f"{name}.jsonl", key, check) as kept:
         digests = [digest_of([document]) for document in documents]
-        first = {digest: number for number, digest in reversed(list(enumerate(digests))) if digest not in kept.sums}
+        first = {digest: number for number, digest in reversed(list(enumerate(digests))) if digest not in kept.values}
         todo = list(first.values())
         for batch in track(list(batches([len(documents[i]) for i in todo])), name, console=console):
             chosen = [todo[i] for i in batch]
             scored = scorer.nats([documents[i] for i in chosen], [bench.softmax])
             for i, (nats,) in zip(chosen, scored, strict=True):
                 kept.add(digests[i], np.bincount(table[documents[i][1:]], nats, classes).tolist())
-        return np.array([kept.sums[digest] for digest in digests]).reshape(len(documents), classes)
+        return np.array([kept.values[digest] for digest in digests]).reshape(len(documents), classes)
 
 
 def digest_of(documents: Sequence[np.ndarray]) -> str:
@@ -111,38 +116,3 @@ def digest_of(documents: Sequence[np.ndarray]) -> str:
     for document in documents:
         found.update(len(document).to_bytes(8, "little") + np.asarray(document, "<i4").tobytes())
     return found.hexdigest()[:32]
-
-
-class _Kept:
-    """Sums of documents in a file: a line with the key, then a line per document. A file with another key is started
-    over, and a line that was half written is dropped."""
-
-    def __init__(self, path: Path, key: list[Any], classes: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        heading = f"{json.dumps(key)}\n".encode()
-        before = path.read_bytes() if path.is_file() else b""
-        whole = before[: before.rfind(b"\n") + 1]
-        if not whole.startswith(heading):
-            whole = heading
-            path.write_bytes(heading)
-        self.sums: dict[str, list[float]] = {}
-        with reading(path, "damaged; delete it and evaluate again"):
-            for line in whole.splitlines()[1:]:
-                digest, sums = json.loads(line)
-                if len(sums) != classes:
-                    raise ValueError(f"{len(sums)} sums for {classes} classes")
-                self.sums[digest] = list(map(float, sums))
-        self._file = path.open("r+b")
-        self._file.truncate(len(whole))
-        self._file.seek(len(whole))
-
-    def add(self, digest: str, sums: list[float]) -> None:
-        self.sums[digest] = sums
-        self._file.write(f"{json.dumps([digest, sums])}\n".encode())
-        self._file.flush()
-
-    def __enter__(self) -> "_Kept":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()

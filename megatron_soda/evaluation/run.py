@@ -63,6 +63,8 @@ def _carried_over(path: Path, header: dict[str, Any]) -> dict[str, Any]:
 def table(suite: Suite, rows: list[Row]) -> list[str]:
     """The lines that `soda evaluate` prints: a heading, then one line per row. Empty columns are left out."""
     columns = {suite.counted or "count": [row.count for row in rows]}
+    for place, name in enumerate(suite.beside):
+        columns[name] = [row.beside[place] if row.beside else None for row in rows]
     columns[suite.unit or "value"] = [row.value for row in rows]
     columns[suite.against or "baseline"] = [row.baseline for row in rows]
     columns["difference"] = [None if row.baseline is None else row.value - row.baseline for row in rows]

@@ -21,6 +21,7 @@ class Row:
     baseline: Any = None  # the same figure for a trivial baseline; lower is better
     small: tuple[Any, Any] = (None, None)  # value and baseline in `Suite.small_unit`
     of: Any = None  # the maximum possible value: an int for counts, 1.0 for shares
+    beside: tuple[Any, ...] = ()  # the same figure for what `Suite.beside` names
     interval: tuple[Any, Any] | None = None  # 95 %: of the value minus the baseline, without one of the value
     meaning: str = ""
     total: bool = False  # summarises other rows
@@ -38,6 +39,7 @@ class Suite(ABC):
     small_unit: ClassVar[str] = ""
     counted: ClassVar[str] = ""  # what `Row.count` counts
     against: ClassVar[str] = ""  # what `Row.baseline` refers to; empty: rows have no baseline
+    beside: ClassVar[tuple[str, ...]] = ()  # columns before the value
     glossary: ClassVar[tuple[str, str] | None] = None  # a question about the rows and its answer, collapsed on the page
     absent: ClassVar[str] = ""  # shown on the page if there is no result; empty: the page omits the suite
 

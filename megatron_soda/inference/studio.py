@@ -71,9 +71,9 @@ class Studio:
         generated = result.ids[len(prompt.ids) :]
         return self.model.text.decode(token for token in generated if token < self.model.space.text_size)
 
-    def original(self, row: dict[str, Any]) -> np.ndarray:
-        """float32 (samples,): the recording, or its decoded codes if the file is gone or another one. The path comes
-        with the data, and the sound is published with the page: the codes must have been made from it."""
+    def recording(self, row: dict[str, Any]) -> np.ndarray | None:
+        """float32 (samples,): the recording that the row's codes were made from, None if the file is gone or another
+        one. The path comes with the data, and the sound is published with the page."""
         from ..audio.reading import read_audio
         from ..audio.sound import BadAudio
 
@@ -82,12 +82,15 @@ class Studio:
         try:
             wave = read_audio(Path(row["audio"]), self.codec.sample_rate, longest)
         except (BadAudio, OSError):
-            return self.codec.decode([codes])[0]
+            return None
         found = self.codec.encode([wave])[0]
         # Only of the first codebook, and not all: codes that were made on another device may differ.
-        if len(found) == len(codes) and np.mean(found[:, 0] == codes[:, 0]) > SAME_CODES:
-            return wave
-        return self.codec.decode([codes])[0]
+        return wave if len(found) == len(codes) and np.mean(found[:, 0] == codes[:, 0]) > SAME_CODES else None
+
+    def original(self, row: dict[str, Any]) -> np.ndarray:
+        """float32 (samples,): the recording, or its decoded codes if there is none."""
+        wave = self.recording(row)
+        return self.codec.decode([row["codes"]])[0] if wave is None else wave
 
     def save(self, name: str, wave: np.ndarray) -> str:
         """Writes NAME.wav and returns the file name."""

@@ -1,18 +1,26 @@
 """The results section: the rows of every suite, as a table against a baseline or as bars."""
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from ..evaluation.suite import Row, Suite
 from ..registry import SUITES
-from .reading import as_dict
+from . import plots
+from .reading import as_dict, as_list
+from .samples import clip_or_reason
 from .words import finite, flatten
 
 
-def by_suite(evaluation: dict[str, Any], warnings: list[str]) -> dict[str, dict[str, Any]]:
+def by_suite(run: Path, evaluation: dict[str, Any], warnings: list[str]) -> dict[str, dict[str, Any]]:
     """The parts of the page by suite: first those in eval.json, in its order, then those without a result."""
     names = [name for name in evaluation if name in SUITES]
     names += [name for name in SUITES.names() if name not in names]
-    return {name: part(SUITES[name], as_dict(evaluation.get(name)), warnings) for name in names}
+    return {
+        name: part(SUITES[name], as_dict(evaluation.get(name)), warnings)
+        | {"shown": shown(run / "evaluate", as_dict(as_dict(evaluation.get(name)).get("shown")))}
+        for name in names
+    }
 
 
 def part(suite: Suite, result: dict[str, Any], warnings: list[str]) -> dict[str, Any]:
@@ -26,7 +34,24 @@ def part(suite: Suite, result: dict[str, Any], warnings: list[str]) -> dict[str,
             f"eval.json: its part “{suite.name}” is damaged and not shown ({type(error).__name__}: {error})."
         )
         rows, rest = [], {}
-    return {"suite": suite, "rows": compared(rows) if suite.against else shares(rows), "more": flatten(rest)}
+    return {
+        "suite": suite,
+        "rows": compared(rows) if suite.against else shares(rows, suite.beside),
+        "more": flatten(rest),
+    }
+
+
+def shown(folder: Path, items: dict[str, Any]) -> list[dict[str, Any]]:
+    """The worst and the best items of a suite, with their texts and sounds."""
+    found = []
+    for which, listed in items.items():
+        for item in map(as_dict, as_list(listed)):
+            texts = [(str(key), str(value)) for key, value in item.items() if value and isinstance(value, str)]
+            clips = [(str(key), clip_or_reason(folder, str(name))) for key, name in as_dict(item.get("audio")).items()]
+            sounds = [(key, plots.wav_uri(clip)) for key, clip in clips if isinstance(clip, plots.Clip)]
+            problems = [clip for _, clip in clips if isinstance(clip, str)]
+            found.append({"which": str(which), "texts": texts, "sounds": sounds, "problems": problems})
+    return found
 
 
 def compared(rows: list[Row]) -> list[dict[str, Any]]:
@@ -56,7 +81,7 @@ def compared_row(row: Row, top: float) -> dict[str, Any]:
     }
 
 
-def shares(rows: list[Row]) -> list[dict[str, Any]]:
+def shares(rows: list[Row], names: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Counts and shares with bars, other figures without. Values that are not numbers are left out."""
     found = []
     for row in rows:
@@ -69,6 +94,13 @@ def shares(rows: list[Row]) -> list[dict[str, Any]]:
                 "name": row.name,
                 "label": row.label or row.name,
                 "meaning": row.meaning,
+                "beside": []
+                if not row.beside
+                else [
+                    (name, value)
+                    for name, value in zip(names, map(finite, row.beside), strict=True)
+                    if value is not None
+                ],
                 "count": row.count,
                 "value": row.value,
                 "interval": interval(row),

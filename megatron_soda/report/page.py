@@ -61,7 +61,7 @@ def collect(run: Path) -> dict[str, Any]:
     facts = as_dict(load(run, "environment.json", warnings))
     data = as_dict(load(run, "data/prepare.json", warnings))
     stages = timings(as_dict(load(run, "timings.json", warnings)))
-    suites = by_suite(evaluation, warnings)
+    suites = by_suite(run, evaluation, warnings)
     warn_of_stale(run, warnings)
     recipe_file = run / "recipe.yaml"
     recipe = recipe_file.read_text(encoding="utf-8", errors="replace") if recipe_file.is_file() else ""
