@@ -32,6 +32,10 @@ class Data:
     rotary positions are relative, so the two differ only by rounding. Transformer Engine always resets."""
     align_windows: bool = False
     """No window begins inside an audio frame. Costs codebooks - 1 tokens per window."""
+    pack: bool = False
+    """Windows hold whole documents, packed by best fit, not consecutive tokens. For fine-tuning."""
+    prompt_spans: CountOrZero = 0
+    """With pack, how many leading spans (text or audio) of a document are its prompt, which has no loss. 0: none."""
     accept: list[Literal["codec", "tokenizer", "validation"]] = field(default_factory=list)
     """What may deliberately differ from what the model was trained with."""
 
@@ -40,6 +44,14 @@ class Data:
         need(
             len(self.corpora) < 2 or bool(self.mix),
             f"data.corpora has {len(self.corpora)} corpora; data.mix must give their shares",
+        )
+        need(
+            self.pack or not self.prompt_spans,
+            f"data.prompt_spans={self.prompt_spans} needs data.pack=true: a prompt's end shows in whole documents only",
+        )
+        need(
+            not (self.pack and self.align_windows),
+            "data.pack=true packs whole documents, so data.align_windows has nothing to align: set one of them",
         )
         need(bool(self.corpora) or not self.mix, "data.mix has shares, but data.corpora has no corpora")
         return self

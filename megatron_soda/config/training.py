@@ -62,12 +62,18 @@ class Schedule:
     """Share of the steps."""
     decay_share: Share = 0.2
     """Share of the steps; wsd only."""
+    final_share: Share = 0.0
+    """The rate that a cosine ends at, as a share of the peak."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         need(
             self.warmup_share + self.decay_share <= 1,
             "schedule.warmup_share and schedule.decay_share add up to more than 1",
+        )
+        need(
+            not self.final_share or self.name == "cosine",
+            f"schedule.final_share={self.final_share:g} is for schedule.name=cosine; {self.name} ends at 0",
         )
         return self
 

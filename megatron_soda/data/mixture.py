@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import SodaError
-from .windows import Window, Windows
+from .windows import Corpus, Window
 
 _PERIOD = 1 << 16
 
@@ -37,7 +37,7 @@ class Mixture:
 
     def __init__(
         self,
-        corpora: dict[str, Windows],
+        corpora: dict[str, Corpus],
         stages: list[Stage],
         start: int = 0,
         consumed: dict[str, int] | None = None,
@@ -125,7 +125,7 @@ def _quotas(shares: np.ndarray) -> np.ndarray:
     return quotas
 
 
-def _check_corpora(corpora: dict[str, Windows]) -> None:
+def _check_corpora(corpora: dict[str, Corpus]) -> None:
     if not corpora:
         raise SodaError("no corpora to draw samples from. Name their stores in data.corpora.")
     (first, windows), *others = corpora.items()

@@ -64,6 +64,28 @@ class Samples(Protocol):
     def __getitem__(self, sample: int) -> Window: ...
 
 
+class Corpus(Samples, Protocol):
+    """The shuffled, endless stream of a store's windows: Windows, or Packed (packed.py)."""
+
+    @property
+    def store(self) -> Store: ...
+    @property
+    def length(self) -> int:
+        """Labels of a window."""
+        ...
+
+    @property
+    def count(self) -> int:
+        """Windows per epoch."""
+        ...
+
+
+def place_in_epoch(sample: int, count: int, seed: int) -> int:
+    """Which of `count` windows is sample `sample`: every epoch has an order of its own."""
+    epoch, index = divmod(sample, count)
+    return permute(index, count, _mix(seed) + epoch)
+
+
 @dataclass(frozen=True)
 class Windows:
     """The shuffled, endless stream of a store's windows. Every label counts in at most one window.
@@ -102,8 +124,7 @@ class Windows:
 
     def __getitem__(self, sample: int) -> Window:
         """The window that is sample `sample`, counted from the start of training."""
-        epoch, index = divmod(sample, self.count)
-        window = permute(index, self.count, _mix(self.seed) + epoch)
+        window = place_in_epoch(sample, self.count, self.seed)
         start = self._start(window)
         return Window(self.store.read(start, self.length + 1), self._start(window + 1) - start)
 

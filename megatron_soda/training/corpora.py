@@ -2,6 +2,7 @@
 
 import os
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,8 +11,9 @@ import torch
 from ..config import Recipe
 from ..data.files import checksum, sampled_checksum, store_file
 from ..data.mixture import Mixture, Stage
+from ..data.packed import Packed, name_documents, without_response
 from ..data.store import Store
-from ..data.windows import Samples, Windows
+from ..data.windows import Corpus, Samples, Windows
 from ..errors import SodaError, user_message
 from ..parallel import preflight, ranks
 from ..vocab import TokenSpace
@@ -45,7 +47,7 @@ class Stores:
 
 def open_stores(recipe: Recipe, device: torch.device) -> Stores:
     """All ranks call this. Raises SodaError on all of them if one cannot read a store or sees a different one, or if a
-    store's bytes have changed since it was written."""
+    store's bytes have changed since it was written, or if one has documents without a response (data.prompt_spans)."""
     with preflight.together(device):
         named = recipe.data.corpora or {"train": str(recipe.data_folder / "train")}
         stores = Stores({name: Store(path) for name, path in named.items()}, Store(recipe.data_folder / "valid"))
@@ -55,7 +57,7 @@ def open_stores(recipe: Recipe, device: torch.device) -> Stores:
     preflight.compare_stores({str(store.path): _identity(store) for store in stores.all()}, device)
     with preflight.together(device):
         for store in stores.all() if ranks.is_first() else ():
-            if problem := _changed_bytes(store):
+            if problem := _changed_bytes(store) or without_response(store, recipe.data.prompt_spans):
                 raise SodaError(problem)
     return stores
 
@@ -111,18 +113,26 @@ class Corpora:
     def __init__(self, recipe: Recipe, stores: Stores, origin: Origin) -> None:
         d = recipe.data
         self.stores = stores
-        self.source: Source = _open_mixture(recipe, stores, origin)
-        self.valid = Windows(stores.valid, d.sequence_length, recipe.seed)
+        corpora = {  # those of the same size must not use their windows in the same order: their documents may be too
+            name: _windows(recipe, store, recipe.seed + zlib.crc32(name.encode()), d.align_windows)
+            for name, store in stores.train.items()
+        }
+        self.source: Source = _open_mixture(recipe, corpora, origin)
+        self.valid = _windows(recipe, stores.valid, recipe.seed)
         wanted = recipe.training.valid_windows
         self.valid_count = min(wanted, self.valid.count)
-        self.notes: list[str] = []  # messages for the user
+        batch = recipe.training.global_batch_size
+        self.notes = [  # messages for the user
+            *(note for name, corpus in corpora.items() for note in _about_packing(f"corpus {name}", corpus, batch)),
+            *_about_packing("validation", self.valid, 0),
+        ]
         if self.valid_count < wanted:
             self.notes.append(
                 f"validation is over the {self.valid_count} windows that {stores.valid.path} has, not over "
                 f"training.valid_windows={wanted}."
             )
         self.made_by = {**origin.saved.get("made_by", {}), **stores.made_by}
-        order = {"seed": recipe.seed, "sequence_length": d.sequence_length, "align_windows": d.align_windows}
+        order = {"seed": recipe.seed, **{key: getattr(d, key) for key in _ORDER if key != "seed"}}
         now = {n: {**_identity(s), "tokens": s.size, **order} for n, s in stores.train.items()}
         # Corpora no longer in the mix have still been used, and may come back.
         self.description: dict[str, Any] = {
@@ -186,7 +196,8 @@ class Corpora:
     def _check_corpus(self, name: str, origin: Origin) -> None:
         """The used windows must be the first ones in the recipe's order."""
         now: dict[str, Any] = self.description["corpora"][name]
-        was = {**now, **_saved_corpora(origin).get(name, {})}  # an earlier version did not record all of it
+        # An earlier version did not record all of it.
+        was = {**now, "pack": False, **_saved_corpora(origin).get(name, {})}
         saved = f"when the checkpoint of step {origin.step} was written"
         for key, setting in _ORDER.items():
             if was[key] != now[key]:
@@ -225,6 +236,7 @@ _ORDER = {
     "seed": "seed",
     "sequence_length": "data.sequence_length",
     "align_windows": "data.align_windows",
+    "pack": "data.pack",
 }  # of checkpoint.json: settings
 _WAYS_OUT = (
     "Set it back. To continue from this checkpoint with other data, give them a new name in data.corpora and "
@@ -252,14 +264,31 @@ def _stamp(store: Store) -> list[tuple[int, int, int] | None]:
     return stamps
 
 
-def _open_mixture(recipe: Recipe, stores: Stores, origin: Origin) -> Mixture:
+def _windows(recipe: Recipe, store: Store, seed: int, aligned: bool = False) -> Corpus:
+    d = recipe.data
+    if d.pack:
+        return Packed(store, d.sequence_length, seed, d.prompt_spans)
+    return Windows(store, d.sequence_length, seed, aligned)
+
+
+def _about_packing(what: str, corpus: Corpus, batch: int) -> Iterator[str]:
+    """How the documents of a corpus are packed, and which are left out. batch: windows a step; 0: not trained on."""
+    if not isinstance(corpus, Packed):
+        return
+    packed, left_out = len(corpus.store) - len(corpus.too_long), corpus.too_long.tolist()
+    epoch = f"; an epoch is {corpus.count / batch:,.1f} steps" if batch else ""
+    yield f"{what}: {packed:,} documents in {corpus.count:,} windows, {corpus.fill:.0%} full{epoch}."
+    if left_out:
+        yield (
+            f"{what}: {len(left_out):,} of {len(corpus.store):,} documents of {corpus.store.path} are longer than "
+            f"data.sequence_length={corpus.length} + 1 tokens and are left out: {name_documents(left_out)}. "
+            f"The longest has {int(corpus.lengths.max()):,} tokens."
+        )
+
+
+def _open_mixture(recipe: Recipe, corpora: dict[str, Corpus], origin: Origin) -> Mixture:
     """The training data as a stream of samples from the recipe's corpora, by their shares."""
     d, branch = recipe.data, origin.branch
-    corpora = {
-        # Corpora of the same size must not use their windows in the same order: they may have the same documents.
-        name: Windows(store, d.sequence_length, recipe.seed + zlib.crc32(name.encode()), d.align_windows)
-        for name, store in stores.train.items()
-    }
     # Stages are counted from step 0 of the original run, so that the same mix continues with the same samples.
     stages = [Stage(origin.first_sample(stage.from_step), stage.shares) for stage in d.mix]
     if stages and d.mix[0].from_step > branch.step:

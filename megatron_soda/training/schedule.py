@@ -6,14 +6,22 @@ from typing import Any
 
 
 def learning_rate(
-    step: int, *, schedule: str, steps: int, peak: float, warmup_share: float, decay_share: float, branched_at: int = 0
+    step: int,
+    *,
+    schedule: str,
+    steps: int,
+    peak: float,
+    warmup_share: float,
+    decay_share: float,
+    final_share: float = 0.0,
+    branched_at: int = 0,
 ) -> float:
     """The rate at step `step` (0-based) of `steps`. With a warm-up, the first step has rate 0 and only fills Adam's
     moments. A decay begins with a step at the peak and would reach 0 one step after the last.
 
-    wsd: linear warm-up, constant, linear decay to 0. cosine: linear warm-up, then half a cosine to 0. decay: linear
-    from the peak to 0 over the steps since `branched_at`, where the run branched off. Shares refer to the steps since
-    then, rounded down to whole steps.
+    wsd: linear warm-up, constant, linear decay to 0. cosine: linear warm-up, then half a cosine to `final_share` of
+    the peak. decay: linear from the peak to 0 over the steps since `branched_at`, where the run branched off. Shares
+    refer to the steps since then, rounded down to whole steps.
     """
     step, steps = max(0, step - branched_at), steps - branched_at
     warmup, decay = int(warmup_share * steps), int(decay_share * steps)
@@ -23,7 +31,8 @@ def learning_rate(
         return peak * step / warmup
     if schedule == "cosine":
         done = (step - warmup) / max(1, steps - warmup)
-        return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        height = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        return peak * (final_share + (1 - final_share) * height)
     if step < steps - decay:
         return peak
     return peak * max(0, steps - step) / max(1, decay)
@@ -33,7 +42,8 @@ def rate_at(step: int, settings: Mapping[str, Any], branched_at: int = 0) -> flo
     """`learning_rate` with a recipe's settings."""
     names = ("schedule", "steps", "warmup_share", "decay_share")
     shape = {name: settings[name] for name in names}
-    return learning_rate(step, peak=settings["learning_rate"], branched_at=branched_at, **shape)
+    final = settings.get("final_share", 0.0)  # not in checkpoints of earlier versions
+    return learning_rate(step, peak=settings["learning_rate"], branched_at=branched_at, final_share=final, **shape)
 
 
 def stable_steps(settings: Mapping[str, Any], branched_at: int = 0) -> range:

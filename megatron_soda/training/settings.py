@@ -17,6 +17,7 @@ KEYS = {  # checkpoint.json's name: the recipe's key
     "steps": "training.steps",
     "warmup_share": "schedule.warmup_share",
     "decay_share": "schedule.decay_share",
+    "final_share": "schedule.final_share",
     "weight_decay": "optimizer.weight_decay",
     "beta1": "optimizer.beta1",
     "beta2": "optimizer.beta2",
@@ -24,9 +25,11 @@ KEYS = {  # checkpoint.json's name: the recipe's key
     "clip_grad": "optimizer.clip_grad",
     "z_loss": "training.z_loss",
     "loss_weights": "training.loss_weights",
+    "prompt_spans": "data.prompt_spans",
     "precision": "precision.dtype",
     "cautious_mask": "optimizer.cautious_mask",
 }
+_NEW = {"final_share": 0.0, "prompt_spans": 0}  # in checkpoints of versions that did not have them
 _JUMP = 1.1  # times the previous rate
 
 
@@ -42,6 +45,7 @@ def compare_settings(recipe: Recipe, origin: Origin) -> list[str]:
     was, now = origin.saved.get("training"), settings_of(recipe)
     if was is None:
         return [f"{origin.folder} does not record its training settings (an earlier version wrote it)."]
+    was = {**_NEW, **was}
     changed = [name for name in KEYS if was.get(name) != now[name]]
     notes = [
         f"{KEYS[name]} was {was.get(name)} up to step {origin.step}, and is {now[name]} from now on."

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..config import Recipe, choice
 from ..data.batch import Batcher
-from ..data.windows import Samples, Window, Windows
+from ..data.windows import Samples, Window
 from ..errors import SodaError
 from ..model.gpt import Inputs, build_model, flat, forward, head_weight, inputs_of
 from ..model.head import head_loss
@@ -254,7 +254,7 @@ class Engine:
                 yield tensor
 
     @torch.no_grad()
-    def validate(self, windows: Windows, count: int) -> Tensor:
+    def validate(self, windows: Samples, count: int) -> Tensor:
         """Loss sums over the first `count` windows: the same at every layout."""
         for ddp in self.ddp:
             ddp.eval()
@@ -271,7 +271,7 @@ class Engine:
 class _First:
     """The first `count` samples; what fills up the last micro-batches after them weighs nothing."""
 
-    def __init__(self, windows: Windows, count: int) -> None:
+    def __init__(self, windows: Samples, count: int) -> None:
         self.windows, self.count = windows, count
 
     def __getitem__(self, sample: int) -> Window:
