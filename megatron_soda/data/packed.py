@@ -117,6 +117,6 @@ def without_response(store: Store, prompt_spans: int) -> str:
 
 
 def name_documents(documents: list[int]) -> str:
-    """ "document 3" or "documents 3, 7, .."."""
-    more = ", .." if len(documents) > _NAMED else ""
+    """ "document 3", "documents 3, 7 and 12 more"."""
+    more = f" and {len(documents) - _NAMED:,} more" if len(documents) > _NAMED else ""
     return f"document{'s'[: len(documents) - 1]} {', '.join(map(str, documents[:_NAMED]))}{more}"
