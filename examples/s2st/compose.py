@@ -4,8 +4,9 @@
 
 The words are Asterisk's free prompts (27 numbers that both languages have). OUT gets sound files and a manifest.jsonl
 whose lines come in pairs: source, then target, of one `recording`. Both directions occur. The pauses are random on each
-side; the loudness is random too, but the same on both. `prompt` is the string, so soda prepare keeps all recordings of
-a string on one side of the split.
+side; the loudness is random too, but the same on both. Words begin on frames of the codec (80 ms), so a word nearly
+always has the same codes, which saves a small model most of the work. `prompt` is the string, so soda prepare keeps all
+recordings of a string on one side of the split.
 """
 
 import argparse
@@ -22,8 +23,9 @@ from megatron_soda.files import atomic_path
 NUMBERS = [str(number) for number in (*range(10), *range(11, 21), *range(30, 100, 10))]
 LANGUAGES = ("es", "en")
 RATE = 16000
-PAUSE = 0.05, 0.25  # seconds
-GAIN = -9.0, 3.0  # dB
+FRAME = RATE * 2 // 25  # samples, 80 ms
+PAUSE = 1, 4  # frames
+GAIN = -6.0, 3.0  # dB
 QUIET = 0.02  # of a word's peak: what is cut from its ends
 A_FOLDER = 1000  # pairs
 
@@ -37,16 +39,19 @@ def words(downloads: Path, language: str) -> Words:
 
 
 def _trimmed(samples: np.ndarray) -> np.ndarray:
+    """From its first loud sample to its last, and silence to the end of a frame."""
     loud = np.flatnonzero(np.abs(samples) > QUIET * np.abs(samples).max())
-    return samples[loud[0] : loud[-1] + 1]
+    word = samples[loud[0] : loud[-1] + 1]
+    return np.pad(word, (0, -len(word) % FRAME))
 
 
 def said(numbers: list[str], voice: Words, rng: np.random.Generator) -> np.ndarray:
     """float32 samples: the numbers with a random pause before each and at the end."""
-    parts = [np.zeros(int(RATE * rng.uniform(*PAUSE)), np.float32)]
-    for number in numbers:
-        parts += [voice[number][0], np.zeros(int(RATE * rng.uniform(*PAUSE)), np.float32)]
-    return np.concatenate(parts)
+
+    def pause() -> np.ndarray:
+        return np.zeros(FRAME * rng.integers(*PAUSE, endpoint=True), np.float32)
+
+    return np.concatenate([pause(), *(part for number in numbers for part in (voice[number][0], pause()))])
 
 
 def compose(out: Path, downloads: Path, pairs: int, seed: int) -> None:

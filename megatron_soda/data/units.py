@@ -51,6 +51,11 @@ class Row:
     start: int
     end: int
 
+    @property
+    def heard(self) -> bool:
+        """Whether it has sound. A translation may have none."""
+        return self.end > self.start
+
 
 def write_units(path: Path, rows: list[dict], *, codec: CodecDescription, key: str = "") -> None:
     """rows: dicts of SCHEMA's fields, with codes (frames, codebooks)."""

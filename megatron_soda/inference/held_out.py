@@ -52,7 +52,7 @@ def held_out_rows(folder: Path, split: str, model: LoadedModel, accept: Collecti
     path = folder / f"{split}.parquet"
     if not path.is_file():
         raise SodaError(f"{path}: no such file; was the data prepared by `soda prepare`?")
-    return list(read_units([path]))
+    return [row for row in read_units([path]) if len(row["codes"])]  # a translation may have no sound
 
 
 def knows_text(recipe: Recipe, tokens: int = 1 << 22) -> bool:

@@ -58,9 +58,9 @@ class SpeechTranslation(Suite):
     name = "s2st"
     title = "Speech-to-speech translation"
     about = (
-        "How surprised the model is by a recorded translation that follows its own source, against the same translation "
-        "after another source of the same length; how many sources it writes down and translates without an error; and "
-        "how often the right translation among many is the likeliest, relative to its likelihood with no source."
+        "How surprised the model is by a recorded translation that follows its own source, against the same "
+        "translation after another source of the same length; how many sources it writes down and translates without "
+        "an error; and how often the right translation among many gains the most likelihood from the source."
     )
     needs = ("utterances",)
     small_unit, counted, against = "bits", "items", "wrong one"
@@ -69,20 +69,21 @@ class SpeechTranslation(Suite):
         super().check(bench)
         if not recordings(bench.utterances):
             raise SodaError(
-                f"{bench.recipe.data_folder}: the {bench.recipe.evaluate.split} split has no recording of two utterances "
-                "with transcripts and languages, a source and its translation. Leave s2st out of evaluate.suite."
+                f"{bench.recipe.data_folder}: the {bench.recipe.evaluate.split} split has no recording of two "
+                "utterances with transcripts and languages, a source and its translation. Leave s2st out of "
+                "evaluate.suite."
             )
 
     def measure(self, bench: "Bench") -> dict[str, Any]:
-        from ..likelihood import digest_of
+        from ..likelihood import context_of, digest_of
 
         every = pairs_of(bench)
-        chosen = with_partners(every, bench.recipe.seed, bench.model.model.config.max_position_embeddings + 1)
+        chosen = with_partners(every, bench.recipe.seed, context_of(bench.model))
         pairs, space = [own for own, _ in chosen], bench.model.space
         if not pairs:
             raise SodaError(
-                f"{bench.recipe.data_folder}: none of the {len(every)} pairs that fit the model's context has another of "
-                "the same languages whose source is at least as long"
+                f"{bench.recipe.data_folder}: none of the {len(every)} pairs that fit the model's context has another "
+                "of the same languages whose source is at least as long"
             )
         written = write_texts(bench, pairs)
         documents = [document(own, own.target, space)[0] for own in pairs]
@@ -158,6 +159,7 @@ def recordings(rows: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any
 def pairs_of(bench: "Bench") -> list[Pair]:
     """The first evaluate.documents of them that the model's context has room for."""
     from ...inference.tasks.translate import tag
+    from ..likelihood import context_of
 
     text, space = bench.model.text, bench.model.space
 
@@ -168,7 +170,7 @@ def pairs_of(bench: "Bench") -> list[Pair]:
 
     found = recordings(bench.utterances)
     pairs = [Pair(source["id"], side(source), side(target)) for source, target in found]
-    longest = bench.model.model.config.max_position_embeddings + 1
+    longest = context_of(bench.model)
     fitting = [pair for pair in pairs if len(document(pair, pair.target, space)[0]) <= longest]
     return fitting[: bench.recipe.evaluate.documents or len(fitting)]
 
@@ -333,13 +335,15 @@ def retrieval(bench: "Bench", pairs: Sequence[Pair], written: Sequence[Written])
     """For each direction, CHOICES sources, each with all their translations to choose from. Given a source and the
     texts that the model writes after it, the model's choice is the sound whose likelihood is furthest above its
     likelihood at the start of a document. A choice by length takes the one closest to the usual ratio."""
+    from ..likelihood import context_of
+
     found = {}
     for direction in sorted({pair.direction for pair in pairs}):
         chosen: dict[str, tuple[Pair, Written]] = {}
         for own, wrote in zip(pairs, written, strict=True):
             if own.direction == direction:
                 chosen.setdefault(own.target.said, (own, wrote))  # the same words would be right too
-        some = list(chosen.values())[:CHOICES]
+        some = _fitting(list(chosen.values())[:CHOICES], context_of(bench.model))
         if len(some) < 2:
             continue
         gains = _gains(bench, [own.target for own, _ in some], [wrote.ids for _, wrote in some])
@@ -361,17 +365,22 @@ def retrieval(bench: "Bench", pairs: Sequence[Pair], written: Sequence[Written])
     return found
 
 
+def _fitting(some: list[tuple[Pair, Written]], context: int) -> list[tuple[Pair, Written]]:
+    """Those whose written texts leave room for the longest translation."""
+    longest = max(len(own.target.audio) for own, _ in some)
+    return [(own, wrote) for own, wrote in some if len(wrote.ids) + longest + 3 <= context]
+
+
 def _gains(bench: "Bench", targets: Sequence[Side], prefixes: Sequence[list[int]]) -> np.ndarray:
     """float64 (prefixes, targets): nats by which a prefix makes a target's sound likelier."""
-    from ..likelihood import class_sums, context_of
+    from ..likelihood import class_sums
 
-    space, longest = bench.model.space, context_of(bench.model)
+    space = bench.model.space
     sounds = [[space.audio_start, *side.audio, space.audio_end, space.eos] for side in targets]
     documents, first = [], []
     for prefix in [[space.bos], *prefixes]:
         for sound in sounds:
-            ids = np.array([*prefix, *sound], np.int32)
-            documents.append(ids[:longest])
+            documents.append(np.array([*prefix, *sound], np.int32))
             first.append(len(prefix))
     sums = class_sums(bench, "s2st-retrieval", documents, space.codebooks, first)[:, 2:].sum(1)
     alone, *given = sums.reshape(-1, len(sounds))
