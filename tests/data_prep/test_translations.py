@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from data_prep import interleave, sources
+from data_prep import asterisk, interleave, sources
 from data_prep.documents import of_units, plan_documents
 from data_prep.encode import encode_jobs, encode_shard
 from data_prep.index import make_index
@@ -230,3 +230,14 @@ def test_what_has_no_sound_is_only_translated() -> None:
     ]
     with pytest.raises(interleave.CannotPlan, match="no codes: of the source"):
         interleave.ORDERS["translation"]([target, source])
+
+
+def test_every_two_languages_of_a_free_prompt_are_pairs() -> None:
+    some = [Utterance(f"{lang}/{p}", Sound(f"{lang}{p}"), p, "s", lang, p) for lang in ("en", "es", "fr") for p in "ab"]
+    found = list(asterisk.pairs(some[:-1]))
+    assert [one.id for one in found[:4]] == ["en-es/a/en", "en-es/a/es", "en-fr/a/en", "en-fr/a/fr"]
+    both = [(one.recording, other.recording) for one, other in zip(found[::2], found[1::2], strict=True)]
+    assert all(one == other for one, other in both)
+    assert sorted(one for one, _ in both if one.endswith("b")) == ["en-es/b", "es-en/b"]
+    assert len({one.id for one in found}) == len(found) == 2 * (6 + 2)
+    assert {one.prompt for one in found} == {"a", "b"}
