@@ -186,7 +186,7 @@ def test_pairs_become_the_papers_documents(tmp_path: Path, monkeypatch: pytest.M
     """Through the index and the codec: a translation without sound is a document that ends with its text."""
     monkeypatch.setattr("data_prep.encode.load_codec", lambda **_: FakeCodec())
     found, _ = read(pairs_in(tmp_path / "pairs"), "parallel")
-    index = make_index(iter(found), tmp_path / "index", shard_size=9, reject=pytest.fail)
+    index = make_index(iter(found), tmp_path / "index", shard_size=9, reject=lambda reject: pytest.fail(str(reject)))
     codec = CodecDescription.of(FakeCodec(), {"spec": "embedded", "path": str(tmp_path)})
     (job,) = encode_jobs(index.shards, tmp_path, codec, decoder="soundfile", trim=False)
     assert encode_shard(job) == 0
@@ -200,7 +200,10 @@ def test_pairs_become_the_papers_documents(tmp_path: Path, monkeypatch: pytest.M
     write_byte_tokenizer(tmp_path / "t.json")
     tokenizer = TextTokenizer(tmp_path / "t.json")
     space = tokenizer.space(4, 16)
-    made = [ids for _, ids in of_units(rows, codes, "0000", ["translation"], tokenizer, space, {})]
+    made = []
+    for item in of_units(rows, codes, "0000", ["translation"], tokenizer, space, {}):
+        assert not isinstance(item, Reject)
+        made.append(item[1])
 
     def text(said: str) -> list[int]:
         return [space.text_start, *tokenizer.encode(said), space.text_end]

@@ -108,6 +108,15 @@ def test_figures_are_those_of_a_loop_over_documents(exported, monkeypatch):
     assert (named["errors_chain"].value, named["retrieval_es-en"].count) == (1.0, 4)
 
 
+def test_sums_of_a_document_from_different_tokens_on(exported):
+    bench = Bench(exported.recipe(), exported.folder)
+    document = bench.data[0].document(0)
+    (nats,) = next(likelihood.Likelihood(bench.model, 4).nats([document], ["all"]))
+    for _ in range(2):  # computed, then kept
+        sums = likelihood.class_sums(bench, "some", [document] * 3, 4, [1, 4, 9]).sum(1)
+        assert sums == pytest.approx([nats.sum(), nats[3:].sum(), nats[8:].sum()])
+
+
 def test_a_model_that_translates_is_right_and_one_that_knows_nothing_is_not(exported, monkeypatch):
     """The translator writes the word of the first code it hears; the translation's first code is that of the word that
     it wrote."""

@@ -230,19 +230,19 @@ def likelihoods(bench: "Bench", chosen: Sequence[tuple[Pair, Pair]]) -> dict[str
     documents: list[np.ndarray] = []
     first: list[int] = []
     for own, other in chosen:
-        own_ids, text, sound = document(own, own.target, space)
+        right, text, _ = document(own, own.target, space)
         mixed, *_ = document(other, own.target, space, texts=own)
-        wrong, _, wrong_sound = document(other, own.target, space)
-        documents += [own_ids, own_ids, mixed, mixed, wrong]
-        first += [text, sound, text, sound, wrong_sound]
-    sums = class_sums(bench, "s2st", documents, space.codebooks, first).reshape(len(chosen), 5, -1)
+        wrong, _, sound = document(other, own.target, space)
+        documents += [right, mixed, wrong]
+        first += [text, text, sound]
+    sums = class_sums(bench, "s2st", documents, space.codebooks, first).reshape(len(chosen), 3, -1)
     audio, text = sums[:, :, 2:].sum(2), sums[:, :, 0]
     frames = np.array([float(len(own.target.audio)) for own, _ in chosen])
     words = np.array([float(len(own.source.text) + len(own.target.text)) for own, _ in chosen])
     parts = {
-        "audio": (audio[:, 1], audio[:, 4], frames),
-        "audio_own_texts": (audio[:, 1], audio[:, 3], frames),
-        "text": (text[:, 0], text[:, 2], words),
+        "audio": (audio[:, 0], audio[:, 2], frames),
+        "audio_own_texts": (audio[:, 0], audio[:, 1], frames),
+        "text": (text[:, 0], text[:, 1], words),
     }
     return {part: _part(*values) for part, values in parts.items()}
 
