@@ -1,6 +1,6 @@
 """Composes parallel recordings from spoken numbers: strings of two to four, in Spanish and English, by one speaker.
 
-    python examples/s2st/compose.py OUT --pairs 20000
+    python examples/s2st/compose.py OUT --pairs 2000
 
 The words are Asterisk's free prompts (27 numbers that both languages have). OUT gets sound files and a manifest.jsonl
 whose lines come in pairs: source, then target, of one `recording`. Both directions occur. The pauses are random on each
@@ -80,7 +80,7 @@ def compose(out: Path, downloads: Path, pairs: int, seed: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="OUT")
-    parser.add_argument("--pairs", type=int, default=20000)
+    parser.add_argument("--pairs", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--downloads", type=Path, default=Path("downloads"), help="the folder of prepare.downloads")
     options = parser.parse_args()
