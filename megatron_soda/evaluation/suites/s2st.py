@@ -4,7 +4,6 @@ it writes on the way (paper, section 9)."""
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -66,8 +65,10 @@ class SpeechTranslation(Suite):
     small_unit, counted, against = "bits", "items", "wrong one"
 
     def check(self, bench: "Bench") -> None:
+        from ...data.units import translations
+
         super().check(bench)
-        if not recordings(bench.utterances):
+        if not translations(bench.utterances):
             raise SodaError(
                 f"{bench.recipe.data_folder}: the {bench.recipe.evaluate.split} split has no recording of two "
                 "utterances with transcripts and languages, a source and its translation. Leave s2st out of "
@@ -75,6 +76,7 @@ class SpeechTranslation(Suite):
             )
 
     def measure(self, bench: "Bench") -> dict[str, Any]:
+        from ...data.units import translations
         from ..likelihood import context_of, digest_of
 
         every = pairs_of(bench)
@@ -92,7 +94,7 @@ class SpeechTranslation(Suite):
             **errors(pairs, written),
             "retrieval": retrieval(bench, pairs, written),
             "pairs": len(pairs),
-            "left_out": len(recordings(bench.utterances)) - len(pairs),
+            "left_out": len(translations(bench.utterances)) - len(pairs),
             "softmax": bench.softmax,
             "texts": [
                 {"id": own.id, "texts": [own.source.said, own.target.said], "written": list(wrote.said)}
@@ -146,18 +148,9 @@ class SpeechTranslation(Suite):
 # ---- pairs
 
 
-def recordings(rows: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
-    """The recordings that are a source and its translation."""
-    found = []
-    for _, some in groupby(enumerate(rows), key=lambda item: item[1]["recording"] or item[0]):
-        group = [row for _, row in some]
-        if len(group) == 2 and all(row["text"] and row["language"] and len(row["codes"]) for row in group):
-            found.append((group[0], group[1]))
-    return found
-
-
 def pairs_of(bench: "Bench") -> list[Pair]:
-    """The first evaluate.documents of them that the model's context has room for."""
+    """The first evaluate.documents held-out translations that the model's context has room for."""
+    from ...data.units import translations
     from ...inference.tasks.translate import tag
     from ..likelihood import context_of
 
@@ -168,7 +161,7 @@ def pairs_of(bench: "Bench") -> list[Pair]:
         said = text.decode(text.encode(row["text"]))  # as the model would write it
         return Side(np.array(ids, np.int32), space.audio_ids(row["codes"]), said, row["language"])
 
-    found = recordings(bench.utterances)
+    found = translations(bench.utterances)
     pairs = [Pair(source["id"], side(source), side(target)) for source, target in found]
     longest = context_of(bench.model)
     fitting = [pair for pair in pairs if len(document(pair, pair.target, space)[0]) <= longest]
@@ -273,10 +266,9 @@ class Written:
 def write_texts(bench: "Bench", pairs: Sequence[Pair]) -> list[Written]:
     """Both texts, always the likeliest token. The model is told only the language to translate to."""
     from ...inference.decoder import Decoder
-    from ...inference.own import LANGUAGE
     from ...inference.sample import Constraint, sample
     from ...inference.task import Material
-    from ...inference.tasks.translate import Translate
+    from ...inference.tasks.translate import LANGUAGE, Translate
 
     space, text, task = bench.model.space, bench.model.text, Translate()
     decoder, constraint = Decoder(bench.model.model), Constraint(space, bench.model.device)
