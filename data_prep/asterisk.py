@@ -9,12 +9,15 @@ identical in Debian 11, 12, 13 and unstable, and Ubuntu 22.04, 24.04, 25.04, 25.
 
 import gzip
 import hashlib
+import itertools
 import json
 import os
 import re
 import shutil
 import subprocess
 import zlib
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_soda.audio.sound import Sound
@@ -91,6 +94,19 @@ def read(folder: Path, languages: list[str]) -> tuple[list[Utterance], list[Reje
                 found.append(Utterance(f"{language}/{prompt}", Sound(str(audio)), text, speaker, language, prompt))
         rejects += [Reject(f"{language}/{prompt}", "no audio") for prompt in sorted(texts.keys() - sounds.keys())]
     return found, rejects
+
+
+def pairs(utterances: list[Utterance]) -> Iterator[Utterance]:
+    """Every prompt in every language that has it, followed by the same prompt in another: a recording of two
+    utterances, the source and its translation, for each two languages and both directions."""
+    by_prompt: dict[str, list[Utterance]] = {}
+    for one in utterances:
+        by_prompt.setdefault(one.prompt, []).append(one)
+    for prompt, some in sorted(by_prompt.items()):
+        for source, target in itertools.permutations(some, 2):
+            recording = f"{source.language}-{target.language}/{prompt}"
+            for one in (source, target):
+                yield replace(one, id=f"{recording}/{one.language}", recording=recording)
 
 
 def fetch_text(folder: Path) -> list[Path]:

@@ -45,7 +45,7 @@ def choose_codec(recipe: Recipe, index: Index, groups: Groups, folder: Path) -> 
     if p.entries and p.codec != "embedded":
         raise SodaError(f"prepare.entries={p.entries}: can only be chosen for the embedded codec; leave it at 0")
     if p.codec == "embedded" and not path:
-        some = sample(index.shards, FIT_UTTERANCES, lambda u: groups.side([f"{ID}\0{u.id}"]) == "train")
+        some = sample(index.shards, FIT_UTTERANCES, lambda u: u.heard and groups.side([f"{ID}\0{u.id}"]) == "train")
         fitted, stamp = folder / QUANTISER_FILE, folder / "codec.key"
         key = digest(wanted, recipe.seed, [(u.id, when) for u, when in some])
         if _is_stamped(fitted, stamp, key):

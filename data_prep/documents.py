@@ -252,7 +252,7 @@ def of_units(
     for _, group in groupby(enumerate(rows), key=lambda r: r[1].recording or r[0]):
         usable: list[Row] = []
         for _, row in group:
-            if row.start == row.end:
+            if not row.heard and "translation" not in orders:
                 yield Reject(row.id, "no codes")
             elif not good[row.start : row.end].all():
                 yield Reject(row.id, f"code out of range: the codebooks have {space.entries} entries")
@@ -295,6 +295,8 @@ def plan_documents(group: list[S], orders: Sequence[str]) -> Iterator[Planned[S]
     with_text = [one for one in group if one.text]
     for order in orders:
         some = group if order in interleave.WITHOUT_TEXT else with_text
+        if order != "translation":
+            some = [one for one in some if one.heard]
         try:
             plan = interleave.ORDERS[order](some) if some else []
         except interleave.CannotPlan as error:

@@ -156,6 +156,8 @@ def _listen(recipe: Recipe, index: Index, codec: Codec, rejects: Rejects) -> _He
     sorts: defaultdict[str, _Sort] = defaultdict(_Sort)
     for shard in index.shards:
         for utterance, stamp in read_index(shard):
+            if not utterance.heard:
+                continue
             name, size = _size(utterance, stamp)
             sorts[name].sizes[0] += 1
             sorts[name].sizes[1] += size

@@ -56,8 +56,11 @@ def encode_shard(job: EncodeJob) -> int:
     codec = _codec(json.dumps(job.codec.arguments, sort_keys=True), executor.device)
     utterances = [utterance for utterance, _ in read_index(job.shard)]
     encoder = _Encoder(codec)
-    rejects, lengths = [], {}
-    for number, pieces in _decoded([u.audio for u in utterances], codec, job):
+    rejects, lengths = [], dict[int, float]()
+    lengths |= {number: 0.0 for number, u in enumerate(utterances) if not u.heard}
+    heard = [number for number, u in enumerate(utterances) if u.heard]
+    for place, pieces in _decoded([utterances[number].audio for number in heard], codec, job):
+        number = heard[place]
         try:
             samples = 0
             for piece in pieces:
@@ -67,11 +70,11 @@ def encode_shard(job: EncodeJob) -> int:
         except BadAudio as error:
             encoder.drop(number)
             rejects.append((str(utterances[number].audio), str(error)))
-    codes = encoder.finish()
+    codes, silent = encoder.finish(), np.zeros((0, codec.codebooks), np.int16)
     rows = [
         {
             "id": u.id,
-            "codes": codes[number],
+            "codes": codes.get(number, silent),
             "text": u.text,
             "language": u.language,
             "speaker": u.speaker,

@@ -163,7 +163,8 @@ def _source(recipe: Recipe, work: Path) -> Iterator[Utterance | Reject]:
     with console.status("downloading the Asterisk prompts"):
         asterisk.fetch(folder, p.languages)
     utterances, rejects = asterisk.read(folder, p.languages)
-    return iter([*sorted(utterances, key=lambda u: u.id), *rejects])
+    utterances.sort(key=lambda u: u.id)
+    return iter([*(asterisk.pairs(utterances) if p.orders == ["translation"] else utterances), *rejects])
 
 
 def _text_patterns(recipe: Recipe) -> tuple[list[str], list[Reject]]:

@@ -10,7 +10,7 @@
     conversational text-first, each text preceded by its speaker's number in the recording, "[0]", "[1]"
     translation from two utterances, the original and its translation: BOS AUDIO_START source AUDIO_END TEXT_START
                     <language>xx</language>text TEXT_END TEXT_START <language>yy</language>text TEXT_END AUDIO_START
-                    target AUDIO_END EOS
+                    target AUDIO_END EOS; without the target's audio span if it has no sound
 
 A document is first planned as parts (a text, or the audio of utterance i), so that each text is tokenised only once.
 """
@@ -36,6 +36,8 @@ class Spoken(Protocol):
     def language(self) -> str: ...
     @property
     def speaker(self) -> str: ...
+    @property
+    def heard(self) -> bool: ...
 
 
 class CannotPlan(ValueError):  # noqa: N818  (becomes a Reject)
@@ -83,8 +85,10 @@ def _translation(spoken: Sequence[Spoken]) -> Plan:
         raise CannotPlan(f"no pair: a recording of {len(spoken)} utterances; a translation needs two")
     if not all(s.language for s in spoken):
         raise CannotPlan("no language")
+    if not spoken[0].heard:
+        raise CannotPlan("no codes: of the source")
     source, target = (_text(s, f"<language>{s.language}</language>") for s in spoken)
-    return [0, source, target, 1]
+    return [0, source, target, 1] if spoken[1].heard else [0, source, target]
 
 
 ORDERS: dict[str, Callable[[Sequence[Spoken]], Plan]] = {

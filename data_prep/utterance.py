@@ -17,12 +17,17 @@ class Utterance:
     """
 
     id: str
-    audio: Sound
+    audio: Sound  # of a translation that is not spoken: without a path
     text: str  # empty: there is none, so only audio-only documents can be made from it
     speaker: str = ""
     language: str = ""
     prompt: str = ""
     recording: str = ""
+
+    @property
+    def heard(self) -> bool:
+        """Whether it has sound."""
+        return bool(self.audio.path)
 
 
 @dataclass(frozen=True)

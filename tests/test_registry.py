@@ -22,7 +22,7 @@ def loaded(code: str) -> set[str]:
 
 def test_names_are_those_of_the_files():
     pairs = ("salmon", "sblimp", "sstorycloze", "swuggy", "tblimp", "tstorycloze", "twuggy")
-    assert SUITES.names() == tuple(sorted((*pairs, "asr", "continuation", "gain", "grammar", "nll", "tts")))
+    assert SUITES.names() == tuple(sorted((*pairs, "asr", "continuation", "gain", "grammar", "nll", "s2st", "tts")))
     assert JUDGES.names() == ("dnsmos", "resemblyzer", "wavlm", "whisper")
     assert TASKS.names() == ("continue", "speak", "transcribe", "translate")
     for registry in (SUITES, JUDGES, TASKS):

@@ -1,7 +1,7 @@
 """Sources of speech: manifests, folders, tars and datasets as they are distributed, read as a stream.
 
 files.py: the files that a pattern names, and their lines. rows.py: the checks that all share. The layouts: manifest.py,
-folders.py, tars.py, saved.py.
+folders.py, tars.py, saved.py, translations.py.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_soda.errors import SodaError
 
 from ..utterance import Reject, Utterance
-from . import files, folders, manifest, saved, tars
+from . import files, folders, manifest, saved, tars, translations
 from .rows import SOUND_SUFFIXES, Wanted, both_forms
 
 EXAMPLES = {
@@ -24,6 +24,9 @@ EXAMPLES = {
     "emilia": "EN_B00000_S00000_W000000.json beside EN_B00000_S00000_W000000.mp3, in folders or in tars",
     "webdataset": "tars (also .tar.gz) with X.flac and X.txt or X.json",
     "hf": "the output of datasets' save_to_disk, or a folder of Parquet shards like data/train-00000-of-00002.parquet",
+    "parallel": "a manifest with audio, text, language, translation, translation_language, translation_audio",
+    "cvss": "CVSS-T's train.tsv beside train/; prepare.audio_root is Common Voice, with validated.tsv beside clips/",
+    "covost": "CoVoST 2's covost_v2.es_en.tsv; prepare.audio_root is Common Voice, with validated.tsv beside clips/",
 }
 LAYOUTS = ("auto", *EXAMPLES)
 
@@ -87,6 +90,7 @@ def _reader(layout: str) -> Callable[[Path, list[Path], Path, Wanted], Iterator[
         yield from folders.read("emilia", root, loose, wanted)
 
     special = {"manifest": manifest.read, "webdataset": tars.read, "hf": saved.read, "emilia": emilia}
+    special |= {"parallel": translations.parallel, "cvss": translations.cvss, "covost": translations.covost}
     return special.get(layout) or (lambda root, places, _, wanted: folders.read(layout, root, places, wanted))
 
 

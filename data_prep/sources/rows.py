@@ -31,6 +31,7 @@ NAMES = {  # if several exist, the first that is not empty
     "speaker": ("speaker", "speaker_id", "client_id"),
     "language": ("language", "lang", "locale"),
     **{name: (name,) for name in ("id", "recording", "prompt", "start", "end", "offset", "duration")},
+    **{name: (name,) for name in ("translation", "translation_audio", "translation_language")},
 }
 NO_TEXT = "\0no text"  # in addition to a row's columns: why it has no text
 UNTYPED = "\0untyped"  # in addition to them: numbers only occur as strings
@@ -101,7 +102,11 @@ def string(row: Row, column: str) -> str:
     found = value(row, column)
     if found is None:
         return ""
-    if column not in ("audio", "text") and isinstance(found, int | float) and not isinstance(found, bool):
+    if (
+        column not in ("audio", "text", "translation")
+        and isinstance(found, int | float)
+        and not isinstance(found, bool)
+    ):
         found = str(int(found)) if found == found // 1 else found
     if not isinstance(found, str):
         raise BadLine(f"wrong type: {column}: a string is needed, not {type(found).__name__}")

@@ -9,7 +9,19 @@ from pydantic.dataclasses import dataclass
 from .fields import SECTION, Count, CountOrZero, OrNone, Share, need
 
 Layout = Literal[
-    "auto", "manifest", "audio", "pairs", "librispeech", "ljspeech", "commonvoice", "emilia", "webdataset", "hf"
+    "auto",
+    "manifest",
+    "audio",
+    "pairs",
+    "librispeech",
+    "ljspeech",
+    "commonvoice",
+    "emilia",
+    "webdataset",
+    "hf",
+    "parallel",
+    "cvss",
+    "covost",
 ]
 SplitBy = Literal["recording", "prompt", "text", "audio"]
 Order = Literal[

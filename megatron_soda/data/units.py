@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -50,6 +51,11 @@ class Row:
     seconds: float
     start: int
     end: int
+
+    @property
+    def heard(self) -> bool:
+        """Whether it has sound. A translation may have none."""
+        return self.end > self.start
 
 
 def write_units(path: Path, rows: list[dict], *, codec: CodecDescription, key: str = "") -> None:
@@ -171,3 +177,13 @@ def read_units(paths: list[Path]) -> Iterator[dict]:
             for row in rows:
                 row["codes"] = np.array(row["codes"] or [], np.int16).reshape(-1, codebooks)
         yield from rows
+
+
+def translations(rows: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Sources and their translations: the recordings of two utterances with sound, transcripts and languages."""
+    found = []
+    for _, some in groupby(enumerate(rows), key=lambda item: item[1]["recording"] or item[0]):
+        group = [row for _, row in some]
+        if len(group) == 2 and all(row["text"] and row["language"] and len(row["codes"]) for row in group):
+            found.append((group[0], group[1]))
+    return found

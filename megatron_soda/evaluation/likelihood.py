@@ -83,9 +83,12 @@ def batches(lengths: Sequence[int]) -> Iterator[list[int]]:
         yield batch
 
 
-def class_sums(bench: "Bench", name: str, documents: Sequence[np.ndarray], slots: int) -> np.ndarray:
-    """float64 (documents, classes): the nats of each document's tokens after the first, by class, and by the softmax
-    that the model was trained with (`bench.softmax`). No document may be longer than the context.
+def class_sums(
+    bench: "Bench", name: str, documents: Sequence[np.ndarray], slots: int, first: Sequence[int] | None = None
+) -> np.ndarray:
+    """float64 (documents, classes): the nats of each document's tokens from its `first` on (by default, all but the
+    very first), by class, and by the softmax that the model was trained with (`bench.softmax`). No document may be
+    longer than the context.
 
     RUN/evaluate/NAME.jsonl keeps them from batch to batch, so an interrupted suite goes on where it was.
     """
@@ -99,14 +102,18 @@ def class_sums(bench: "Bench", name: str, documents: Sequence[np.ndarray], slots
         return list(map(float, sums))
 
     with Kept(Path(bench.recipe.run) / "evaluate" / f"{name}.jsonl", key, check) as kept:
-        digests = [digest_of([document]) for document in documents]
-        first = {digest: number for number, digest in reversed(list(enumerate(digests))) if digest not in kept.values}
-        todo = list(first.values())
+        starts = [1] * len(documents) if first is None else first
+        digests = [
+            digest_of([d]) + (f" {start}" if start > 1 else "") for d, start in zip(documents, starts, strict=True)
+        ]
+        unknown = {digest: number for number, digest in reversed(list(enumerate(digests))) if digest not in kept.values}
+        todo = list(unknown.values())
         for batch in track(list(batches([len(documents[i]) for i in todo])), name, console=console):
             chosen = [todo[i] for i in batch]
             scored = scorer.nats([documents[i] for i in chosen], [bench.softmax])
             for i, (nats,) in zip(chosen, scored, strict=True):
-                kept.add(digests[i], np.bincount(table[documents[i][1:]], nats, classes).tolist())
+                some = table[documents[i][starts[i] :]]
+                kept.add(digests[i], np.bincount(some, nats[starts[i] - 1 :], classes).tolist())
         return np.array([kept.values[digest] for digest in digests]).reshape(len(documents), classes)
 
 

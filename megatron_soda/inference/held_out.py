@@ -9,8 +9,10 @@ import numpy as np
 
 from ..config import Recipe
 from ..data.store import Store
+from ..data.units import translations
 from ..errors import SodaError
 from ..hf.load import LoadedModel
+from .task import Task
 
 
 @dataclass
@@ -19,9 +21,10 @@ class HeldOut:
 
     usable: list[dict[str, Any]]
     spoken: list[dict[str, Any]]  # those with a transcript
+    translated: list[dict[str, Any]]  # sources, with the row of their translation as `translation`
 
-    def rows(self, needs_text: bool) -> list[dict[str, Any]]:
-        return self.spoken if needs_text else self.usable
+    def rows(self, task: Task) -> list[dict[str, Any]]:
+        return self.translated if task.translates else self.spoken if task.needs_text else self.usable
 
 
 def choose(rows: list[dict[str, Any]], longest: int, frame_rate: float, seed: int) -> HeldOut:
@@ -33,7 +36,9 @@ def choose(rows: list[dict[str, Any]], longest: int, frame_rate: float, seed: in
         return sorted(shuffled, key=lambda row: len(row["codes"]) < 1.5 * frame_rate)
 
     usable = [row for row in rows if 2 <= len(row["codes"]) <= longest]
-    return HeldOut(ordered(usable), ordered([row for row in usable if row["text"]]))
+    pairs = [{**source, "translation": target} for source, target in translations(rows)]
+    fitting = [row for row in pairs if len(row["codes"]) + len(row["translation"]["codes"]) <= longest]
+    return HeldOut(ordered(usable), ordered([row for row in usable if row["text"]]), ordered(fitting))
 
 
 def held_out_rows(folder: Path, split: str, model: LoadedModel, accept: Collection[str] = ()) -> list[dict[str, Any]]:
@@ -52,7 +57,7 @@ def held_out_rows(folder: Path, split: str, model: LoadedModel, accept: Collecti
     path = folder / f"{split}.parquet"
     if not path.is_file():
         raise SodaError(f"{path}: no such file; was the data prepared by `soda prepare`?")
-    return list(read_units([path]))
+    return [row for row in read_units([path]) if len(row["codes"])]  # a translation may have no sound
 
 
 def knows_text(recipe: Recipe, tokens: int = 1 << 22) -> bool:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,8 +24,6 @@ from .decoder import Weights
 from .sample import sample
 from .studio import Studio, generated_codes
 from .task import Material, Prompt, Task
-
-LANGUAGE = re.compile("<language>([^<>]*)</language>")
 
 
 @dataclass(frozen=True)

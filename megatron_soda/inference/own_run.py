@@ -15,9 +15,10 @@ from ..errors import SodaError, printable
 from ..files import check_writable, write_json
 from ..registry import TASKS
 from .decoder import Weights
-from .own import LANGUAGE, Answer, Chance, answer, open_studio, read_examples
+from .own import Answer, Chance, answer, open_studio, read_examples
 from .studio import Studio
 from .task import Material
+from .tasks.translate import LANGUAGE
 
 BATCH = 8  # documents generated at once
 SHOW_EVERY = 0.2  # seconds

@@ -43,6 +43,12 @@ def generate(recipe: Recipe, folder: Path) -> list[dict[str, Any]]:
             f"{studio.decoder.context} tokens)"
         )
     tasks = possible_tasks(recipe, bool(held_out.spoken) and knows_text(recipe))
+    if not held_out.translated and any(TASKS[name].translates for name in tasks):
+        raise SodaError(
+            f"generate.tasks={tasks}: no {recipe.generate.split} recording of a source and its translation is under "
+            f"{studio.longest / studio.frame_rate:.1f} seconds together; raise generate.max_seconds, or leave "
+            "translate out"
+        )
     studio.out.mkdir(parents=True, exist_ok=True)
     # If this is interrupted, old captions must not end up beside new sounds.
     (studio.out / "samples.json").unlink(missing_ok=True)
@@ -78,10 +84,11 @@ def take_samples(studio: Studio, tasks: list[str], held_out: HeldOut) -> list[di
     jobs = [(TASKS[task], i) for task in tasks for i in range(recipe.generate.samples)]
     samples = []
     for number, (task, i) in enumerate(track(jobs, "generate", console=console)):
-        rows = held_out.rows(task.needs_text)
+        rows = held_out.rows(task)
         row, seed = rows[number % len(rows)], recipe.seed + number
         samples.append(take_sample(studio, task, f"{task.name}_{i}", row, seed, pace))
-    samples += progress(studio, [name for name in tasks if not TASKS[name].writes], held_out)
+    sounding = [name for name in tasks if not (TASKS[name].writes or TASKS[name].translates)]
+    samples += progress(studio, sounding, held_out)
     for entry in samples:
         entry["export"] = studio.model.key  # so that the page notices samples from an earlier export
     return samples

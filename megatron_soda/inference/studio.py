@@ -41,13 +41,13 @@ class Studio:
         space, encode = self.model.space, self.model.text.encode
         return Material(space, encode, self.frame_rate, self.decoder.context, longest, **rest)
 
-    def prompt(self, task: Task, row: dict[str, Any], longest: int) -> Prompt:
-        """A held-out utterance's, or that of generate.text, which may take as long as it needs."""
+    def material_of(self, task: Task, row: dict[str, Any], longest: int) -> Material:
+        """Of a held-out utterance, or of generate.text, which may take as long as it needs."""
         settings, codes = self.recipe.generate, row["codes"]
         given = max(1, min(round(settings.prompt_seconds * self.frame_rate), len(codes) // 2))
-        own = settings.text if task.needs_text else ""
-        text = own or row["text"]
-        return task.prompt(self.material(None if own else longest, text=text, codes=codes, given=given))
+        own = settings.text if task.needs_text and not task.translates else ""
+        to = row["translation"]["language"] if task.translates else ""
+        return self.material(None if own else longest, text=own or row["text"], codes=codes, given=given, to=to)
 
     def draw(self, decoder: Decoder, prompt: Prompt, count: int, seed: int) -> list[Sampled]:
         """`count` continuations by a model with this one's token space."""

@@ -81,6 +81,7 @@ class Task(ABC):
     title: ClassVar[str]
     meaning: ClassVar[str]  # one sentence for the page
     needs_text: ClassVar[bool] = False  # needs a transcript, and a model trained on text beside speech
+    translates: ClassVar[bool] = False  # needs a recording with its translation
     writes: ClassVar[bool] = False  # the result is text; otherwise the document's last audio span
     temperature: ClassVar[float] = 1.0  # those of the paper, for people's own sounds and texts; 0: the likeliest token
     top_p: ClassVar[float] = 0.9

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import soundfile
 
+from megatron_soda.codecs.description import read_description
 from megatron_soda.data.store import Store, write_store
+from megatron_soda.data.units import write_units
 from megatron_soda.errors import SodaError
 from megatron_soda.hf.load import load_model
 from megatron_soda.inference import samples as making
@@ -189,6 +191,7 @@ def test_what_cannot_be_done_is_said(exported):
 def test_choosing_utterances():
     rows = [{"id": i, "codes": np.zeros((n, 4)), "text": t} for i, (n, t) in enumerate([(1, "a"), (2, ""), (3, "b")])]
     rows += [{"id": 3 + i, "codes": np.zeros((20 + i, 4)), "text": "c"} for i in range(8)]
+    rows = [{"recording": f"r{row['id']}", "language": "en", **row} for row in rows]
     found = choose(rows, 25, 12.5, 0)
     lengths = [len(row["codes"]) for row in found.usable]
     assert sorted(lengths) == [2, 3, 20, 21, 22, 23, 24, 25]
@@ -197,8 +200,40 @@ def test_choosing_utterances():
     again, other = choose(rows, 25, 12.5, 0), choose(rows, 25, 12.5, 1)
     assert [row["id"] for row in found.usable] == [row["id"] for row in again.usable]
     assert [row["id"] for row in found.usable] != [row["id"] for row in other.usable]
-    assert found.rows(True) is found.spoken
-    assert found.rows(False) is found.usable
+    assert found.rows(TASKS["transcribe"]) is found.spoken
+    assert found.rows(TASKS["continue"]) is found.usable
+
+
+def test_choosing_translations():
+    sizes = [("a", 4), ("a", 9), ("b", 4), ("c", 4), ("c", 22), ("d", 4), ("d", 4), ("d", 4)]
+    rows = [
+        {"id": i, "recording": name, "codes": np.zeros((n, 4)), "text": "t", "language": "en"}
+        for i, (name, n) in enumerate(sizes)
+    ]
+    found = choose(rows, 25, 12.5, 0)
+    assert [(row["id"], row["translation"]["id"]) for row in found.translated] == [(0, 1)]
+    assert found.rows(TASKS["translate"]) is found.translated
+
+
+def test_translations_are_made_from_held_out_pairs(exported):
+    """A random model writes anything; what is kept beside it is the right recording of the pair."""
+    pair = [{**exported.rows[i], "recording": "r", "language": lang} for i, lang in ((0, "es"), (1, "en"))]
+    data = exported.run / "data"
+    write_units(data / "test.parquet", pair, codec=read_description(data))
+    quick = exported.recipe(*QUICK, "generate.tasks=[translate]", "generate.max_seconds=1.2")
+    (sample,) = generate(quick, exported.folder)
+    assert set(sample) == KEYS
+    assert (sample["id"], sample["language"]) == (pair[0]["id"], "en")
+    assert sample["reference_text"] == f"{pair[0]['text']} → {pair[1]['text']}"
+    assert " → " in sample["output_text"]
+    assert "<language>" not in sample["output_text"]
+    out = exported.run / "samples"
+    assert seconds(out / sample["audio"]["prompt"]) == pytest.approx(len(pair[0]["codes"]) * HOP / RATE)
+    assert seconds(out / sample["audio"]["codec"]) == pytest.approx(len(pair[1]["codes"]) * HOP / RATE)
+    assert "model" in sample["audio"]
+    assert TASKS["translate"].meaning in build_report(exported.run).read_text()
+    with pytest.raises(SodaError, match=r"no test recording of a source and its translation is under 0\.3 seconds"):
+        generate(exported.recipe(*QUICK, "generate.tasks=[translate]", "generate.max_seconds=0.3"), exported.folder)
 
 
 def test_the_context_limits_the_sound(exported):

@@ -1,9 +1,13 @@
 """Speech to speech in another language, by way of both texts (paper, section 9)."""
 
+import re
+
 from ...errors import SodaError
 from ...registry import TASKS
 from ..task import Material, Prompt, Task
 from .transcribe import text_tokens
+
+LANGUAGE = re.compile("<language>([^<>]*)</language>")
 
 
 def tag(language: str) -> str:
@@ -15,7 +19,7 @@ class Translate(Task):
     name = "translate"
     title = "Translate"
     meaning = "The model writes down what it hears, translates it, and says that."
-    needs_text = True
+    needs_text = translates = True
     temperature, top_p = 0.9, 0.8
 
     def prompt(self, material: Material) -> Prompt:
