@@ -20,10 +20,10 @@ from .config import Recipe, load_recipe
 from .config.fields import SECTION, Above0, CountOrZero
 from .errors import SodaError
 from .isoflop.plan import Plan, Run, make_plan
-from .isoflop.records import recipe_hash
 from .isoflop.study import load_study
 from .model.size import Size, size_of, train_flops
 from .registry import SUITES
+from .studies.records import recipe_hash
 from .vocab import LLAMA3
 
 ROOT = Path(__file__).resolve().parents[1]  # the checkout: its recipes are not part of the installed package

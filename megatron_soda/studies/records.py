@@ -27,8 +27,14 @@ _DECISIVE = ("seed", "model", "data", "parallel", "training", "optimizer", "sche
 
 
 def recipe_hash(recipe: Recipe) -> str:
-    """Of everything that determines what a run learns."""
-    values = {name: value for name, value in asdict(recipe).items() if name in _DECISIVE}
+    """Of everything that determines what a run learns, as far as it differs from the defaults: a key that a later
+    version adds changes no hash."""
+    defaults = asdict(Recipe())
+    values: dict[str, Any] = {}
+    for name, value in asdict(recipe).items():
+        if name in _DECISIVE:
+            of = defaults[name]
+            values[name] = {k: v for k, v in value.items() if v != of[k]} if isinstance(value, dict) else value
     return hashlib.sha256(to_json(values, sort_keys=True).encode()).hexdigest()[:12]
 
 

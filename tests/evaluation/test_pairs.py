@@ -1,6 +1,7 @@
 """The likelihood suites: their figures against a loop over tokens, and models of known answers."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -204,7 +205,7 @@ def test_recordings_are_encoded_once(exported, benchmarks, monkeypatch):
     before = LevelCodec.encoded
     SUITES["swuggy"].measure(bench)
     assert LevelCodec.encoded == before + 24
-    monkeypatch.setattr(encoding.os, "access", lambda *_: False)
+    monkeypatch.setattr(os, "access", lambda *_: False)
     LevelCodec.fingerprint = "a third"
     SUITES["swuggy"].measure(bench)
     assert (exported.run / "evaluate" / "codes" / "a third").is_dir()
