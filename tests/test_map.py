@@ -16,6 +16,7 @@ WHOLE = (
     "sources",
     "tasks",
     "suites",
+    "judges",
     "inference",
     "evaluation",
     "serving",
