@@ -1,7 +1,6 @@
 """The likelihood suites: their figures against a loop over tokens, and models of known answers."""
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +9,7 @@ import torch
 
 from megatron_soda.codecs import description
 from megatron_soda.errors import SodaError
-from megatron_soda.evaluation import codes as encoding
-from megatron_soda.evaluation import likelihood
+from megatron_soda.evaluation import likelihood, panel
 from megatron_soda.evaluation.bench import Bench
 from megatron_soda.evaluation.pair_files import SALMON, Pair, Side
 from megatron_soda.evaluation.pairs import accuracies
@@ -205,7 +203,7 @@ def test_recordings_are_encoded_once(exported, benchmarks, monkeypatch):
     before = LevelCodec.encoded
     SUITES["swuggy"].measure(bench)
     assert LevelCodec.encoded == before + 24
-    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(panel.os, "access", lambda *_: False)
     LevelCodec.fingerprint = "a third"
     SUITES["swuggy"].measure(bench)
     assert (exported.run / "evaluate" / "codes" / "a third").is_dir()
