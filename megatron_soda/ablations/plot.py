@@ -2,8 +2,10 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..files import atomic_path
@@ -27,13 +29,13 @@ def plot_table(table: Table, folder: Path, title: str) -> list[Path]:
             panel.set_visible(False)
         for suffix in ("pdf", "png"):
             made.append(folder / f"ablation.{suffix}")
-            options = {"metadata": {"CreationDate": None}} if suffix == "pdf" else {"dpi": 200}
+            options: dict[str, Any] = {"metadata": {"CreationDate": None}} if suffix == "pdf" else {"dpi": 200}
             with atomic_path(made[-1]) as temporary:
                 figure.savefig(temporary, format=suffix, **options)
     return made
 
 
-def _panel(panel: matplotlib.axes.Axes, table: Table, measure: str) -> None:
+def _panel(panel: Axes, table: Table, measure: str) -> None:
     cells = table.cells[measure]
     numbers = _numbers(list(cells))
     at = numbers or list(range(len(cells)))
