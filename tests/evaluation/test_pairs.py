@@ -9,6 +9,7 @@ import torch
 
 from megatron_soda.codecs import description
 from megatron_soda.errors import SodaError
+from megatron_soda.evaluation import codes as encoding
 from megatron_soda.evaluation import likelihood, panel
 from megatron_soda.evaluation.bench import Bench
 from megatron_soda.evaluation.pair_files import SALMON, Pair, Side
