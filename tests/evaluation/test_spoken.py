@@ -375,6 +375,9 @@ def test_the_authors_list(exported, tmp_path, monkeypatch):
     path.write_text(json.dumps([*rows, {"file_path": "x.flac"}]))
     with pytest.raises(SodaError, match="item 3: needs file_path and transcript"):
         measured(exported, "suite=[asr]", f"evaluate.benchmarks={root}")
+    path.write_text(json.dumps([*rows, {"file_path": "x.flac", "transcript": "gone"}]))
+    with pytest.raises(SodaError, match=r"incomplete: 1 recordings are missing: .*x\.flac"):
+        measured(exported, "suite=[asr]", f"evaluate.benchmarks={root}")
 
 
 @pytest.mark.parametrize(
