@@ -70,7 +70,7 @@ def another_speaker(row: Row, rows: list[Row], lot: np.random.Generator) -> tupl
     others = [one["wave"] for one in rows if one["speaker"] != row["speaker"] and len(one["wave"]) >= len(row["wave"])]
     if not others:
         return None
-    other = others[lot.integers(len(others))][half : len(row["wave"])]
+    other = others[lot.integers(len(others))][half - FADE : len(row["wave"])]
     return row["wave"], joined(row["wave"][:half], other * level(row["wave"]) / level(other))
 
 
