@@ -18,7 +18,6 @@ from megatron_soda.errors import SodaError
 from megatron_soda.reproduce import Ours, Row, load_paper, rows, trained
 
 ROOT = Path(__file__).resolve().parents[1]
-COMING = {"asr", "tts"}  # suites that not every version has
 
 
 @pytest.fixture(scope="module")
