@@ -22,6 +22,7 @@ from tests.test_tokenizer import SENTENCES
 
 MADE_BY = {"codec": "fake", "tokenizer": "none"}
 CONTEXT = 160  # tokens; two documents of the test store are longer
+HEAD_DIM = 8
 RATE, HOP = 8000, 640  # 12.5 frames a second
 
 
@@ -95,7 +96,7 @@ def write_model(folder: Path, space: TokenSpace, text: TextTokenizer) -> None:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": HEAD_DIM}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.1}
     ends = {"bos_token_id": space.bos, "eos_token_id": space.eos}
     config = Qwen3Config(vocab_size=space.size, max_position_embeddings=CONTEXT, **sizes, **heads, **ends)

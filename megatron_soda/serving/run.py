@@ -4,13 +4,17 @@
 
 import importlib.util
 import ipaddress
+import shlex
 import socket
 from pathlib import Path
 from typing import Any
 
 from ..console import console
 from ..errors import SodaError
+from ..files import read_json
+from ..hf.load import read_export
 from ..inference.decoder import Weights
+from .slots import PROCESSOR
 
 NEEDED = ("starlette", "uvicorn", "python_multipart")
 END_SECONDS = 3  # for answers in progress when the server is stopped
@@ -21,6 +25,21 @@ def check_installed() -> None:
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         named = " and ".join(name.replace("_", "-") for name in missing)
         raise SodaError(f"soda serve needs {named}: pip install 'megatron-soda[serve]'")
+
+
+def vllm_command(folder: Path, host: str, port: int) -> str:
+    """The command that serves an exported model with vLLM, under the slot grammar. SodaError if the folder is not as it
+    was exported."""
+    described, config = read_export(folder), read_json(folder / "config.json")
+    options = {
+        "host": host,
+        "port": port,
+        "served-model-name": described["name"],
+        "dtype": config.get("dtype", "auto"),  # vLLM would make float32 models 16-bit
+        "logits-processors": PROCESSOR,
+    }
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    return shlex.join(["vllm", "serve", str(folder.resolve()), *flags])
 
 
 def serve(folder: Path, host: str, port: int, codec: str = "", weights: Weights = "") -> None:

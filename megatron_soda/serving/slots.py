@@ -12,12 +12,14 @@ from torch import Tensor
 
 from ..vocab import Grammar, TokenSpace
 
+PROCESSOR = "megatron_soda.serving.vllm:SlotGrammar"  # as vLLM is told
+
 
 class SlotMask:
     """The grammar's states and two more, as tensors on `device`.
 
-    free: any token may follow, and the state stays. refused: after an illegal token; only EOS may follow, so the request
-    ends at once. After the end of a document only the next one may start.
+    free: any token may follow, and the state stays. refused: after an illegal token; only EOS may follow, so that the
+    request ends at once. After the end of a document only the next one may start.
     """
 
     def __init__(self, space: TokenSpace, device: torch.device) -> None:
@@ -104,8 +106,8 @@ class DeviceTokens:
         self.lengths[index] = sizes
 
     def advance(self, slots: Tensor, tokens: Tensor, positions: Tensor) -> Tensor:
-        """int64 (rows,): the states after the tokens that the model was given last, at their positions. What `begin` has
-        followed, or an earlier call, is not followed again."""
+        """int64 (rows,): the states after the tokens that the model was given last, at their positions. Those that
+        `begin` or an earlier call has followed are not followed again."""
         before, known = self.states[slots], self.lengths[slots]
         new = positions >= known
         states = torch.where(new, self.mask.after[before, self.mask.kinds[tokens.long()]], before)

@@ -20,10 +20,9 @@ from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as ProcessorV2
 
 from ..vocab import TokenSpace
-from .slots import DeviceTokens, ListedTokens, SlotMask
+from .slots import PROCESSOR, DeviceTokens, ListedTokens, SlotMask
 
 SWITCH = "soda_grammar"
-NAME = "megatron_soda.serving.vllm:SlotGrammar"
 log = init_logger(f"vllm.{__name__}")  # vLLM prints what loggers of that name say
 
 
@@ -141,11 +140,11 @@ class InstalledSlotGrammar(SlotGrammar):
 
     def __new__(cls, config: Any, *rest: Any) -> Any:
         named = config.model_config.logits_processors or ()
-        if NAME in named or SlotGrammar in named or not _described(config.model_config).is_file():
+        if PROCESSOR in named or SlotGrammar in named or not _described(config.model_config).is_file():
             return Absent()
         if len(rest) == 2 and config.scheduler_config.async_scheduling:
             # vLLM then fills in the tokens of the step before only for processors that are named.
-            raise ValueError(f"add --logits-processors {NAME}, or --no-async-scheduling")
+            raise ValueError(f"add --logits-processors {PROCESSOR}, or --no-async-scheduling")
         return super().__new__(cls, config, *rest)
 
 
