@@ -103,7 +103,8 @@ def ours(model: tiny.Exported, given: list[list[int]], tokens: int) -> list[list
 
 def test_interfaces(python: Path, environment: dict[str, str], model: tiny.Exported, tmp_path: Path) -> None:
     file = tmp_path / "documents.json"
-    file.write_text(json.dumps([ids.tolist() for ids in documents(6, 5, model.space)]))
+    made = documents(18, 5, model.space)
+    file.write_text(json.dumps([np.concatenate(made[i : i + 3]).tolist() for i in range(0, 18, 3)]))
     variables = {**environment, "MODEL": str(model.folder), "DOCUMENTS": str(file)}
     options = ["--noconftest", "-c", os.devnull, "--rootdir", str(ROOT), "-p", "no:cacheprovider", "-q"]
     command = [str(python), "-m", "pytest", *options, str(ROOT / "tests/full/vllm_interfaces.py")]

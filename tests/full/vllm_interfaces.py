@@ -1,5 +1,5 @@
 """Both interfaces of vLLM, with its own code around our processors. test_vllm.py runs this in vLLM's environment; MODEL
-is an exported folder, DOCUMENTS a file with the ids of documents.
+is an exported folder, DOCUMENTS a file with lists of ids, a few documents each.
 
 Model runner 2 needs a GPU. Here its request states, loader and sampler run on the CPU, up to the choice of a token;
 what its kernels do, writing tokens where processors read them, is done by hand.
