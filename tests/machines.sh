@@ -26,6 +26,7 @@ job() {   # $1: with tests, or without; SPEECH=asterisk: not made-up speech
     model.hidden_size=64 model.ffn_hidden_size=128 model.num_attention_heads=2 model.num_query_groups=1
     training.steps=4 checkpoint.save_every=2 logging.log_every=1 training.global_batch_size=4
     training.micro_batch_size=2 training.valid_every=4 training.valid_windows=2 evaluate.documents=2
+    "evaluate.suite=[nll,grammar]"
     evaluate.generations=2 generate.samples=1 generate.candidates=1 generate.max_seconds=3
   )
   if [ "$with_tests" = yes ]; then bash tools/venv.sh dev; else bash tools/venv.sh; fi

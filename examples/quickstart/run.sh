@@ -18,7 +18,9 @@ while [ $# -gt 0 ]; do
     --speech)
       [ $# -ge 2 ] || { echo "error: --speech needs a folder" >&2; exit 2; }
       [ -e "$2" ] || { echo "error: --speech $2: no such folder" >&2; exit 2; }
-      overrides+=("prepare.speech=$(realpath "$2")" "prepare.text=[]" "run=runs/quickstart-own"); shift 2 ;;
+      # the gain suite needs transcripts, and enough held-out utterances of like length
+      overrides+=("prepare.speech=$(realpath "$2")" "prepare.text=[]" "run=runs/quickstart-own" "evaluate.suite=[nll,grammar]")
+      shift 2 ;;
     --layout) [ $# -ge 2 ] || { echo "error: --layout needs tp2, pp2 or dp2" >&2; exit 2; }; layout=$2; shift 2 ;;
     *=*) overrides+=("$1"); shift ;;
     *) echo "error: unknown argument $1 (see --help)" >&2; exit 2 ;;

@@ -46,6 +46,7 @@ def test_it_learned(run):
     assert grammar["valid"] == grammar["duration_exact"] == grammar["generations"] == 100
     assert grammar["legal_mass_mean"] >= 0.99
     assert grammar["free_legal_mass_mean"] >= 0.99
+    assert result["gain"]["utterances"] >= 40
     assert json.loads((run / "hf" / "soda.json").read_text())["max_logit_difference"] < 1e-4
 
 
