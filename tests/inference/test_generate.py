@@ -232,8 +232,8 @@ def test_translations_are_made_from_held_out_pairs(exported):
     assert seconds(out / sample["audio"]["codec"]) == pytest.approx(len(pair[1]["codes"]) * HOP / RATE)
     assert "model" in sample["audio"]
     assert TASKS["translate"].meaning in build_report(exported.run).read_text()
-    with pytest.raises(SodaError, match=r"no test recording of a source and its translation is under 0\.3 seconds"):
-        generate(exported.recipe(*QUICK, "generate.tasks=[translate]", "generate.max_seconds=0.3"), exported.folder)
+    with pytest.raises(SodaError, match=r"no test recording of a source and its translation is under 0\.6 seconds"):
+        generate(exported.recipe(*QUICK, "generate.tasks=[translate]", "generate.max_seconds=0.6"), exported.folder)
 
 
 def test_the_context_limits_the_sound(exported):
