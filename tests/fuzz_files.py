@@ -194,7 +194,7 @@ def _readers(folder: Path) -> dict[str, tuple[Path, Callable[[Path], object]]]:
         "timings.json": (run / "timings.json", use_timings),
         "eval.json": (
             run / "eval.json",
-            lambda path: by_suite(as_dict(load(path.parent, path.name, [])), []),
+            lambda path: by_suite(path.parent, as_dict(load(path.parent, path.name, [])), []),
         ),
         "metrics.jsonl": (run / "metrics.jsonl", lambda path: read_metrics(path, [])),
     }
