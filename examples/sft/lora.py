@@ -98,7 +98,7 @@ def train(loaded: LoadedModel, options: argparse.Namespace) -> None:
         optimizer.zero_grad()
         if step % 25 == 0 or step + 1 == options.steps:
             seconds = time.monotonic() - began
-            print(f"step {step + 1}  loss {float(nll) / labels:.4f}  {seconds:.0f} s", flush=True)
+            print(f"step {step + 1}  loss {nll.item() / labels:.4f}  {seconds:.0f} s", flush=True)
     print(f"held-out NLL of the responses: {held_out.held_out(model):.4f} nats per token")
     loaded.model = adapted.merge_and_unload()
 

@@ -13,6 +13,7 @@ from data_prep import interleave
 from megatron_soda.data.store import Store, write_store
 from tests.distributed.test_checkpoint import train_heard
 from tests.distributed.test_layouts import LAYOUTS, losses, metrics, same
+from tests.distributed.test_resume import describe_anew
 from tests.helpers import SPACE, small_recipe
 
 LENGTH = 96
@@ -167,6 +168,22 @@ def test_windows_cannot_change_in_the_middle_of_a_run_but_masks_can(pool, stores
         run_of(pool, stores, tmp_path / "run", "data.prompt_spans=0", "data.pack=false", *more)
     out = run_of(pool, stores, tmp_path / "run", "data.prompt_spans=0", *more, "optimizer.learning_rate=1e-4")
     assert "note: data.prompt_spans was 1 up to step 6, and is 0 from now on." in out
+
+
+def test_a_checkpoint_of_an_earlier_version_had_no_packing(pool, stores, straight, tmp_path):
+    def earlier(description: dict) -> None:
+        del description["data"]["corpora"]["train"]["pack"]
+        del description["training"]["prompt_spans"], description["training"]["final_share"]
+
+    shutil.copytree(straight[0], tmp_path / "run")
+    describe_anew(tmp_path / "run/checkpoints/step_00000006", earlier)
+    more = ["training.steps=7", "optimizer.learning_rate=1e-5"]
+    with pytest.raises(RuntimeError, match=r"data\.pack was False when .* and is True"):
+        run_of(pool, stores, tmp_path / "run", *more)
+    out = run_of(pool, stores, tmp_path / "run", "data.prompt_spans=0", "data.pack=false", *more)
+    assert "from step 6" in out
+    assert "prompt_spans" not in out
+    assert "final_share" not in out
 
 
 def test_what_is_packed_and_what_is_left_out_is_said(pool, stores, tmp_path):

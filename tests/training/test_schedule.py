@@ -55,6 +55,20 @@ def test_cosine():
     assert all(b < a for a, b in pairwise(found[10:]))
 
 
+def test_a_cosine_that_ends_above_0():
+    """As in optax's cosine_decay_schedule with alpha."""
+    found = rates(101, schedule="cosine", final_share=0.1)
+    assert found[:10] == pytest.approx([0.2 * i for i in range(10)])
+    assert found[10:] == pytest.approx([0.2 + 0.9 * (1 + math.cos(math.pi * i / 90)) for i in range(91)])
+    assert (found[10], found[55], found[100]) == pytest.approx((2.0, 1.1, 0.2))
+
+
+def test_checkpoints_of_earlier_versions_ended_at_0():
+    settings = {"schedule": "cosine", "steps": 100, "learning_rate": 2.0, "warmup_share": 0.1, "decay_share": 0.2}
+    assert rate_at(100, settings) == pytest.approx(0.0)
+    assert rate_at(100, {**settings, "final_share": 0.1}) == pytest.approx(0.2)
+
+
 def test_a_leg_that_branched_off():
     found = rates(101, schedule="decay", branched_at=60)[60:]
     assert found == pytest.approx([2.0 * (40 - i) / 40 for i in range(41)])
