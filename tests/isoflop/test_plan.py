@@ -121,6 +121,22 @@ def test_legal_rows_cost_less(tmp_path):
     assert legal.tokens > 10 * every.tokens
 
 
+def test_one_rate_and_any_batch(tmp_path):
+    rules = {"head_dim": 16, "width_per_layer": 32, "most_steps": 100, "rate_limit": 0, "smallest_batch": 1}
+    budgets = [{"flops": 1e14, "widths": [16, 24, 32, 48]}]
+    powers = make_plan(load_study(study(tmp_path, rules=rules, budgets=budgets))).runs
+    rules |= {"any_batch": True, "learning_rate": 0.005}
+    plan = make_plan(load_study(study(tmp_path, rules=rules, budgets=budgets)))
+    assert len(plan.runs) == len(powers) == 4
+    for run, power in zip(plan.runs, powers, strict=True):
+        fewest = run.budget / (run.flops_per_token * 100 * 256)
+        assert fewest <= run.batch_size < fewest + 1 <= power.batch_size + 1
+        assert run.learning_rate == 0.005 != power.learning_rate
+        micro = plan.recipe_of(run).training.micro_batch_size
+        assert micro == max(size for size in range(1, 9) if run.batch_size % size == 0)
+    assert any(run.batch_size != power.batch_size for run, power in zip(plan.runs, powers, strict=True))
+
+
 def test_seeds(tmp_path):
     budgets = [{"flops": 1e12, "widths": [16, 32]}, {"flops": 1e12, "widths": [32], "seeds": [1, 2]}]
     plan = make_plan(load_study(study(tmp_path, budgets=budgets)))
