@@ -24,7 +24,7 @@ class Whisper(Judge):
     model = "large-v3"  # the paper's for synthesis
 
     def load(self, model: str) -> Verdicts:
-        from faster_whisper import BatchedInferencePipeline, WhisperModel
+        from faster_whisper import BatchedInferencePipeline, WhisperModel  # pyright: ignore[reportMissingImports]
 
         device, numbers = _device()
         try:
