@@ -74,8 +74,8 @@ def _estimate(recipe: Recipe, scratch: Path, rejects: Rejects) -> Estimate:
     )
     codebooks = p.codebooks or codec.codebooks
     heard = _listen(recipe, index, codec, rejects)
-    usable = 1 - heard.bad / max(1, index.utterances)
-    if heard.decoded == index.utterances:
+    usable = 1 - heard.bad / max(1, heard.number)
+    if heard.decoded == heard.number:
         bad = inputs.speech_rejects + round(heard.bad)
         check_rejects(recipe, bad, inputs.speech_rejects + index.utterances, rejects)
     elif inputs.speech_rejects + heard.bad > p.max_rejects * index.utterances:
@@ -92,7 +92,7 @@ def _estimate(recipe: Recipe, scratch: Path, rejects: Rejects) -> Estimate:
     tokenizer = _tokenizer(recipe, inputs, scratch)
     transcribed, written = plan.texts.tokens(tokenizer, space), texts.tokens(tokenizer, space)
     letters_a_token = (plan.texts.letters + texts.letters) / max(1.0, transcribed + written)
-    codes = heard.frames / max(1, index.utterances) * (codebooks * plan.whole + plan.semantic)
+    codes = heard.frames / max(1, heard.number) * (codebooks * plan.whole + plan.semantic)
     spoken = codes + usable * (plan.markers + transcribed)
     written += 2 * inputs.texts.utterances
     tokens = spoken + min(written, spoken * p.text_share / (1 - p.text_share)) if spoken else written
@@ -145,7 +145,8 @@ def _size(utterance: Utterance, stamp: str) -> tuple[str, float]:
 
 @dataclass(frozen=True)
 class _Heard:
-    decoded: int  # utterances decoded; everything else refers to all of them
+    number: int  # utterances with sound: a translation may have none. Everything but `decoded` refers to all of them
+    decoded: int
     bad: float  # cannot be decoded
     frames: float  # for the others
     samples: float
@@ -165,10 +166,11 @@ def _listen(recipe: Recipe, index: Index, codec: Codec, rejects: Rejects) -> _He
             (heapq.heappush if len(sorts[name].some) < SAMPLE else heapq.heappushpop)(
                 sorts[name].some, (lowest, size, utterance)
             )
+    total = sum(int(sort.sizes[0]) for sort in sorts.values())
     decoded, bad, frames, samples = 0, 0.0, 0.0, 0.0
     for sort in sorts.values():
         number, size = sort.sizes
-        wanted = max(FEWEST, round(SAMPLE * number / index.utterances))
+        wanted = max(FEWEST, round(SAMPLE * number / total))
         sizes, lengths, failed, heard = [], [], 0, 0
         for _, about, utterance in sorted(sort.some, key=lambda one: one[0], reverse=True)[:wanted]:
             if heard > ENOUGH * codec.sample_rate and len(lengths) >= FEWEST:
@@ -185,7 +187,7 @@ def _listen(recipe: Recipe, index: Index, codec: Codec, rejects: Rejects) -> _He
         bad += number - good
         frames += good * _mean([-(-length // codec.samples_per_frame) for length in lengths], sizes, size / number)
         samples += good * _mean(lengths, sizes, size / number)
-    return _Heard(decoded, bad, frames, samples)
+    return _Heard(total, decoded, bad, frames, samples)
 
 
 _BACKWARDS = str.maketrans("0123456789abcdef", "fedcba9876543210")

@@ -61,11 +61,12 @@ def parallel(root: Path, places: list[Path], scratch: Path, wanted: Wanted) -> F
         if files.kind(file) not in (".jsonl", ".csv", ".tsv", ".json"):
             raise SodaError(f"{file}: a manifest of pairs is a .jsonl, .csv or .tsv, or NeMo's .json")
         name = files.relative(file, root)
+        prefix = f"{files.stem(name)}:" if len(places) > 1 else ""
         for where, row in manifest.records(file, name, wanted):
             try:
                 if isinstance(row, BadLine):
                     raise row
-                yield from _of_row(wanted.named(row), file.parent, wanted)
+                yield from _of_row(wanted.named(row), file.parent, prefix, wanted)
             except BadLine as error:
                 yield Reject(where, str(error))
 
@@ -79,13 +80,13 @@ def _manifest_of(folder: Path, wanted: Wanted) -> Path:
     return folder / names[0]
 
 
-def _of_row(row: Row, folder: Path, wanted: Wanted) -> list[Utterance]:
-    source = manifest.of_path(row, folder, "", wanted)
+def _of_row(row: Row, folder: Path, prefix: str, wanted: Wanted) -> list[Utterance]:
+    source = manifest.of_path(row, folder, prefix, wanted)
     text, language, audio = (rows.string(row, f"translation{name}") for name in ("", "_language", "_audio"))
     sound = NO_SOUND
     if audio:
         sound = Sound(str(rows.inside(wanted.audio_root or folder, audio)[0]))
-    return _pair(source.id, source, sound, text, language)
+    return _pair(f"{source.id}-{language}", source, sound, text, language)  # one source may have several
 
 
 # ---- translations of Common Voice
@@ -156,7 +157,11 @@ def _covost_rows(table: Path, name: str) -> Iterator[tuple[str, dict[str, str] |
         if isinstance(line, BadLine):
             yield f"{name}:{number}", line
         elif line.strip():
-            cells = next(csv.reader([line], delimiter="\t", quoting=csv.QUOTE_NONE, escapechar="\\"))
+            try:
+                cells = next(csv.reader([line], delimiter="\t", quoting=csv.QUOTE_NONE, escapechar="\\"))
+            except csv.Error as error:
+                yield f"{name}:{number}", BadLine(f"not tsv: {error}")
+                continue
             if not columns:
                 columns = cells
                 if not {"path", "translation"} <= set(columns):

@@ -22,7 +22,7 @@ from megatron_soda.data.batch import Batcher
 from megatron_soda.data.packed import Packed, without_response
 from megatron_soda.data.store import Store
 from megatron_soda.errors import SodaError, say
-from megatron_soda.files import read_sealed, replace_folder, write_sealed
+from megatron_soda.files import check_writable, read_sealed, replace_folder, write_sealed
 from megatron_soda.hf.load import DESCRIPTION, LoadedModel, file_hashes, load_model
 from megatron_soda.hf.weights import Weights
 from megatron_soda.training.schedule import learning_rate
@@ -50,7 +50,7 @@ class Data:
         store = Store(path)
         store.check_space(loaded.space, f"the model ({loaded.folder})")
         store.check_made_by(loaded.made_by, f"the model ({loaded.folder})")
-        if problem := without_response(store, options.prompt_spans):
+        if problem := without_response(store, options.prompt_spans, options.length):
             raise SodaError(problem)
         self.packed = Packed(store, options.length, options.seed, options.prompt_spans)
         self.batcher = Batcher(loaded.space, device=loaded.device)
@@ -122,8 +122,19 @@ def save(loaded: LoadedModel, out: Path) -> None:
     print(f"{out}: the merged model")
 
 
+def check_out(options: argparse.Namespace) -> None:
+    """Before the work: what is at OUT is replaced only if it is an exported model, and not the one that is read."""
+    out = options.out.resolve()
+    if out == options.model.resolve():
+        raise SodaError(f"{options.out}: is the model itself; name another folder")
+    if options.out.exists() and not (options.out / DESCRIPTION).is_file():
+        raise SodaError(f"{options.out}: is there already and is no exported model; name another folder")
+    check_writable(out.parent)
+
+
 def main() -> None:
     options = arguments()
+    check_out(options)
     loaded = load_model(options.model)
     train(loaded, options)
     save(loaded, options.out)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Recipe, load_recipe
+from ..config.loading import full_key
 from ..errors import SodaError
 from ..isoflop.results import short
 from ..model.size import size_of, space_of, study_flops, training_tokens
@@ -67,8 +68,8 @@ class Plan:
 
     def _recipe(self, of: str, parts: Parts | None, own: dict[str, Any]) -> Recipe:
         try:
-            values = {**self._resolved(parts or {}), **own}
-            return load_recipe(self.study.recipe_path, self.overrides, values)
+            fixed = [f"{key}={value}" for key, value in own.items()]
+            return load_recipe(self.study.recipe_path, [*self.overrides, *fixed], self._resolved(parts or {}))
         except SodaError as error:
             raise SodaError(f"{self.source}: {of}: {error}") from None
 
@@ -91,6 +92,7 @@ def make_plan(study: Ablation, overrides: list[str] | None = None) -> Plan:
     Raises SodaError for a recipe that cannot be read, and values or seeds that would share a folder.
     """
     plan = Plan(study, overrides or [])
+    _check_overrides(study, overrides or [])
     for name in study.stores:
         plan.store_of(name)
     for value, parts in study.values.items():
@@ -102,6 +104,23 @@ def make_plan(study: Ablation, overrides: list[str] | None = None) -> Plan:
         if ids.count(run.id) > 1:
             raise SodaError(f"{study.source}: {run.id} is listed twice")
     return plan
+
+
+def _check_overrides(study: Ablation, overrides: list[str]) -> None:
+    """Settings win over the study's values: one that a value has, too, would make all runs alike."""
+    for override in overrides:
+        key = full_key(override)
+        if any(_sets(parts or {}, key.split(".")) for parts in (*study.values.values(), *study.stores.values())):
+            raise SodaError(f"{study.source}: {override}: {key} is what this study varies")
+        if key in ("name", "run", "seed"):
+            raise SodaError(f"{study.source}: {override}: every run of a study has its own {key}")
+
+
+def _sets(parts: Parts, path: list[str]) -> bool:
+    if path[0] not in parts:
+        return False
+    inner = parts[path[0]]
+    return len(path) == 1 or not isinstance(inner, dict) or _sets(inner, path[1:])
 
 
 def _run(value: str, seed: int, recipe: Recipe) -> Run:

@@ -1,5 +1,7 @@
 """Results of an ablation by value: means over the seeds, and their standard deviations."""
 
+import csv
+import io
 import json
 import math
 import statistics
@@ -96,10 +98,12 @@ def _figure(value: float) -> str:
 
 
 def to_csv(table: Table) -> str:
-    lines = ["measure,value,seeds,mean,sd"]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["measure", "value", "seeds", "mean", "sd"])
     for measure, cells in table.cells.items():
         for value, found in cells.items():
             deviation = table.deviation(measure, value)
             shown = f"{deviation:.6g}" if math.isfinite(deviation) else ""
-            lines.append(f"{measure},{value},{len(found)},{table.mean(measure, value):.6g},{shown}")
-    return "\n".join(lines) + "\n"
+            writer.writerow([measure, value, len(found), f"{table.mean(measure, value):.6g}", shown])
+    return text.getvalue()

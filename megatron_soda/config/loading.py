@@ -132,6 +132,12 @@ def _override(override: str) -> dict[str, Any]:
     return value
 
 
+def full_key(override: str) -> str:
+    """The key that an override sets, with its section."""
+    key, _, text = override.partition("=")
+    return _full_key(key, text)
+
+
 def _path(key: str) -> list[str]:
     """The names in a dotted key. The name of a mapping entry may contain dots: data.corpora.yodas2.en"""
     path: list[str] = []

@@ -7,7 +7,7 @@ from pydantic import model_validator
 from pydantic.dataclasses import dataclass
 
 from ..registry import JUDGES, SUITES, TASKS
-from .fields import SECTION, Above0, Count, CountOrZero, choice
+from .fields import SECTION, Above0, Count, CountOrZero, choice, need
 
 
 @dataclass(config=SECTION)
@@ -39,6 +39,8 @@ class Evaluate:
             choice("evaluate.suite", name, SUITES.names())
         for name in self.judges:
             choice("evaluate.judges", name.partition(":")[0], JUDGES.names())
+        judges = [name.partition(":")[0] for name in self.judges]
+        need(len(set(judges)) == len(judges), f"evaluate.judges={self.judges} has a judge twice")
         return self
 
 

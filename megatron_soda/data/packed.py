@@ -97,8 +97,9 @@ def response_start(document: np.ndarray, space: TokenSpace, prompt_spans: int) -
     return int(ends[prompt_spans - 1]) + 1
 
 
-def without_response(store: Store, prompt_spans: int) -> str:
-    """Which documents have no span after the prompt's; empty: none. Reads the whole store."""
+def without_response(store: Store, prompt_spans: int, length: int) -> str:
+    """Which documents have no span after the prompt's; empty: none. Reads the whole store. Those that are longer than a
+    window of `length` tokens do not matter: they are left out."""
     if not prompt_spans:
         return ""
     store.check_index()
@@ -106,7 +107,8 @@ def without_response(store: Store, prompt_spans: int) -> str:
     for first, ids, offsets in store.parts():
         ends = (ids == store.space.text_end) | (ids == store.space.audio_end)
         spans = np.add.reduceat(ends, offsets[:-1], dtype=np.int64)
-        wrong += (first + np.flatnonzero((spans > 0) & (spans <= prompt_spans))).tolist()
+        fits = np.diff(offsets) <= length + 1
+        wrong += (first + np.flatnonzero(fits & (spans > 0) & (spans <= prompt_spans))).tolist()
     if not wrong:
         return ""
     return (

@@ -53,7 +53,7 @@ class Judge(ABC):
         """What the verdicts depend on: it is stated in the result, and verdicts are kept by it."""
         found: dict[str, Any] = {"package": f"{self.package} {metadata.version(self.package)}"}
         if model:
-            found["model"] = Path(model).name
+            found["model"] = Path(model).name if Path(model).is_dir() else model
         if model and Path(model).is_dir():
             files = sorted(path for path in Path(model).iterdir() if path.is_file())
             found["files"] = {path.name: sha256(path)[:16] for path in files}

@@ -54,7 +54,8 @@ class Panel:
             return found
         starts = range(0, len(sounds), BATCH)
         with ExitStack() as stack:
-            kept = {judge.name: stack.enter_context(self._kept(judge.name)) for judge in judges}
+            names = sorted(judge.name for judge in judges)  # in one order, or two processes would wait for each other
+            kept = {name: stack.enter_context(self._kept(name)) for name in names}
             for start in track(starts, f"judge {what}", console=console):
                 waves = [sound() for sound in sounds[start : start + BATCH]]
                 spoken = languages[start : start + BATCH]

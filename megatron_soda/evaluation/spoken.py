@@ -67,9 +67,10 @@ class Figures:
         """`of`: the largest that the value can be."""
         there = {system: values for system, values in columns.items() if values and values[1].sum()}
         row: dict[str, Any] = {system: float(sums.sum() / counts.sum()) for system, (sums, counts) in there.items()}
-        row |= {"model": row.get("model"), "of": of, "meaning": meaning, "items": len(self.names)}
+        row |= {"model": row.get("model"), "of": of, "meaning": meaning, "items": 0}
         if "model" in there:
             sums, counts = there["model"]
+            row["items"] = int((counts > 0).sum())
             (row["low"], row["high"]) = intervals(resampled(sums[:, None], counts[:, None]))[0]
             self.items[name] = {"sums": sums.tolist(), "counts": counts.tolist()}
         if "original" in there and "codec" in there:

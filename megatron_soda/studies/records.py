@@ -43,7 +43,7 @@ def result_of(plan: Plan, run: Run, recipe: Recipe) -> dict[str, Any] | None:
     folder = Path(recipe.run)
     lines = _metrics(folder / "metrics.jsonl")
     last = next((line for line in reversed(lines) if line["step"] == run.steps and "valid_nll" in line), None)
-    measured = _measured(plan, folder)
+    measured = _measured(plan, folder, run.steps)
     if last is None or measured is None:
         return None
     nll: dict[str, float] = last["valid_nll"]
@@ -56,6 +56,7 @@ def result_of(plan: Plan, run: Run, recipe: Recipe) -> dict[str, Any] | None:
         "nll": nll,
         "bits_per_audio_second": _bits_per_second(nll, recipe),
         **measured,
+        "suites": list(plan.suites),
         "wall_seconds": _facts(folder / "timings.json").get("train", {}).get("seconds"),
         "device_seconds": _device_seconds(lines),
         "device": _facts(folder / "environment.json").get("device"),
@@ -76,11 +77,11 @@ def _metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _measured(plan: Plan, folder: Path) -> dict[str, float] | None:
+def _measured(plan: Plan, folder: Path, step: int) -> dict[str, float] | None:
     """The figures of the plan's suites: those with a baseline as baseline - value, which is what was gained. None if a
-    suite is missing."""
+    suite is missing, or was measured at another step."""
     found = _facts(folder / "eval.json")
-    if any(name not in found for name in plan.suites):
+    if plan.suites and (found.get("step") != step or any(name not in found for name in plan.suites)):
         return None
     figures: dict[str, float] = {}
     for name in plan.suites:
@@ -130,9 +131,10 @@ def state_of(plan: Plan, run: Run, recipe: Recipe) -> State:
     folder = Path(recipe.run)
     if (folder / RESULT).is_file():
         result = read_json(folder / RESULT, dict)
-        if result.get("recipe_hash") == recipe_hash(recipe):
+        if result.get("recipe_hash") != recipe_hash(recipe):
+            return State("failed", 0, other_recipe(folder))
+        if set(plan.suites) <= set(result.get("suites", [])):
             return State("done", run.steps, "", result)
-        return State("failed", 0, other_recipe(folder))
     if (why := _why_failed(folder / FAILED)) is not None:
         return State("failed", 0, why)
     where = _claimed_by(Path(plan.folder) / CLAIMS / run.id)

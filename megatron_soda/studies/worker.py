@@ -17,12 +17,12 @@ from pathlib import Path
 
 from ..config import Recipe
 from ..errors import SodaError, user_message
-from ..files import locked, write_json
+from ..files import locked, read_json, write_json
 from ..log import log
-from ..training.stop import listening
+from ..training.stop import Stop, listening
 from .base import Plan, Run
 from .load import load_plan
-from .records import CLAIMS, FAILED, RESULT, other_recipe, result_of, state_of
+from .records import CLAIMS, FAILED, RESULT, other_recipe, recipe_hash, result_of, state_of
 
 _PARENT_ENDED = 1  # prctl's PR_SET_PDEATHSIG
 
@@ -37,7 +37,7 @@ def work(plan: Plan) -> int:
                 if not mine or state_of(plan, run, recipe).kind == "done":
                     continue
                 log.info(f"run {run.id}")
-                done = _train(plan, run, recipe)
+                done = _train(plan, run, recipe, stop)
             if done is None:
                 failed += 1
             elif not done or stop.asked:
@@ -60,7 +60,7 @@ def _claim(plan: Plan, run: Run) -> Iterator[bool]:
         (folder / ".lock").write_text("")  # nobody is at it any more
 
 
-def _train(plan: Plan, run: Run, recipe: Recipe) -> bool | None:
+def _train(plan: Plan, run: Run, recipe: Recipe, stop: Stop) -> bool | None:
     """Whether the run is done; None: it failed, and FAILED says why."""
     from ..training.trainer import train
 
@@ -68,11 +68,15 @@ def _train(plan: Plan, run: Run, recipe: Recipe) -> bool | None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / FAILED).unlink(missing_ok=True)
     try:
-        if (folder / RESULT).is_file():
+        if (folder / RESULT).is_file() and read_json(folder / RESULT, dict).get("recipe_hash") != recipe_hash(recipe):
             raise SodaError(other_recipe(folder))
         if not train(recipe):
             return False
-        _evaluate(plan, recipe)
+        if plan.suites:
+            if stop.asked:
+                return False
+            stop.phase = "measuring"
+            _evaluate(plan, recipe)
         result = result_of(plan, run, recipe)
         if result is None:
             raise SodaError(f"{folder}: all steps are done, but metrics.jsonl has no validation of the last one")
@@ -86,8 +90,6 @@ def _train(plan: Plan, run: Run, recipe: Recipe) -> bool | None:
 
 
 def _evaluate(plan: Plan, recipe: Recipe) -> None:
-    if not plan.suites:
-        return
     from ..evaluation.run import evaluate
     from ..hf.export import export
 

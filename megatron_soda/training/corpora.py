@@ -57,7 +57,9 @@ def open_stores(recipe: Recipe, device: torch.device) -> Stores:
     preflight.compare_stores({str(store.path): _identity(store) for store in stores.all()}, device)
     with preflight.together(device):
         for store in stores.all() if ranks.is_first() else ():
-            if problem := _changed_bytes(store) or without_response(store, recipe.data.prompt_spans):
+            if problem := _changed_bytes(store) or without_response(
+                store, recipe.data.prompt_spans, recipe.data.sequence_length
+            ):
                 raise SodaError(problem)
     return stores
 
@@ -121,7 +123,7 @@ class Corpora:
         self.valid = _windows(recipe, stores.valid, recipe.seed)
         wanted = recipe.training.valid_windows
         self.valid_count = min(wanted, self.valid.count)
-        batch = recipe.training.global_batch_size
+        batch = recipe.training.global_batch_size if len(corpora) == 1 else 0  # of several, the mix decides
         self.notes = [  # messages for the user
             *(note for name, corpus in corpora.items() for note in _about_packing(f"corpus {name}", corpus, batch)),
             *_about_packing("validation", self.valid, 0),
@@ -272,7 +274,8 @@ def _windows(recipe: Recipe, store: Store, seed: int, aligned: bool = False) -> 
 
 
 def _about_packing(what: str, corpus: Corpus, batch: int) -> Iterator[str]:
-    """How the documents of a corpus are packed, and which are left out. batch: windows a step; 0: not trained on."""
+    """How the documents of a corpus are packed, and which are left out. batch: windows a step, all of this corpus;
+    0: not trained on, or others are mixed in."""
     if not isinstance(corpus, Packed):
         return
     packed, left_out = len(corpus.store) - len(corpus.too_long), corpus.too_long.tolist()

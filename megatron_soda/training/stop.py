@@ -25,7 +25,8 @@ class Stop:
 
     def __init__(self) -> None:
         self.request = threading.Event()
-        self.phase = "starting"  # "stepping": a request saves; "over": it changes nothing
+        # stepping: a request saves; over: it changes nothing; starting and measuring: it ends the process
+        self.phase = "starting"
         self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else 0  # torchrun
 
     def listen(self, pipe: int) -> None:
@@ -45,6 +46,9 @@ class Stop:
         _leave_closed_outputs()
         if self.phase == "starting":
             self._say(f"{why}: stopped before the first step; nothing was changed.")
+            os._exit(130)
+        if self.phase == "measuring":
+            self._say(f"{why}: stopped while the model was measured; that goes on where it was.")
             os._exit(130)
         if self.phase == "stepping" and not self.request.is_set():
             self._say(f"{why}: stopping after this step. Wait for the checkpoint.")

@@ -155,11 +155,13 @@ def test_the_response_starts_after_the_prompts_last_marker(spans, start):
 def test_documents_without_a_response_are_named(tmp_path):
     bare, single = [BOS, 5, 6, EOS], [BOS, AS, *FRAME, AE, EOS]
     store = store_of(tmp_path, [SPEAK, bare, single, SPEAK, single])
-    assert without_response(store, 0) == ""
-    assert "2 of 5 documents have no span after the 1 of data.prompt_spans" in without_response(store, 1)
-    assert "documents 2, 4 (soda inspect" in without_response(store, 1)
-    assert "documents 0, 2, 3, 4 (" in without_response(store, 2)  # bare text has no prompt
-    assert without_response(store_of(tmp_path, [SPEAK, bare]), 1) == ""
+    assert without_response(store, 0, 4096) == ""
+    assert "2 of 5 documents have no span after the 1 of data.prompt_spans" in without_response(store, 1, 4096)
+    assert "documents 2, 4 (soda inspect" in without_response(store, 1, 4096)
+    assert "documents 0, 2, 3, 4 (" in without_response(store, 2, 4096)  # bare text has no prompt
+    assert "documents 2, 4 (" in without_response(store, 1, len(single) - 1)
+    assert without_response(store, 1, len(single) - 2) == "", "too long for a window: left out"
+    assert without_response(store_of(tmp_path, [SPEAK, bare]), 1, 4096) == ""
 
 
 def test_another_space_has_other_markers(tmp_path):

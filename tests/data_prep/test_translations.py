@@ -168,10 +168,10 @@ def test_manifests_of_pairs(tmp_path: Path) -> None:
     found, rejects = read(folder, "parallel")
     a, b, other = (Sound(str(folder / f"{name}.wav")) for name in ("a", "b", "b-es"))
     assert found == [
-        Utterance("a", a, "uno", "", "es", recording="a"),
-        Utterance("a:en", Sound(""), "one", "", "en", recording="a"),
-        Utterance("b", b, "two", "ann", "en", "2", "b"),
-        Utterance("b:es", other, "dos", "ann", "es", "2", "b"),
+        Utterance("a-en", a, "uno", "", "es", recording="a-en"),
+        Utterance("a-en:en", Sound(""), "one", "", "en", recording="a-en"),
+        Utterance("b-es", b, "two", "ann", "en", "2", "b-es"),
+        Utterance("b-es:es", other, "dos", "ann", "es", "2", "b-es"),
     ]
     assert [(one.where, one.reason) for one in rejects] == [
         ("manifest.jsonl:3", "no transcript: of the translation"),
@@ -180,6 +180,33 @@ def test_manifests_of_pairs(tmp_path: Path) -> None:
     (folder / "manifest.jsonl").unlink()
     with pytest.raises(SodaError, match=r"pairs: has no manifest; a folder of pairs has one manifest\.jsonl"):
         read(folder, "parallel")
+
+
+def test_a_source_in_several_languages_and_several_manifests(tmp_path: Path) -> None:
+    for part in ("one", "two"):
+        row = {"audio": "a.wav", "text": "uno", "language": "es"}
+        rows = [{**row, "translation": word, "translation_language": to} for to, word in (("en", "one"), ("fr", "un"))]
+        sound(tmp_path / part / "a.wav")
+        (tmp_path / part / "manifest.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    everything = list(sources.read(str(tmp_path / "*/manifest.jsonl"), "parallel", tmp_path / "scratch"))
+    assert all(isinstance(one, Utterance) for one in everything)
+    ids = [one.id for one in everything if isinstance(one, Utterance)]
+    assert len(set(ids)) == len(ids) == 8
+    recordings = [one.recording for one in everything if isinstance(one, Utterance)]
+    assert all(recordings.count(recording) == 2 for recording in recordings)
+
+
+def test_a_line_that_is_no_table_is_rejected(tmp_path: Path, voice: Path) -> None:
+    table = tmp_path / "covost_v2.es_en.tsv"
+    lines = [
+        "path\ttranslation\tsplit",
+        "common_voice_es_0.mp3\tone\rtwo\ttrain",
+        "common_voice_es_1.mp3\tTwo dogs\ttrain",
+    ]
+    table.write_bytes(("\n".join(lines) + "\n").encode())
+    found, rejects = read(table, "covost", voice)
+    assert [one.text for one in found] == ["Dos perros", "Two dogs"]
+    assert any("not tsv" in one.reason for one in rejects)
 
 
 def test_pairs_become_the_papers_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,10 +219,10 @@ def test_pairs_become_the_papers_documents(tmp_path: Path, monkeypatch: pytest.M
     assert encode_shard(job) == 0
     rows, codes = read_shard(job.out)
     assert [(row.id, row.heard, row.seconds) for row in rows] == [
-        ("a", True, 0.5),
-        ("a:en", False, 0.0),
-        ("b", True, 0.5),
-        ("b:es", True, 0.5),
+        ("a-en", True, 0.5),
+        ("a-en:en", False, 0.0),
+        ("b-es", True, 0.5),
+        ("b-es:es", True, 0.5),
     ]
     write_byte_tokenizer(tmp_path / "t.json")
     tokenizer = TextTokenizer(tmp_path / "t.json")

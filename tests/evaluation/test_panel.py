@@ -65,6 +65,8 @@ def test_names(monkeypatch):
     assert load_recipe(None, ["evaluate.judges=[whisper:/a:b,dnsmos]"]).evaluate.judges == ["whisper:/a:b", "dnsmos"]
     with pytest.raises(SodaError, match=r"evaluate\.judges=wisper: must be one of .* Did you mean whisper\?"):
         load_recipe(None, ["evaluate.judges=[wisper:x]"])
+    with pytest.raises(SodaError, match="has a judge twice"):
+        load_recipe(None, ["evaluate.judges=[whisper:a,whisper:b]"])
 
 
 def test_a_judge_that_is_not_installed(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Ablations: from a file to runs, from runs to a table and a figure."""
 
+import csv
 import json
 import math
 import re
@@ -23,6 +24,7 @@ from megatron_soda.config import save_recipe
 from megatron_soda.data.store import write_store
 from megatron_soda.errors import SodaError
 from megatron_soda.studies.load import load_plan
+from megatron_soda.studies.records import recipe_hash, result_of, state_of
 from megatron_soda.tokenizer import TextTokenizer
 from tests.exported import MADE_BY, write_exported
 from tests.forked import forked
@@ -111,6 +113,29 @@ def test_mistakes_are_named(tmp_path, changes, said):
         plan_of(ablation(tmp_path, **changes))
 
 
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("training.loss_weights={semantic: 3}", "training.loss_weights is what this study varies"),
+        ("training.loss_weights.semantic=3", "training.loss_weights.semantic is what this study varies"),
+        ("loss_weights={}", "training.loss_weights is what this study varies"),
+        ("seed=7", "every run of a study has its own seed"),
+        ("run=x", "every run of a study has its own run"),
+    ],
+)
+def test_settings_do_not_undo_the_study(tmp_path, override, said):
+    with pytest.raises(SodaError, match=said):
+        make_plan(load_ablation(ablation(tmp_path)), [override])
+
+
+def test_settings_apply_to_all_runs(tmp_path):
+    plan = make_plan(load_ablation(ablation(tmp_path)), ["training.steps=7", "training.loss_weights.text=2"])
+    recipes = [plan.recipe_of(run) for run in plan.runs]
+    assert {recipe.training.steps for recipe in recipes} == {7}
+    assert [recipe.seed for recipe in recipes] == [0, 1, 0, 1]
+    assert len({recipe_hash(recipe) for recipe in recipes}) == 4
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "examples" / "ablations").glob("*.yaml")), ids=lambda path: path.stem)
 def test_examples_are_planned(path):
     if path.stem.endswith("recipe"):
@@ -154,6 +179,8 @@ def test_the_table(tmp_path):
     assert float(difference) == pytest.approx(statistics.fmean(doubled) - statistics.fmean(alike), abs=1e-4)
     assert float(half) == pytest.approx((interval.high - interval.low) / 2, abs=1e-4)
     assert "loss,semantic 2,3,2.6,0.1" in to_csv(table)
+    table.cells["WER corpus, authors"] = {"alike": [0.5]}
+    assert list(csv.reader(to_csv(table).splitlines()))[-1] == ["WER corpus, authors", "alike", "1", "0.5", ""]
     assert [path.suffix for path in plot_table(table, tmp_path / "plots", "weights")] == [".pdf", ".png"]
     assert (tmp_path / "plots" / "ablation.pdf").read_bytes().startswith(b"%PDF")
 
@@ -200,3 +227,17 @@ def test_runs_are_trained_and_evaluated(tmp_path):
         assert any(name.startswith("nll_") for name in found)
     assert results[0]["loss"] != results[1]["loss"]
     assert read_table(plan_of(path)).values == ["alike", "semantic 2"]
+
+    # A suite that the study did not have before, and results of another step
+    path.write_text(path.read_text().replace("- nll", "- nll\n- grammar"))
+    plan = load_plan(path, [])
+    recipes = [plan.recipe_of(run) for run in plan.runs]
+    assert [state_of(plan, run, recipe).kind for run, recipe in zip(plan.runs, recipes, strict=True)] == ["stopped"] * 2
+    assert result_of(plan, plan.runs[0], recipes[0]) is None
+    path.write_text(path.read_text().replace("- grammar\n", ""))
+    plan = load_plan(path, [])
+    evaluation = tmp_path / "study/runs/alike-s3/eval.json"
+    found = json.loads(evaluation.read_text())
+    assert result_of(plan, plan.runs[0], recipes[0]) is not None
+    evaluation.write_text(json.dumps({**found, "step": 2}))
+    assert result_of(plan, plan.runs[0], recipes[0]) is None

@@ -152,13 +152,15 @@ def pairs_of(bench: "Bench") -> list[Pair]:
     """The first evaluate.documents held-out translations that the model's context has room for."""
     from ...data.units import translations
     from ...inference.tasks.translate import tag
+    from ...tokenizer import clean_text
     from ..likelihood import context_of
 
     text, space = bench.model.text, bench.model.space
 
     def side(row: Mapping[str, Any]) -> Side:
-        ids = text.encode(tag(row["language"]) + row["text"])
-        said = text.decode(text.encode(row["text"]))  # as the model would write it
+        words = clean_text(row["text"], space)  # as in the documents it was trained on
+        ids = text.encode(tag(row["language"]) + words)
+        said = text.decode(text.encode(words))  # as the model would write it
         return Side(np.array(ids, np.int32), space.audio_ids(row["codes"]), said, row["language"])
 
     found = translations(bench.utterances)
