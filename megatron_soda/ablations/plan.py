@@ -37,28 +37,20 @@ class Plan:
     runs: list[Run] = field(default_factory=list)
 
     @property
-    def name(self) -> str:
-        return self.study.name
-
-    @property
-    def folder(self) -> str:
-        return self.study.folder
-
-    @property
-    def source(self) -> str:
-        return self.study.source
-
-    @property
     def suites(self) -> list[str]:
         return self.study.evaluate
 
     def recipe_of(self, run: Run) -> Recipe:
-        own = {"name": f"{self.name}-{run.id}", "run": str(Path(self.folder) / "runs" / run.id), "seed": run.seed}
+        own = {
+            "name": f"{self.study.name}-{run.id}",
+            "run": str(Path(self.study.folder) / "runs" / run.id),
+            "seed": run.seed,
+        }
         return self._recipe(f"value {run.value}", self.study.values[run.value], own)
 
     def store_of(self, name: str) -> Recipe:
         """The recipe to prepare."""
-        own = {"name": f"{self.name}-{name}", "run": str(Path(self.folder) / "stores" / name)}
+        own = {"name": f"{self.study.name}-{name}", "run": str(Path(self.study.folder) / "stores" / name)}
         return self._recipe(f"store {name}", self.study.stores[name], own)
 
     def columns(self, run: Run) -> dict[str, Any]:
@@ -71,7 +63,7 @@ class Plan:
             fixed = [f"{key}={value}" for key, value in own.items()]
             return load_recipe(self.study.recipe_path, [*self.overrides, *fixed], self._resolved(parts or {}))
         except SodaError as error:
-            raise SodaError(f"{self.source}: {of}: {error}") from None
+            raise SodaError(f"{self.study.source}: {of}: {error}") from None
 
     def _resolved(self, value: Any) -> Any:
         """`store:NAME/train` as a path."""
@@ -82,7 +74,7 @@ class Plan:
         if isinstance(value, str) and (found := _STORE.match(value)):
             if found[1] not in self.study.stores:
                 raise SodaError(f"{value}: no store {found[1]}; there are {', '.join(self.study.stores) or 'none'}")
-            return str(Path(self.folder) / "stores" / found[1] / "data") + value[found.end() :]
+            return str(Path(self.study.folder) / "stores" / found[1] / "data") + value[found.end() :]
         return value
 
 

@@ -34,9 +34,9 @@ class Table:
 
 def read_table(plan: Plan) -> Table:
     """Raises SodaError if no run of the plan has a result."""
-    path = Path(plan.folder) / RESULTS
+    path = Path(plan.study.folder) / RESULTS
     if not path.is_file():
-        raise SodaError(f"{path}: no such file. Train the study's runs first: soda ablate run {plan.source}")
+        raise SodaError(f"{path}: no such file. Train the study's runs first: soda ablate run {plan.study.source}")
     with reading(path, "not valid JSON lines"):
         rows: list[dict[str, Any]] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         by_run = {str(row["run"]): row for row in rows}
@@ -49,7 +49,7 @@ def read_table(plan: Plan) -> Table:
         for measure, number in _measures(by_run[run.id]).items():
             table.cells.setdefault(measure, {}).setdefault(run.value, []).append(number)
     if not table.values:
-        raise SodaError(f"{path}: holds no result of {plan.source}'s runs")
+        raise SodaError(f"{path}: holds no result of {plan.study.source}'s runs")
     return table
 
 

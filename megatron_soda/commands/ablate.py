@@ -67,7 +67,7 @@ def plot(
     table = read_table(made)
     print("\n".join(to_lines(table)))
     write_text(out / "ablation.csv", to_csv(table))
-    for path in [out / "ablation.csv", *plot_table(table, out, made.name)]:
+    for path in [out / "ablation.csv", *plot_table(table, out, made.study.name)]:
         print(path)
 
 

@@ -81,18 +81,6 @@ class Plan:
     overrides: list[str]
     suites: tuple[str, ...] = ()
 
-    @property
-    def name(self) -> str:
-        return self.study.name
-
-    @property
-    def folder(self) -> str:
-        return self.study.folder
-
-    @property
-    def source(self) -> str:
-        return self.study.source
-
     def columns(self, run: Run) -> dict[str, Any]:
         data = training_tokens(self.recipe)
         names = ("hidden_size", "num_layers", "num_attention_heads", "ffn_hidden_size", "batch_size", "steps")

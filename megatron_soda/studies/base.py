@@ -19,15 +19,15 @@ class Run(Protocol):
     def cost(self) -> float: ...  # FLOPs, forward and backward
 
 
-class Plan(Protocol):
-    overrides: list[str]  # recipe settings for all runs
+class Study(Protocol):
+    name: str
+    folder: str  # runs and results go there
+    source: str  # its file
 
+
+class Plan(Protocol):
     @property
-    def name(self) -> str: ...
-    @property
-    def folder(self) -> str: ...  # runs and results go there
-    @property
-    def source(self) -> str: ...  # the study's file
+    def study(self) -> Study: ...
     @property
     def runs(self) -> Sequence[Any]: ...  # of Run
     @property

@@ -49,7 +49,7 @@ def result_of(plan: Plan, run: Run, recipe: Recipe) -> dict[str, Any] | None:
     nll: dict[str, float] = last["valid_nll"]
     return {
         "run": run.id,
-        "study": plan.name,
+        "study": plan.study.name,
         **plan.columns(run),
         "recipe_hash": recipe_hash(recipe),
         "loss": last["valid_loss"],
@@ -137,7 +137,7 @@ def state_of(plan: Plan, run: Run, recipe: Recipe) -> State:
             return State("done", run.steps, "", result)
     if (why := _why_failed(folder / FAILED)) is not None:
         return State("failed", 0, why)
-    where = _claimed_by(Path(plan.folder) / CLAIMS / run.id)
+    where = _claimed_by(Path(plan.study.folder) / CLAIMS / run.id)
     lines = _metrics(folder / "metrics.jsonl")
     step = lines[-1]["step"] if lines else 0
     if where is not None:
@@ -191,7 +191,7 @@ def collect(plan: Plan, recipes: list[Recipe]) -> list[dict[str, Any]]:
         if state.result:
             found.append(state.result)
     if found:
-        target = Path(plan.folder)
+        target = Path(plan.study.folder)
         write_text(target / RESULTS, "".join(to_json(result) + "\n" for result in found))
         write_text(target / "results.csv", _csv(found))
     return found

@@ -38,7 +38,7 @@ def run_study(plan: Plan, overrides: list[str], jobs: int, only_collect: bool = 
         status = _supervise(plan, recipes, overrides, min(jobs, left))
     found = collect(plan, recipes)
     states = [state_of(plan, run, recipe) for run, recipe in zip(plan.runs, recipes, strict=True)]
-    log.info(f"{len(found)} of {len(plan.runs)} runs are done; results: {plan.folder}/results.jsonl and .csv")
+    log.info(f"{len(found)} of {len(plan.runs)} runs are done; results: {plan.study.folder}/results.jsonl and .csv")
     failed = [(run, state) for run, state in zip(plan.runs, states, strict=True) if state.kind == "failed"]
     if failed:
         lines = [f"run {run.id} failed: {state.told}" for run, state in failed]
@@ -52,12 +52,12 @@ def run_study(plan: Plan, overrides: list[str], jobs: int, only_collect: bool = 
 def _supervise(plan: Plan, recipes: list[Recipe], overrides: list[str], jobs: int) -> int:
     """Shows the runs until all workers have ended. Returns 130 if it was interrupted, else 0; SodaError for a worker
     that died."""
-    folder = Path(plan.folder) / "logs"
+    folder = Path(plan.study.folder) / "logs"
     folder.mkdir(parents=True, exist_ok=True)
     logs = [folder / f"worker-{number}-{os.getpid()}.log" for number in range(jobs)]
     environment = dict(os.environ)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // jobs)))
-    command = [sys.executable, "-m", "megatron_soda.studies.worker", plan.source, *overrides]
+    command = [sys.executable, "-m", "megatron_soda.studies.worker", plan.study.source, *overrides]
     workers: list[subprocess.Popen] = []
     interrupted = False
     try:
@@ -110,7 +110,7 @@ def _table(plan: Plan, states: list[State]) -> Table:
     done = sum(run.cost for run, state in zip(plan.runs, states, strict=True) if state.kind == "done")
     share = done / sum(run.cost for run in plan.runs)
     finished = sum(state.kind == "done" for state in states)
-    table = Table(title=f"{plan.name}: {finished} of {len(states)} runs, {share:.0%} of the FLOPs", box=None)
+    table = Table(title=f"{plan.study.name}: {finished} of {len(states)} runs, {share:.0%} of the FLOPs", box=None)
     for name in ("run", "parameters", "tokens", "steps", "loss", "seconds", ""):
         table.add_column(name, justify="left" if name in ("run", "") else "right")
     active = [(run, state) for run, state in zip(plan.runs, states, strict=True) if state.kind != "waiting"]

@@ -48,7 +48,7 @@ def work(plan: Plan) -> int:
 @contextlib.contextmanager
 def _claim(plan: Plan, run: Run) -> Iterator[bool]:
     """Yields False if another process has the run."""
-    folder = Path(plan.folder) / CLAIMS / run.id
+    folder = Path(plan.study.folder) / CLAIMS / run.id
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as held:
         try:

@@ -43,14 +43,7 @@ def python() -> Path:
             index = ["--extra-index-url", "https://download.pytorch.org/whl/cpu"]
             for command in (
                 [sys.executable, "-m", "venv", "--clear", str(VENV)],
-                [
-                    *pip,
-                    "install",
-                    "--no-compile",
-                    "--no-deps",
-                    *index,
-                    TORCH,
-                ],  # asking it for every package takes minutes
+                [*pip, "install", "--no-compile", "--no-deps", *index, TORCH],  # all packages from there take minutes
                 [*pip, "install", "--no-compile", *PACKAGES],
                 [*pip, "uninstall", "-y", *NOT_NEEDED],
             ):

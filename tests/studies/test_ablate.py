@@ -150,7 +150,7 @@ def test_examples_are_planned(path):
 
 
 def with_results(plan: Plan, rows: list[dict[str, Any]]) -> None:
-    folder = Path(plan.folder)
+    folder = Path(plan.study.folder)
     folder.mkdir(parents=True)
     (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
