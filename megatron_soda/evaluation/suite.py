@@ -4,6 +4,7 @@ change: the recipe, `soda evaluate` and the page find it through the registry.
 A suite's file imports torch, transformers and the rest of the engine only inside its methods.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +26,22 @@ class Row:
     interval: tuple[Any, Any] | None = None  # 95 %: of the value minus the baseline, without one of the value
     meaning: str = ""
     total: bool = False  # summarises other rows
+
+
+def row_of_gain(name: str, label: str, row: Mapping[str, Any], total: bool) -> Row:
+    """Of an NLL given the right condition against one given a wrong one: tokens, right_nats, wrong_nats, gain_low,
+    gain_high."""
+    right, wrong = row["right_nats"], row["wrong_nats"]
+    return Row(
+        name,
+        right,
+        label=label,
+        count=row["tokens"],
+        baseline=wrong,
+        small=(right / math.log(2), wrong / math.log(2)),
+        interval=(-row["gain_high"], -row["gain_low"]),
+        total=total,
+    )
 
 
 class Suite(ABC):

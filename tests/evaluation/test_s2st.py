@@ -10,9 +10,11 @@ from megatron_soda.data.units import write_units
 from megatron_soda.errors import SodaError
 from megatron_soda.evaluation import likelihood
 from megatron_soda.evaluation.bench import Bench
+from megatron_soda.evaluation.compare import compare
 from megatron_soda.evaluation.run import evaluate
 from megatron_soda.evaluation.suites import s2st
 from megatron_soda.evaluation.suites.s2st import Pair, Side, SpeechTranslation, Written
+from megatron_soda.files import write_json
 from megatron_soda.inference import decoder, sample
 from megatron_soda.inference.task import Prompt
 from tests.evaluation.toys import Toy
@@ -99,6 +101,16 @@ def test_figures_are_those_of_a_loop_over_documents(exported, monkeypatch):
         assert row["tokens"] == count
         assert (row["right_nats"], row["wrong_nats"]) == pytest.approx((right / count, wrong / count), abs=1e-5)
         assert row["gain_low"] <= row["gain"] <= row["gain_high"]
+    figures = result["items"]["figures"]  # what soda compare pairs
+    for part in sums:
+        for given in ("right", "wrong"):
+            figure = figures[f"{part}_{given}"]
+            assert len(figure["sums"]) == len(result["items"]["names"]) == len(chosen)
+            assert sum(figure["sums"]) / sum(figure["counts"]) == pytest.approx(result[part][f"{given}_nats"])
+    write_json(exported.run / "a.json", {"s2st": result})
+    differences, refused = compare(exported.run / "a.json", exported.run / "a.json")
+    assert not refused
+    assert {"audio_gain", "errors_chain"} <= {one.figure for one in differences}
     # What a random model writes is legal, complete and wrong.
     assert result["errors"]["chain"] == {"share": 1.0, "low": 1.0, "high": 1.0, "count": 8}
     assert set(result["retrieval"]) == {"en-es", "es-en"}

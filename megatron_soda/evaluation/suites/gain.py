@@ -11,7 +11,7 @@ import numpy as np
 from ...errors import SodaError
 from ...registry import SUITES
 from ..bootstrap import intervals, resampled
-from ..suite import Row, Suite
+from ..suite import Row, Suite, row_of_gain
 
 if TYPE_CHECKING:
     from ...vocab import TokenSpace
@@ -98,16 +98,7 @@ class Gain(Suite):
 
     def rows(self, result: Mapping[str, Any]) -> list[Row]:
         return [
-            Row(
-                f"{part}_given_{'audio' if part == 'text' else 'text'}",
-                row["right_nats"],
-                label=label,
-                count=row["tokens"],
-                baseline=row["wrong_nats"],
-                small=(row["right_nats"] / math.log(2), row["wrong_nats"] / math.log(2)),
-                interval=(-row["gain_high"], -row["gain_low"]),
-                total=part == "audio",
-            )
+            row_of_gain(f"{part}_given_{'audio' if part == 'text' else 'text'}", label, row, total=part == "audio")
             for part, label in PARTS.items()
             if isinstance(row := result.get(part), Mapping)
         ]

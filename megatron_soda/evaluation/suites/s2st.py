@@ -1,7 +1,6 @@
 """Speech-to-speech translation: whether the model says in the target language what it heard, by likelihood and by what
 it writes on the way (paper, section 9)."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ import numpy as np
 from ...errors import SodaError
 from ...registry import SUITES
 from ..bootstrap import intervals, resampled
-from ..suite import Row, Suite
+from ..suite import Row, Suite, row_of_gain
 
 if TYPE_CHECKING:
     from ...vocab import TokenSpace
@@ -89,9 +88,15 @@ class SpeechTranslation(Suite):
             )
         written = write_texts(bench, pairs)
         documents = [document(own, own.target, space)[0] for own in pairs]
+        parts, figures = likelihoods(bench, chosen)
+        wrong = mistakes(pairs, written)
+        figures |= {
+            f"errors_{part}": {"sums": column.tolist(), "counts": [1.0] * len(pairs)}
+            for part, column in zip(TEXTS, wrong.T, strict=True)
+        }
         return {
-            **likelihoods(bench, chosen),
-            **errors(pairs, written),
+            **parts,
+            "errors": errors(wrong),
             "retrieval": retrieval(bench, pairs, written),
             "pairs": len(pairs),
             "left_out": len(translations(bench.utterances)) - len(pairs),
@@ -100,6 +105,7 @@ class SpeechTranslation(Suite):
                 {"id": own.id, "texts": [own.source.said, own.target.said], "written": list(wrote.said)}
                 for own, wrote in zip(pairs, written, strict=True)
             ],
+            "items": {"names": [own.id for own in pairs], "figures": figures},
             "must_match": {
                 "tokens": bench.model.made_by,
                 "softmax": bench.softmax,
@@ -110,16 +116,7 @@ class SpeechTranslation(Suite):
 
     def rows(self, result: Mapping[str, Any]) -> list[Row]:
         found = [
-            Row(
-                part,
-                row["right_nats"],
-                label=label,
-                count=row["tokens"],
-                baseline=row["wrong_nats"],
-                small=(row["right_nats"] / math.log(2), row["wrong_nats"] / math.log(2)),
-                interval=(-row["gain_high"], -row["gain_low"]),
-                total=part == "audio",
-            )
+            row_of_gain(part, label, row, total=part == "audio")
             for part, label in PARTS.items()
             if isinstance(row := result.get(part), Mapping)
         ]
@@ -217,8 +214,8 @@ def document(given: Pair, target: Side, space: "TokenSpace", texts: Pair | None 
 # ---- likelihood
 
 
-def likelihoods(bench: "Bench", chosen: Sequence[tuple[Pair, Pair]]) -> dict[str, Any]:
-    """PARTS, in nats a token."""
+def likelihoods(bench: "Bench", chosen: Sequence[tuple[Pair, Pair]]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """PARTS, in nats a token; and the sums of every pair, for `soda compare`."""
     from ..likelihood import class_sums
 
     space = bench.model.space
@@ -239,7 +236,12 @@ def likelihoods(bench: "Bench", chosen: Sequence[tuple[Pair, Pair]]) -> dict[str
         "audio_own_texts": (audio[:, 0], audio[:, 1], frames),
         "text": (text[:, 0], text[:, 1], words),
     }
-    return {part: _part(*values) for part, values in parts.items()}
+    figures = {
+        f"{part}_{given}": {"sums": nats.tolist(), "counts": counts.tolist()}
+        for part, (right, wrong, counts) in parts.items()
+        for given, nats in (("right", right), ("wrong", wrong), ("gain", wrong - right))
+    }
+    return {part: _part(*values) for part, values in parts.items()}, figures
 
 
 def _part(right: np.ndarray, wrong: np.ndarray, counts: np.ndarray) -> dict[str, Any]:
@@ -303,8 +305,8 @@ def write_texts(bench: "Bench", pairs: Sequence[Pair]) -> list[Written]:
     return found
 
 
-def errors(pairs: Sequence[Pair], written: Sequence[Written]) -> dict[str, Any]:
-    """The shares of texts that are not exactly the reference."""
+def mistakes(pairs: Sequence[Pair], written: Sequence[Written]) -> np.ndarray:
+    """float64 (pairs, TEXTS): 1 where a text is not exactly the reference."""
     wrong = np.array(
         [
             [own.source.said != wrote.said[0], own.target.said != wrote.said[1]]
@@ -312,13 +314,14 @@ def errors(pairs: Sequence[Pair], written: Sequence[Written]) -> dict[str, Any]:
         ],
         float,
     )
-    wrong = np.column_stack([wrong, wrong.max(1)])
+    return np.column_stack([wrong, wrong.max(1)])
+
+
+def errors(wrong: np.ndarray) -> dict[str, Any]:
     ranges = intervals(resampled(wrong, np.ones_like(wrong)))
     return {
-        "errors": {
-            part: {"share": float(share), "low": low, "high": high, "count": len(pairs)}
-            for part, share, (low, high) in zip(TEXTS, wrong.mean(0), ranges, strict=True)
-        }
+        part: {"share": float(share), "low": low, "high": high, "count": len(wrong)}
+        for part, share, (low, high) in zip(TEXTS, wrong.mean(0), ranges, strict=True)
     }
 
 
