@@ -449,6 +449,7 @@ def test_long_audio_becomes_one_utterance(tmp_path):
     assert found["0"]["seconds"] == pytest.approx(130)
 
 
+@pytest.mark.full
 def test_the_codec_is_fitted_on_long_recordings_too(tmp_path):
     """On the first minute of each. Four recordings of more than a minute, and nothing else."""
     folder = tmp_path / "speech"

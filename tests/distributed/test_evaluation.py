@@ -28,7 +28,7 @@ KINDS = {  # window, classes of tokens after BOS, what `soda generate` says (Non
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param("audio-only", marks=pytest.mark.full), "semantic-only", "text-only"])
 def test_half_of_the_tokens(pool, tmp_path, kind):
     window, classes, refusal = KINDS[kind]
     run, data = tmp_path / "run", tmp_path / "run" / "data"

@@ -162,7 +162,11 @@ def as_before(function, *arguments) -> None:
         function(*arguments)
 
 
-@pytest.mark.parametrize("settings", [[], ["parallel.distributed_optimizer=true"]], ids=["plain", "distributed"])
+@pytest.mark.parametrize(
+    "settings",
+    [[], pytest.param(["parallel.distributed_optimizer=true"], marks=pytest.mark.full)],
+    ids=["plain", "distributed"],
+)
 @pytest.mark.parametrize("head", [pytest.param("all", marks=pytest.mark.full), "legal"])
 def test_a_checkpoint_of_an_earlier_version(pool, data, tmp_path, settings, head):
     """It is read at every layout, and a run that began with one goes on."""
