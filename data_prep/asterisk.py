@@ -316,6 +316,7 @@ def _attribution(folder: Path) -> str:
         "Who passes them on, or data made from them, keeps this notice, says what was changed, and for CC-BY-SA\n"
         "keeps the licence. The full licences are in LANGUAGE/usr/share/doc/PACKAGE/copyright.\n"
     )
+    text += "In numbers/ there are strings of them, made by cutting, scaling and joining.\n"
     for language in LANGUAGES:
         if _is_complete(folder / language):
             name = f"asterisk-core-sounds-{language}"

@@ -26,6 +26,7 @@ from megatron_soda.tokenizer import (
 )
 from megatron_soda.vocab import TokenSpace
 
+from . import numbers
 from .index import Index, digest, sample
 from .split import ID, Groups
 from .utterance import Utterance
@@ -45,7 +46,12 @@ def choose_codec(recipe: Recipe, index: Index, groups: Groups, folder: Path) -> 
     if p.entries and p.codec != "embedded":
         raise SodaError(f"prepare.entries={p.entries}: can only be chosen for the embedded codec; leave it at 0")
     if p.codec == "embedded" and not path:
-        some = sample(index.shards, FIT_UTTERANCES, lambda u: u.heard and groups.side([f"{ID}\0{u.id}"]) == "train")
+
+        def fits(one: Utterance) -> bool:
+            again = p.numbers > 0 and numbers.is_string(one)  # words of the prompts again
+            return one.heard and not again and groups.side([f"{ID}\0{one.id}"]) == "train"
+
+        some = sample(index.shards, FIT_UTTERANCES, fits)
         fitted, stamp = folder / QUANTISER_FILE, folder / "codec.key"
         key = digest(wanted, recipe.seed, [(u.id, when) for u, when in some])
         if _is_stamped(fitted, stamp, key):

@@ -10,7 +10,7 @@ from megatron_soda.config import Recipe
 from megatron_soda.errors import SodaError
 from megatron_soda.tokenizer import TextTokenizer, check_pieces
 
-from . import asterisk, choose, sources
+from . import asterisk, choose, numbers, sources
 from .index import Index, make_index, read_index
 from .interleave import needs_text
 from .show import Rejects, console, progress
@@ -163,6 +163,7 @@ def _source(recipe: Recipe, work: Path) -> Iterator[Utterance | Reject]:
     with console.status("downloading the Asterisk prompts"):
         asterisk.fetch(folder, p.languages)
     utterances, rejects = asterisk.read(folder, p.languages)
+    utterances += numbers.strings(folder / "numbers", utterances, p.numbers)
     utterances.sort(key=lambda u: u.id)
     return iter([*(asterisk.pairs(utterances) if p.orders == ["translation"] else utterances), *rejects])
 

@@ -49,6 +49,8 @@ class Prepare:
     """The folder that paths in manifests are relative to and must stay inside. Empty: the manifest's own folder."""
     languages: list[str] = field(default_factory=lambda: ["en", "es", "fr"])
     """Languages of the free prompts."""
+    numbers: CountOrZero = 0
+    """For each language, strings of two to four of the free prompts' spoken numbers, besides the prompts."""
     downloads: str = "downloads"
     """Folder for downloads."""
     units: list[str] = field(default_factory=list)
@@ -105,6 +107,14 @@ class Prepare:
         need(
             "recording" in self.split_by,
             f"prepare.split_by={self.split_by}: documents are whole recordings, so `recording` must be in it",
+        )
+        need(
+            not self.numbers or self.speech == "asterisk",
+            "prepare.numbers are strings of the free prompts' words: they need prepare.speech=asterisk",
+        )
+        need(
+            not self.numbers or "translation" not in self.orders,
+            "prepare.numbers are no translations of each other; for those see examples/s2st",
         )
         need(bool(self.orders), "prepare.orders is empty: name at least one kind of document to make")
         need(
