@@ -56,21 +56,24 @@ def encode_shard(job: EncodeJob) -> int:
     codec = _codec(json.dumps(job.codec.arguments, sort_keys=True), executor.device)
     utterances = [utterance for utterance, _ in read_index(job.shard)]
     encoder = _Encoder(codec)
-    rejects, lengths = [], dict[int, float]()
-    lengths |= {number: 0.0 for number, u in enumerate(utterances) if not u.heard}
-    heard = [number for number, u in enumerate(utterances) if u.heard]
-    for place, pieces in _decoded([utterances[number].audio for number in heard], codec, job):
-        number = heard[place]
+    rejects, seconds = [], dict[int, float]()
+    numbers: dict[Sound, list[int]] = {}  # a pair of translations repeats the sounds of others
+    for number, u in enumerate(utterances):
+        numbers.setdefault(u.audio, []).append(number)
+    sounds = [sound for sound in numbers if sound.path]
+    for place, pieces in _decoded(sounds, codec, job):
         try:
             samples = 0
             for piece in pieces:
                 samples += len(piece)
-                encoder.add(number, piece)
-            lengths[number] = samples / codec.sample_rate
+                encoder.add(place, piece)
+            seconds |= dict.fromkeys(numbers[sounds[place]], samples / codec.sample_rate)
         except BadAudio as error:
-            encoder.drop(number)
-            rejects.append((str(utterances[number].audio), str(error)))
-    codes, silent = encoder.finish(), np.zeros((0, codec.codebooks), np.int16)
+            encoder.drop(place)
+            rejects += [(str(sounds[place]), str(error))] * len(numbers[sounds[place]])
+    found, silent = encoder.finish(), np.zeros((0, codec.codebooks), np.int16)
+    codes = {number: found[place] for place, sound in enumerate(sounds) for number in numbers[sound] if place in found}
+    seconds |= {number: 0.0 for number, u in enumerate(utterances) if not u.heard}
     rows = [
         {
             "id": u.id,
@@ -80,11 +83,11 @@ def encode_shard(job: EncodeJob) -> int:
             "speaker": u.speaker,
             "prompt": u.prompt,
             "recording": u.recording,
-            "seconds": lengths[number],
+            "seconds": seconds[number],
             "audio": str(u.audio).encode("utf-8", "backslashreplace").decode(),
         }
         for number, u in enumerate(utterances)
-        if number in lengths
+        if number in seconds
     ]
     write_json(rejects_path(job.out), rejects)
     write_units(job.out, rows, codec=job.codec, key=job.key)

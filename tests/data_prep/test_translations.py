@@ -247,6 +247,33 @@ def test_pairs_become_the_papers_documents(tmp_path: Path, monkeypatch: pytest.M
     assert all(space.check(ids) is None for ids in made)
 
 
+def test_a_sound_is_encoded_once_however_often_it_occurs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[int] = []
+
+    class Counting(FakeCodec):
+        def encode(self, waves: list[np.ndarray]) -> list[np.ndarray]:
+            encoded.append(len(waves))
+            return super().encode(waves)
+
+    monkeypatch.setattr("data_prep.encode.load_codec", lambda **_: Counting())
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        soundfile.write(tmp_path / f"{i}.wav", rng.uniform(-0.1 - 0.1 * i, 0.1 + 0.1 * i, 6000 + 2000 * i), 16000)
+    (tmp_path / "2.wav").write_bytes(b"no sound")
+    used = [0, 1, 1, 2, 0, 2]
+    some = [Utterance(f"u{n}", Sound(str(tmp_path / f"{i}.wav")), f"text {n}") for n, i in enumerate(used)]
+    index = make_index(iter(some), tmp_path / "index", shard_size=9, reject=lambda reject: pytest.fail(str(reject)))
+    codec = CodecDescription.of(FakeCodec(), {"spec": "embedded", "path": str(tmp_path)})
+    (job,) = encode_jobs(index.shards, tmp_path, codec, decoder="soundfile", trim=False)
+    assert encode_shard(job) == 2
+    assert sum(encoded) == 2
+    rows, codes = read_shard(job.out)
+    assert [row.id for row in rows] == ["u0", "u1", "u2", "u4"]
+    found = [codes[row.start : row.end].tolist() for row in rows]
+    assert found[0] == found[3] != found[1] == found[2]
+    assert [row.seconds for row in rows] == [0.375, 0.5, 0.5, 0.375]
+
+
 def test_what_has_no_sound_is_only_translated() -> None:
     source, target = (
         Utterance(name, Sound(path), name, language=language, recording="r")
