@@ -46,7 +46,10 @@ def test_it_learned(run):
     assert grammar["valid"] == grammar["duration_exact"] == grammar["generations"] == 100
     assert grammar["legal_mass_mean"] >= 0.99
     assert grammar["free_legal_mass_mean"] >= 0.99
-    assert result["gain"]["utterances"] >= 40
+    gain = result["gain"]
+    assert gain["utterances"] >= 150
+    assert min(gain[what]["gain_low"] for what in ("text", "semantic", "acoustic")) > 0  # against a wrong partner
+    assert gain["text"]["gain_over_alone_low"] > 0
     assert json.loads((run / "hf" / "soda.json").read_text())["max_logit_difference"] < 1e-4
 
 
