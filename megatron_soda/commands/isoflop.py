@@ -74,26 +74,38 @@ Measure = Annotated[
 
 @app.command(
     epilog="Examples:\n\n  soda isoflop fit study.yaml --budget 1e21 --measure semantic\n\n"
-    "  soda isoflop fit results.csv --model 4.374e9:500e9 --out fit.json"
+    "  soda isoflop fit results.csv --model 4.374e9:500e9 --out fit.json\n\n"
+    "  soda isoflop fit study.yaml --up-to 1e20"
 )
 def fit(
     results: ResultsFile,
     measure: Measure = "loss",
     budget: Annotated[list[str] | None, typer.Option(help="Predict the optimum at these FLOPs.")] = None,
     model: Annotated[list[str] | None, typer.Option(help="PARAMETERS:TOKENS: how far from the optimum it is.")] = None,
+    up_to: Annotated[
+        str,
+        typer.Option(metavar="FLOPS", help="Fit only budgets up to this, and predict the others."),
+    ] = "",
     out: Annotated[Path | None, typer.Option(help="Also write everything to this JSON file.")] = None,
 ) -> None:
     """Fit scaling laws: parabolas for every budget (approach 2) and a surface over all runs (approach 3)."""
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before scipy: on small matrices threads only wait
+    from ..isoflop import held_out
     from ..isoflop.fit import fit_study, to_dict, to_lines
 
     budgets = [_numbers(text, 1, "--budget", "1e21")[0] for text in budget or []]
     pairs = [_numbers(text, 2, "--model", "4.374e9:500e9") for text in model or []]
     models = [(params, tokens) for params, tokens in pairs]
-    made = fit_study(_load_results(results, measure))
+    found, above = _load_results(results, measure), []
+    if up_to:
+        found, above = held_out.split(found, _numbers(up_to, 1, "--up-to", "1e21")[0])
+    made = fit_study(found)
     print("\n".join(to_lines(made, budgets, models)))
+    compared = held_out.compare(made, above) if above else None
+    if compared:
+        print("\n".join(held_out.to_lines(compared)))
     if out:
-        write_json(out, to_dict(made, budgets, models))
+        write_json(out, to_dict(made, budgets, models) | ({"held_out": compared} if compared else {}))
 
 
 @app.command(
