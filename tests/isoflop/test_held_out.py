@@ -61,5 +61,5 @@ def test_the_deviation_between_seeds_is_pooled() -> None:
 
 @pytest.mark.parametrize("up_to", [1e15, 1e30])
 def test_both_sides_must_have_results(study: Results, up_to: float) -> None:
-    with pytest.raises(SodaError, match="on both sides of it; .* has budgets of"):
+    with pytest.raises(SodaError, match="on both sides of it"):
         held_out.split(study, up_to)
