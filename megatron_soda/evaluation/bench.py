@@ -9,18 +9,19 @@ from ..codecs.description import load_data_codec
 from ..config import Recipe
 from ..data.store import Store
 from ..errors import SodaError
-from ..hf.load import load_model
+from ..hf.load import LoadedModel, load_model
 from ..inference.held_out import held_out_rows
 from ..inference.studio import Studio
 from .panel import Panel, place_for_kept
 
 
 class Bench:
-    """An exported model under evaluation. Stores and codec are loaded once, on first use."""
+    """An exported model under evaluation. Stores and codec are loaded once, on first use. `model`: instead of the one
+    in the folder."""
 
-    def __init__(self, recipe: Recipe, folder: Path) -> None:
+    def __init__(self, recipe: Recipe, folder: Path, model: LoadedModel | None = None) -> None:
         self.recipe, self.folder = recipe, folder
-        self.model = load_model(folder)
+        self.model = model or load_model(folder)
         self.model.model.float()  # as the paper measured; with bf16 activations a likelihood would depend on its batch
 
     @cached_property

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from ..codecs.description import DESCRIPTION, read_description
 from ..config import Recipe, load_recipe
 from ..errors import SodaError
+from ..evaluation.suite import figures_of
 from ..files import read_json, to_json, write_json, write_text
 from ..isoflop.results import RESULTS
 from ..registry import SUITES
@@ -78,17 +79,12 @@ def _metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _measured(plan: Plan, folder: Path, step: int) -> dict[str, float] | None:
-    """The figures of the plan's suites: those with a baseline as baseline - value, which is what was gained. None if a
-    suite is missing, or was measured at another step."""
+    """The figures of the plan's suites (suite.figures_of). None if a suite is missing, or was measured at another
+    step."""
     found = _facts(folder / "eval.json")
     if plan.suites and (found.get("step") != step or any(name not in found for name in plan.suites)):
         return None
-    figures: dict[str, float] = {}
-    for name in plan.suites:
-        for row in SUITES[name].rows(found[name]):
-            if isinstance(row.value, int | float):
-                figures[f"{name}_{row.name}"] = row.value if row.baseline is None else row.baseline - row.value
-    return figures
+    return {key: value for name in plan.suites for key, value in figures_of(SUITES[name], found[name]).items()}
 
 
 def _facts(path: Path) -> dict[str, Any]:
