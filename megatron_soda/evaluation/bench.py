@@ -60,13 +60,13 @@ class Bench:
 
     @cached_property
     def codec(self) -> Codec:
-        """The codec of the model's tokens. SodaError if it has none."""
+        """The codec of the model's tokens, on the model's device. SodaError if it has none."""
         if self.model.codec is None:
             raise SodaError(
                 f"{self.folder}: no codec in it: the model knows no sound, so it cannot be measured on sound. "
                 f"Leave such suites out of evaluate.suite (now {self.recipe.evaluate.suite})."
             )
-        return load_data_codec(self.model.codec)
+        return load_data_codec(self.model.codec, str(self.model.device))
 
     @cached_property
     def studio(self) -> Studio:
