@@ -21,7 +21,7 @@ from ..errors import SodaError, say, user_message
 from ..registry import SUITES
 from ..tokenizer import data_tokenizer
 
-EXPORT = "hf"  # in FOLDER, as long as it is measured
+EXPORT = "export"  # in FOLDER, as long as it is measured
 _PARENT_ENDED = 1  # prctl's PR_SET_PDEATHSIG
 
 
@@ -70,7 +70,7 @@ def measure(folder: Path, checkpoint: Path) -> None:
 
     recipe = load_recipe(folder / "recipe.yaml")
     try:
-        evaluate(recipe, export(recipe, checkpoint, folder / EXPORT))
+        evaluate(recipe, export(recipe, checkpoint, folder / EXPORT / "hf"))
     finally:
         shutil.rmtree(folder / EXPORT, ignore_errors=True)
 

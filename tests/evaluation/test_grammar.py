@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from megatron_soda.evaluation.suites import grammar
-from megatron_soda.evaluation.suites import grammar
 from megatron_soda.evaluation.suites.grammar import audio_spans, evaluate_grammar
 from megatron_soda.hf.load import load_model
 from megatron_soda.inference import sample as sampling
