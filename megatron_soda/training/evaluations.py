@@ -52,7 +52,7 @@ class Evaluation:
                 torch.cuda.empty_cache()  # of this process: memory that it does not need while it waits
             try:
                 self._begin()
-            except OSError as error:  # a run goes on without it
+            except (SodaError, OSError) as error:  # a run goes on without it
                 self._problem = str(error)
         return self
 

@@ -88,21 +88,25 @@ def test_an_interrupted_one_goes_on_where_it_was(exported, monkeypatch):
     data, model = exported.run / "data", load_model(exported.folder)
     stores = Store(data / "test"), Store(data / "train")
     whole = evaluate_nll(model, *stores, kept=exported.run / "whole")
-    scored, nats = [], likelihood.Likelihood.nats
+    scored, nats, interrupted = [], likelihood.Likelihood.nats, [True, False]
 
     def once(self, documents, softmaxes):
-        if scored and scored[-1] == "interrupt":
+        if interrupted and interrupted.pop():
             raise KeyboardInterrupt
-        scored.extend([*documents, "interrupt"] if not scored else documents)
+        scored.extend(documents)
         return nats(self, documents, softmaxes)
 
     monkeypatch.setattr(likelihood.Likelihood, "nats", once)
     with pytest.raises(KeyboardInterrupt):
         evaluate_nll(model, *stores, kept=exported.run / "kept")
-    assert len(scored) > 1
-    scored.pop()
-    assert evaluate_nll(model, *stores, kept=exported.run / "kept") == whole
+    assert 0 < len(scored) < len(stores[0])
+    resumed = evaluate_nll(model, *stores, kept=exported.run / "kept")
     assert len(scored) == len({document.tobytes() for document in scored}) == len(stores[0])
+    assert resumed["all"] == pytest.approx(whole["all"], abs=1e-5)  # the batches are others
+    figures = [result["items"]["figures"] for result in (whole, resumed)]
+    for part, of_documents in figures[0].items():
+        assert figures[1][part]["counts"] == of_documents["counts"]
+        assert figures[1][part]["sums"] == pytest.approx(of_documents["sums"], abs=1e-3)
     assert evaluate_nll(model, *stores, 9, kept=exported.run / "kept")["all"] != whole["all"]
     assert len(scored) == len(stores[0])
     model.key = "another"
