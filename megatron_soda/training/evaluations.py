@@ -1,5 +1,6 @@
 """Evaluation while training: starts the process that measures a checkpoint (evaluation/during.py), and ends it."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -16,7 +17,9 @@ from ..evaluation.during import EXPORT, recipe_in
 from ..evaluation.suite import figures_of
 from ..files import read_json
 from ..log import log
+from ..parallel import preflight, ranks
 from ..registry import SUITES
+from ..run_folder import metrics_of
 from . import checkpoint
 
 FOLDER, LOG = "evaluations", "log.txt"
@@ -34,6 +37,16 @@ def check_suites(recipe: Recipe) -> None:
             status = _start([folder], output).wait()
         if status:
             raise SodaError(_why(Path(folder) / LOG, status))
+
+
+def owed(recipe: Recipe, step: int, device: torch.device) -> bool:
+    """Whether the checkpoint of a step is to be evaluated and has not been. All ranks call this."""
+    every = recipe.evaluate.every
+    if not every or not (step % every == 0 or step == recipe.training.steps):
+        return False
+    lines = metrics_of(Path(recipe.run)) if ranks.is_first() else []
+    done = any("evaluation" in line for line in lines if line["step"] == step)
+    return not json.loads(preflight.gather(json.dumps(done), device)[0])
 
 
 class Evaluation:

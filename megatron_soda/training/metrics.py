@@ -100,17 +100,14 @@ class Metrics:
         run = Path(recipe.run)
         self.path = run / "metrics.jsonl"
         kept = []
-        self.evaluated: set[int] = set()  # steps
         if self.path.is_file():
             with reading(self.path):
                 lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
             for line in lines:
                 # Anything else is the last line of a killed run, or damage.
                 with contextlib.suppress(SodaError), reading(self.path):
-                    values = json.loads(line)
-                    if values["step"] <= step:
+                    if json.loads(line)["step"] <= step:
                         kept.append(line)
-                        self.evaluated |= {values["step"]} if "evaluation" in values else set()
         write_text(self.path, "".join(line + "\n" for line in kept))
         from torch.utils.tensorboard import SummaryWriter
 

@@ -20,7 +20,7 @@ from ..parallel.watch import place
 from ..run_folder import record_environment, record_timing
 from . import checkpoint
 from .corpora import Corpora, open_stores
-from .evaluations import Evaluation, check_suites
+from .evaluations import Evaluation, check_suites, owed
 from .metrics import Metrics, check_wandb, memory_gib, mfu, peak_tflops
 from .origin import Origin, branch_state, find_origin
 from .progress import TrainingProgress
@@ -48,7 +48,7 @@ def train(recipe: Recipe) -> bool:
         origin = find_origin(recipe, stores.space)
         corpora = Corpora(recipe, stores, origin)
         notes = [*corpora.notes, *compare_settings(recipe, origin)]
-        if origin.step >= recipe.training.steps:
+        if origin.step >= recipe.training.steps and not owed(recipe, origin.step, device):
             _say_done(recipe, origin)
             return True
         with preflight.together(device):
@@ -236,10 +236,7 @@ class Trainer:
     def evaluate(self, stop: Stop) -> bool:
         """Measures the checkpoint of this step with suites, every `evaluate.every` steps, unless it has been measured.
         All ranks wait; returns whether one was asked to stop meanwhile."""
-        every = self.recipe.evaluate.every
-        if not every or not self._due(every) or self.saved != self.step:
-            return False
-        if self.any_rank(self.metrics is not None and self.step in self.metrics.evaluated):
+        if self.saved != self.step or not owed(self.recipe, self.step, self.engine.device):
             return False
         with self.engine.seconds.of("save"):
             self.saver.finish()

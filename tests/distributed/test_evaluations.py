@@ -138,14 +138,24 @@ def test_a_stop_ends_it_and_it_is_made_up_for(pool, data, evaluated, tmp_path):
     assert metrics(tmp_path) != []
 
 
-def test_a_resumed_run_measures_nothing_twice(pool, data, evaluated, tmp_path):
+def test_a_resumed_run_measures_what_is_owed(pool, data, evaluated, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(evaluated["one"], run)
+    results = [run / "evaluations" / f"step_{step:08d}" / "eval.json" for step in (3, 6)]
+    times = [path.stat().st_mtime_ns for path in results]
     shutil.rmtree(run / "checkpoints" / "step_00000006")
-    before = (run / "evaluations" / "step_00000003" / "eval.json").stat().st_mtime_ns
+    for kill in (False, True):  # then: as if the run had been killed while its last checkpoint was measured
+        if kill:
+            lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+            assert "evaluation" in lines.pop()
+            (run / "metrics.jsonl").write_text("".join(lines))
+        pool.run(1, train_unchecked, str(run), str(data), EVERY)
+        assert evaluations(run) == evaluations(evaluated["one"])
+        before, times = times, [path.stat().st_mtime_ns for path in results]
+        assert times[0] == before[0]
+        assert times[1] > before[1]
     pool.run(1, train_unchecked, str(run), str(data), EVERY)
-    assert (run / "evaluations" / "step_00000003" / "eval.json").stat().st_mtime_ns == before
-    assert evaluations(run) == evaluations(evaluated["one"])
+    assert [path.stat().st_mtime_ns for path in results] == times
 
 
 def test_one_that_fails_is_told_of_and_training_goes_on(pool, data, evaluated, tmp_path):
