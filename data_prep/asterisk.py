@@ -218,6 +218,10 @@ def _unpack_package(folder: Path, name: str, into: Path) -> str:
     try:
         packages.mkdir(parents=True, exist_ok=True)
     except OSError as error:
+        for link in (packages, *packages.parents):
+            if link.is_symlink() and not link.exists():
+                where = f"{link} is a link to {os.readlink(link)}, which does not exist"
+                raise SodaError(f"{where}. Make that folder, or remove the link.") from None
         raise SodaError(f"{packages}: cannot be made ({error.strerror})") from None
     for path in sorted(packages.glob(f"{name}_*.deb")):
         if not _unpack(path, into) and _content(name, into) == CONTENT[name]:

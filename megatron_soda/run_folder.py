@@ -1,5 +1,6 @@
-"""What a run records about itself: environment.json and timings.json."""
+"""What a run records about itself: environment.json, timings.json; and what training/metrics.py wrote."""
 
+import json
 import platform
 from importlib import metadata
 from pathlib import Path
@@ -43,3 +44,18 @@ def record_timing(run: Path, stage: str, seconds: dict[str, float], *, add: bool
 
 def _is_time(value: Any) -> bool:
     return isinstance(value, (int, float)) and abs(value) < 1e12
+
+
+def metrics_of(run: Path) -> list[dict[str, Any]]:
+    """The lines of RUN/metrics.jsonl that are whole."""
+    path = run / "metrics.jsonl"
+    lines: list[dict[str, Any]] = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                point = json.loads(line)
+            except ValueError:  # the last line of a killed run, or of one that is being written
+                continue
+            if isinstance(point, dict) and isinstance(point.get("step"), int):
+                lines.append(point)
+    return lines

@@ -27,5 +27,5 @@ def exported(exported_once, tmp_path, monkeypatch):
     from tests.exported import FakeCodec
 
     run = shutil.copytree(exported_once.run, tmp_path / "run")
-    monkeypatch.setattr(description, "_load", lambda arguments, folder: FakeCodec())
+    monkeypatch.setattr(description, "_load", lambda *_: FakeCodec())
     return replace(exported_once, run=run, folder=run / "hf")

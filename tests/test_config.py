@@ -105,6 +105,9 @@ def test_learning_rates_of_the_paper():
         ("model.preset=135", "Did you mean 135m"),
         ("precision.dtype=fp", "must be one of fp32, bf16, fp8"),
         ("evaluate.suite=[nil]", "Did you mean nll"),
+        ("evaluate.during_training=[nil]", "Did you mean nll"),
+        ("evaluate={every: 250, during_training: []}", "names no suite"),
+        ("evaluate.every=300", "must be a multiple of checkpoint.save_every=250"),
         ("schedule.decay_share=0.95", "add up to more than 1"),
         ("schedule.final_share=0.1", "is for schedule.name=cosine; wsd ends at 0"),
         ("data.prompt_spans=1", "needs data.pack=true"),
@@ -287,7 +290,8 @@ def test_a_recipe_is_read_by_the_types_of_its_keys(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("training: {steps: 7, steps: 8}", "steps is duplicated"),
+        ("training: {steps: 7, steps: 8}", "line 1: steps is duplicated"),
+        ("training:\n  steps: 7\n  z_loss: 0\n  steps: 8", "line 4: steps is duplicated"),
         ("training: {steps: 1.5}", r"training\.steps: must be a whole number, not '1.5'"),
         ("training: {steps: true}", r"training\.steps: must be a whole number"),
         ("training: {steps: }", r"training\.steps: must be a whole number, not ''"),

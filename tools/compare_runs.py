@@ -32,7 +32,7 @@ Points = dict[int, dict[str, Any]]  # by step
 def read_run(run: Path) -> Points:
     """The logged steps with a loss. Raises SodaError if there are none."""
     warnings: list[str] = []
-    points, _ = read_metrics(run / "metrics.jsonl", warnings)
+    points, *_ = read_metrics(run / "metrics.jsonl", warnings)
     for warning in warnings:
         print(f"{run}: {warning}", file=sys.stderr)
     found = {int(point["step"]): point for point in points if finite(point.get("loss")) is not None}

@@ -87,7 +87,7 @@ if [ "$smoke" = 1 ]; then
     "run=$folder" "${stores[@]}" data.sequence_length=256 model.preset=tiny training.steps=4
     schedule.name=wsd "training.branch_from=''" "training.global_batch_size=$((2 * processes))"
     training.micro_batch_size=1 logging.log_every=1 checkpoint.save_every=4 training.valid_every=4
-    training.valid_windows=2
+    training.valid_windows=2 evaluate.every=0
   )
   if [ "$gpus" = 0 ]; then small+=(precision.dtype=fp32); fi
   overrides=("${small[@]}" "${overrides[@]}")

@@ -4,13 +4,12 @@ from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from ..config.fields import SECTION, CountOrZero, near
+from ..config.yaml_files import read_yaml
 from ..errors import SodaError
-from ..files import reading
 from ..registry import SUITES
 
 Parts = dict[str, Any]  # of a recipe: {data: {mix: ..}}
@@ -48,8 +47,7 @@ def load_ablation(path: str | Path) -> Ablation:
     path = Path(path)
     if path.suffix not in (".yaml", ".yml"):
         raise SodaError(f"{path}: not a study (.yaml); examples/ablations holds some")
-    with reading(path, "not YAML"):
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    values = read_yaml(path)
     if not isinstance(values, dict) or not {"recipe", "values"} <= values.keys():
         raise SodaError(f"{path}: an ablation is a mapping with the keys recipe and values")
     try:

@@ -54,30 +54,34 @@ def read_description(folder: Path) -> CodecDescription:
         return CodecDescription.from_dict(values)
 
 
-def load_data_codec(folder: Path) -> Codec:
-    """The codec that made the tokens of a data folder, or of an exported model, which has its own copy.
+def load_data_codec(folder: Path, device: str = "cpu") -> Codec:
+    """The codec that made the tokens of a data folder, or of an exported model, which has its own copy. device: a torch
+    device to run it on.
 
     Raises SodaError if it cannot be loaded, or if the installed version would give different codes."""
     described = read_description(folder)
-    codec, fitted = None, folder / QUANTISER_FILE
-    if fitted.is_file() and described.arguments.get("path", "") and described.name == "embedded":
-        codec = _load({**described.arguments, "path": str(fitted)}, folder)
+    arguments, fitted, codec = described.arguments, folder / QUANTISER_FILE, None
+    if fitted.is_file() and arguments.get("path", "") and described.name == "embedded":
+        arguments = {**arguments, "path": str(fitted)}
+        codec = _load(arguments, folder)
     if codec is None or codec.fingerprint != described.fingerprint:  # the fitted one is left over from another run
-        codec = _load(described.arguments, folder)
+        arguments = described.arguments
+        codec = _load(arguments, folder)
     if codec.fingerprint != described.fingerprint:
         raise SodaError(
             f"{folder}: its tokens were made by codec {described.fingerprint}, but the installed one is "
             f"{codec.fingerprint}. Prepare the data again, or install the version of megatron_soda that made it."
         )
-    return codec
+    # The fingerprint in a description is that on the CPU, wherever the data were encoded.
+    return codec if device == "cpu" else _load(arguments, folder, device)
 
 
-def _load(arguments: dict[str, Any], folder: Path) -> Codec:
+def _load(arguments: dict[str, Any], folder: Path, device: str = "cpu") -> Codec:
     with reading(folder / DESCRIPTION, "its arguments load no codec"):
         if any(not isinstance(value, _ARGUMENTS[name]) for name, value in arguments.items()):
             raise ValueError(f"{arguments}")
         _check_source(arguments.get("spec", ""), arguments.get("path"))
-        return load_codec(**arguments)
+        return load_codec(**arguments, device=device)
 
 
 def _check_source(spec: str, path: str | None) -> None:

@@ -19,7 +19,8 @@ def command(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE|RUN|STORE", help="A recipe, a run folder, or one store.")],
     overrides: Overrides = None,
 ) -> None:
-    """Check token stores: intact files, ids in range, every document legal and unique. Exit status 1 if not."""
+    """Check token stores: intact files, ids in range, every document legal and unique. Exit status 1 if not. Of a
+    recipe that evaluates while training, also check that its suites can be measured."""
     from ..data.validate import SIDES, validate
 
     found = find_stores(recipe)
@@ -29,4 +30,9 @@ def command(
         raise typer.Exit(0 if validate(found[0], found[1] or SIDES) else 1)
     whole = resolve(recipe, overrides or [])
     names = ["valid"] if whole.data.corpora else SIDES
-    raise typer.Exit(0 if validate(whole.data_folder, names, whole.data.corpora) else 1)
+    if not validate(whole.data_folder, names, whole.data.corpora):
+        raise typer.Exit(1)
+    if whole.evaluate.every:
+        from ..evaluation.during import check
+
+        check(whole)

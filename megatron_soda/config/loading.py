@@ -17,6 +17,7 @@ from ..log import log
 from .fields import near
 from .recipe import Recipe
 from .renamed import RENAMED
+from .yaml_files import UniqueKeys
 
 BASE = "base"  # names another file, whose values apply unless this one overrides them
 MOST_VALUES = 100_000  # in a recipe
@@ -61,18 +62,11 @@ def recipe_schema() -> dict[str, Any]:
 # ---- files
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(UniqueKeys):
     """YAML with literal scalars. Their meaning depends on the type of the key: `no` is a language in prepare.languages,
     and false in parallel.sequence."""
 
     yaml_implicit_resolvers = {"<": yaml.SafeLoader.yaml_implicit_resolvers["<"]}  # noqa: RUF012  (merges, <<)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for key, other in zip(sorted(keys), sorted(keys)[1:], strict=False):
-            if key == other:
-                raise yaml.constructor.ConstructorError(None, None, f"{key} is duplicated", node.start_mark)
-        return super().construct_mapping(node, deep)
 
 
 def _files(path: Path, above: tuple[Path, ...] = ()) -> Iterator[tuple[Path, dict[str, Any]]]:

@@ -65,6 +65,12 @@ class Recipe:
             f"precision.bf16_layers={precision.bf16_layers} at either end leaves none of "
             f"model.num_layers={self.model.num_layers} in FP8",
         )
+        every, saves = self.evaluate.every, self.checkpoint.save_every
+        need(
+            every % saves == 0,
+            f"evaluate.every={every}: checkpoints are evaluated, so it must be a multiple of "
+            f"checkpoint.save_every={saves}",
+        )
         if self.optimizer.learning_rate == 0:
             rate = rule_learning_rate(t.global_batch_size, self.model.hidden_size)
             self.optimizer = replace(self.optimizer, learning_rate=rate)

@@ -19,6 +19,10 @@ class Export:
 @dataclass(config=SECTION)
 class Evaluate:
     suite: list[str] = field(default_factory=lambda: ["nll", "grammar"])
+    every: CountOrZero = 0
+    """Also evaluate while training, every so many steps: a multiple of checkpoint.save_every. 0: not."""
+    during_training: list[str] = field(default_factory=lambda: ["nll"])
+    """The suites that are measured then."""
     split: Literal["train", "valid", "test"] = "test"
     documents: CountOrZero = 0
     """Documents to score. 0: all."""
@@ -35,8 +39,13 @@ class Evaluate:
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        for name in self.suite:
-            choice("evaluate.suite", name, SUITES.names())
+        for key, names in (("suite", self.suite), ("during_training", self.during_training)):
+            for name in names:
+                choice(f"evaluate.{key}", name, SUITES.names())
+        need(
+            not self.every or bool(self.during_training),
+            f"evaluate.every={self.every}, and evaluate.during_training names no suite",
+        )
         for name in self.judges:
             choice("evaluate.judges", name.partition(":")[0], JUDGES.names())
         judges = [name.partition(":")[0] for name in self.judges]

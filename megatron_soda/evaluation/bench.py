@@ -9,18 +9,19 @@ from ..codecs.description import load_data_codec
 from ..config import Recipe
 from ..data.store import Store
 from ..errors import SodaError
-from ..hf.load import load_model
+from ..hf.load import LoadedModel, load_model
 from ..inference.held_out import held_out_rows
 from ..inference.studio import Studio
 from .panel import Panel, place_for_kept
 
 
 class Bench:
-    """An exported model under evaluation. Stores and codec are loaded once, on first use."""
+    """An exported model under evaluation. Stores and codec are loaded once, on first use. `model`: instead of the one
+    in the folder."""
 
-    def __init__(self, recipe: Recipe, folder: Path) -> None:
+    def __init__(self, recipe: Recipe, folder: Path, model: LoadedModel | None = None) -> None:
         self.recipe, self.folder = recipe, folder
-        self.model = load_model(folder)
+        self.model = model or load_model(folder)
         self.model.model.float()  # as the paper measured; with bf16 activations a likelihood would depend on its batch
 
     @cached_property
@@ -59,13 +60,13 @@ class Bench:
 
     @cached_property
     def codec(self) -> Codec:
-        """The codec of the model's tokens. SodaError if it has none."""
+        """The codec of the model's tokens, on the model's device. SodaError if it has none."""
         if self.model.codec is None:
             raise SodaError(
                 f"{self.folder}: no codec in it: the model knows no sound, so it cannot be measured on sound. "
                 f"Leave such suites out of evaluate.suite (now {self.recipe.evaluate.suite})."
             )
-        return load_data_codec(self.model.codec)
+        return load_data_codec(self.model.codec, str(self.model.device))
 
     @cached_property
     def studio(self) -> Studio:

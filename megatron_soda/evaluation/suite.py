@@ -44,6 +44,16 @@ def row_of_gain(name: str, label: str, row: Mapping[str, Any], total: bool) -> R
     )
 
 
+def figures_of(suite: "Suite", result: Mapping[str, Any]) -> dict[str, float]:
+    """A result as one number a row, by SUITE_ROW: the value, or where there is a baseline, baseline - value, which is
+    what was gained."""
+    return {
+        f"{suite.name}_{row.name}": row.value if row.baseline is None else row.baseline - row.value
+        for row in suite.rows(result)
+        if isinstance(row.value, int | float)
+    }
+
+
 class Suite(ABC):
     """A measurement of an exported model."""
 

@@ -1,5 +1,6 @@
 """Word error rates: what of a text counts as a word, and how many words two texts differ by."""
 
+import re
 import string
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -60,7 +61,8 @@ def _without_punctuation(text: str, but: str) -> str:
 
 
 def _split(text: str, language: str) -> list[str]:
-    return list("".join(text.split())) if language.partition("-")[0] in WITHOUT_SPACES else text.split()
+    without = re.split("[-_]", language.lower())[0] in WITHOUT_SPACES  # zh, zh-CN, zh_CN
+    return list("".join(text.split())) if without else text.split()
 
 
 def word_errors(said: Sequence[str], heard: Sequence[str]) -> int:

@@ -59,7 +59,7 @@ def open_studio(folder: Path, codec: str = "", weights: Weights = "", out: Path 
         )
     if codec and model.codec is not None:
         raise SodaError(f"{folder}: has its own codec, which made its audio tokens; leave --codec out")
-    found = load_data_codec(model.codec) if model.codec else _named_codec(codec, model)
+    found = load_data_codec(model.codec, str(model.device)) if model.codec else _named_codec(codec, model)
     return Studio(model, Recipe(generate=Generate(weights=weights)), found, out)
 
 

@@ -34,7 +34,8 @@ def generate(recipe: Recipe, folder: Path) -> list[dict[str, Any]]:
     model = load_model(folder)
     rows = held_out_rows(recipe.data_folder, recipe.generate.split, model, recipe.data.accept)
     assert model.codec is not None  # held_out_rows refuses a model without
-    studio = Studio(model, recipe, load_data_codec(model.codec), Path(recipe.run) / "samples")
+    codec = load_data_codec(model.codec, str(model.device))
+    studio = Studio(model, recipe, codec, Path(recipe.run) / "samples")
     held_out = choose(rows, studio.longest, studio.frame_rate, recipe.seed)
     if not held_out.usable:
         raise SodaError(

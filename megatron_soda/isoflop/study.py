@@ -4,13 +4,12 @@ from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from ..config.fields import SECTION, Above0, AtLeast0, Count, CountOrZero, near
+from ..config.yaml_files import read_yaml
 from ..errors import SodaError
-from ..files import reading
 
 Accounting = Literal["forward", "total", "6nd"]
 
@@ -106,8 +105,7 @@ def load_study(path: str | Path) -> Study:
     path = Path(path)
     if path.suffix not in (".yaml", ".yml"):
         raise SodaError(f"{path}: not a study (.yaml); examples/isoflop holds some")
-    with reading(path, "not YAML"):
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    values = read_yaml(path)
     if not isinstance(values, dict):
         raise SodaError(f"{path}: a study is a mapping with the keys recipe and budgets")
     try:

@@ -56,7 +56,7 @@ def build_report(run: Path) -> Path:
 def collect(run: Path) -> dict[str, Any]:
     """Everything the template shows."""
     warnings: list[str] = []
-    train, valid = read_metrics(run / "metrics.jsonl", warnings)
+    train, valid, evaluated = read_metrics(run / "metrics.jsonl", warnings)
     evaluation = as_dict(load(run, "eval.json", warnings))
     facts = as_dict(load(run, "environment.json", warnings))
     data = as_dict(load(run, "data/prepare.json", warnings))
@@ -79,7 +79,7 @@ def collect(run: Path) -> dict[str, Any]:
         "tiles": tiles(train, valid, nll, grammar, data),
         "warnings": warnings,
         "colours": colours,
-        "charts": charts(train, valid, colours, nll),
+        "charts": charts(train, valid, evaluated, colours, nll),
         "has_metrics": bool(train or valid),
         "suites": list(suites.values()),
         "evaluation": {

@@ -21,14 +21,15 @@ def load(run: Path, name: str, warnings: list[str]) -> Any:
         return None
 
 
-def read_metrics(path: Path, warnings: list[str]) -> tuple[list[dict], list[dict]]:
-    """Training and validation points in step order. If a step was written twice (a resumed run), the last one
-    counts."""
+def read_metrics(path: Path, warnings: list[str]) -> tuple[list[dict], list[dict], list[dict]]:
+    """Training, validation and evaluation points in step order. If a step was written twice (a resumed run), the last
+    one counts."""
     if not path.is_file():
-        return [], []
+        return [], [], []
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     train: dict[float, dict] = {}
     valid: dict[float, dict] = {}
+    evaluated: dict[float, dict] = {}
     damaged: list[int] = []
     for index, line in enumerate(lines, 1):
         if not line.strip():
@@ -43,6 +44,8 @@ def read_metrics(path: Path, warnings: list[str]) -> tuple[list[dict], list[dict
             damaged.append(index)
         elif "valid_nll" in point or "valid_loss" in point:
             valid[step] = point
+        elif "evaluation" in point:
+            evaluated[step] = point
         else:
             train[step] = point
     if damaged == [len(lines)]:
@@ -52,7 +55,8 @@ def read_metrics(path: Path, warnings: list[str]) -> tuple[list[dict], list[dict
     lost = [step for step, point in train.items() if "loss" in point and finite(point["loss"]) is None]
     if lost:
         warnings.append(f"The loss was not a finite number at {plural(len(lost), 'step')}, first at {lost[0]:,.0f}.")
-    return [train[step] for step in sorted(train)], [valid[step] for step in sorted(valid)]
+    ordered = [[points[step] for step in sorted(points)] for points in (train, valid, evaluated)]
+    return ordered[0], ordered[1], ordered[2]
 
 
 def warn_of_stale(run: Path, warnings: list[str]) -> None:

@@ -17,7 +17,7 @@ SIDE_CHARTS = {
 }
 
 
-def charts(train: list[dict], valid: list[dict], colours: dict, nll: dict) -> dict[str, Any]:
+def charts(train: list[dict], valid: list[dict], evaluated: list[dict], colours: dict, nll: dict) -> dict[str, Any]:
     """Draws all charts; the big ones twice, for wide and for narrow screens."""
     baseline = {row["name"]: row["baseline"] for row in nll["classes"]}
     loss = [
@@ -54,8 +54,22 @@ def charts(train: list[dict], valid: list[dict], colours: dict, nll: dict) -> di
         "classes_cut": cut_start(together)[1],
         "panels": panels,
         "side": side,
+        "evaluations": evaluations(evaluated),
         "validated": bool(loss[1].x),
     }
+
+
+def evaluations(points: list[dict]) -> list[dict[str, Any]]:
+    """A chart of every figure of the suites that were measured while training."""
+    found = []
+    for key in dict.fromkeys(key for point in points for key in as_dict(point["evaluation"])):
+        steps, values = series(points, "evaluation", key)
+        if steps:
+            name = plain(key)
+            spoken = f"{name}: from {values[0]:.4g} to {values[-1]:.4g}"
+            chart = Chart(spoken, [Line(name, steps, values, "--accent", dots=True)], size=(330, 170))
+            found.append({"name": name, "picture": plots.draw(chart, f"evaluation{len(found)}")})
+    return found
 
 
 def cut_start(lines: list[Line], level: float | None = None) -> tuple[float | None, str]:

@@ -2,20 +2,17 @@
 
 from pathlib import Path
 
-import yaml
-
 from ..ablations.plan import make_plan as plan_ablation
 from ..ablations.study import load_ablation
+from ..config.yaml_files import read_yaml
 from ..errors import SodaError
-from ..files import reading
 from ..isoflop.plan import make_plan as plan_isoflop
 from ..isoflop.study import load_study
 from .base import Plan
 
 
 def load_plan(path: str | Path, overrides: list[str]) -> Plan:
-    with reading(Path(path), "not YAML"):
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    values = read_yaml(Path(path))
     if not isinstance(values, dict):
         raise SodaError(f"{path}: a study is a mapping of keys")
     return (

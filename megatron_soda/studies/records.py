@@ -7,7 +7,6 @@ results.csv join them.
 import csv
 import hashlib
 import io
-import json
 import math
 import os
 from dataclasses import asdict, dataclass
@@ -17,9 +16,11 @@ from typing import Any, Literal
 from ..codecs.description import DESCRIPTION, read_description
 from ..config import Recipe, load_recipe
 from ..errors import SodaError
+from ..evaluation.suite import figures_of
 from ..files import read_json, to_json, write_json, write_text
 from ..isoflop.results import RESULTS
 from ..registry import SUITES
+from ..run_folder import metrics_of
 from .base import Plan, Run
 
 RESULT, FAILED, CLAIMS = "result.json", "failed.json", "claims"
@@ -41,7 +42,7 @@ def recipe_hash(recipe: Recipe) -> str:
 def result_of(plan: Plan, run: Run, recipe: Recipe) -> dict[str, Any] | None:
     """The result of a run whose last step was taken and validated, and that was evaluated; None before."""
     folder = Path(recipe.run)
-    lines = _metrics(folder / "metrics.jsonl")
+    lines = metrics_of(folder)
     last = next((line for line in reversed(lines) if line["step"] == run.steps and "valid_nll" in line), None)
     measured = _measured(plan, folder, run.steps)
     if last is None or measured is None:
@@ -63,32 +64,13 @@ def result_of(plan: Plan, run: Run, recipe: Recipe) -> dict[str, Any] | None:
     }
 
 
-def _metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines that are whole."""
-    lines: list[dict[str, Any]] = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                point = json.loads(line)
-            except ValueError:  # the last line of a killed run, or of one that is being written
-                continue
-            if isinstance(point, dict) and isinstance(point.get("step"), int):
-                lines.append(point)
-    return lines
-
-
 def _measured(plan: Plan, folder: Path, step: int) -> dict[str, float] | None:
-    """The figures of the plan's suites: those with a baseline as baseline - value, which is what was gained. None if a
-    suite is missing, or was measured at another step."""
+    """The figures of the plan's suites (suite.figures_of). None if a suite is missing, or was measured at another
+    step."""
     found = _facts(folder / "eval.json")
     if plan.suites and (found.get("step") != step or any(name not in found for name in plan.suites)):
         return None
-    figures: dict[str, float] = {}
-    for name in plan.suites:
-        for row in SUITES[name].rows(found[name]):
-            if isinstance(row.value, int | float):
-                figures[f"{name}_{row.name}"] = row.value if row.baseline is None else row.baseline - row.value
-    return figures
+    return {key: value for name in plan.suites for key, value in figures_of(SUITES[name], found[name]).items()}
 
 
 def _facts(path: Path) -> dict[str, Any]:
@@ -138,7 +120,7 @@ def state_of(plan: Plan, run: Run, recipe: Recipe) -> State:
     if (why := _why_failed(folder / FAILED)) is not None:
         return State("failed", 0, why)
     where = _claimed_by(Path(plan.study.folder) / CLAIMS / run.id)
-    lines = _metrics(folder / "metrics.jsonl")
+    lines = metrics_of(folder)
     step = lines[-1]["step"] if lines else 0
     if where is not None:
         return State("running", step, where)

@@ -20,21 +20,22 @@ from ..parallel.watch import place
 from ..run_folder import record_environment, record_timing
 from . import checkpoint
 from .corpora import Corpora, open_stores
+from .evaluations import Evaluation, check_suites, owed
 from .metrics import Metrics, check_wandb, memory_gib, mfu, peak_tflops
 from .origin import Origin, branch_state, find_origin
 from .progress import TrainingProgress
 from .schedule import rate_at
 from .settings import compare_settings, settings_of, ways_on
 from .step import Engine, StepResult, loss_of, nll_vector
-from .stop import listening
+from .stop import Stop, listening
 
 
 def train(recipe: Recipe) -> bool:
     """Runs the recipe from its newest intact checkpoint to its last step. Returns False if it was asked to stop
     earlier.
 
-    Raises SodaError for an unsuitable layout or data, a checkpoint of a different model, vocabulary or optimizer, ranks
-    that disagree, a run folder in use by another process, and a loss that is not finite.
+    Raises SodaError for an unsuitable layout, data or suite, a checkpoint of a different model, vocabulary or
+    optimizer, ranks that disagree, a run folder in use by another process, and a loss that is not finite.
     """
     began = time.monotonic()
     device = ranks.init(recipe)
@@ -47,9 +48,12 @@ def train(recipe: Recipe) -> bool:
         origin = find_origin(recipe, stores.space)
         corpora = Corpora(recipe, stores, origin)
         notes = [*corpora.notes, *compare_settings(recipe, origin)]
-        if origin.step >= recipe.training.steps:
+        if origin.step >= recipe.training.steps and not owed(recipe, origin.step, device):
             _say_done(recipe, origin)
             return True
+        with preflight.together(device):
+            if ranks.is_first():
+                check_suites(recipe)
         trainer = Trainer(recipe, corpora, origin, device, began)
         trainer.announce([rank_map] if dist.get_world_size() > 1 else [], notes)
         return trainer.run()
@@ -84,6 +88,7 @@ class Trainer:
             self.metrics = Metrics(recipe, self.step) if ranks.is_first() else None
         self.skipped: int = origin.saved.get("skipped_steps", 0)
         self.validated = -1, torch.zeros(2, 1)  # after which step, and the loss sums
+        self.saved = origin.step if origin.kind == "resumed" else -1  # the step of the newest checkpoint
         self.returns: list[int] = []  # checkpoints given up because the steps after them were not finite
         self.mark, self.marked = time.monotonic(), self.step  # when metrics were last written, and at which step
         self.progress = TrainingProgress(self.step, self.t.steps, self.metrics is not None)
@@ -125,11 +130,11 @@ class Trainer:
 
     def run(self) -> bool:
         """Returns whether the last step was reached; if not, it was asked to stop, and has saved."""
-        stopping = False
         try:
             with listening() as stop, self.progress:
                 stop.phase = "stepping"
                 place.move("between")
+                stopping = self.evaluate(stop)  # if it was stopped here
                 while self.step < self.t.steps and not stopping:
                     result = self.train_step()
                     if not self.guard(result):
@@ -139,6 +144,7 @@ class Trainer:
                     self.check_stores(stopping)
                     self.validate()
                     self.save(stopping)
+                    stopping = stopping or self.evaluate(stop)
                 place.move("ending")
                 self.saver.finish()
                 stop.phase = "over"
@@ -169,7 +175,7 @@ class Trainer:
         if self.metrics is None or not (self._due(self.recipe.logging.log_every) or self.step == 1):
             return
         now, steps, parts = time.monotonic(), self.step - self.marked, self.engine.seconds.take()
-        training = now - self.mark - parts.get("validate", 0.0) - parts.get("save", 0.0)
+        training = now - self.mark - sum(parts.get(part, 0.0) for part in ("validate", "save", "evaluate"))
         speed = steps * self.t.global_batch_size * self.source.length / training
         self.metrics.write(
             self.step,
@@ -227,6 +233,25 @@ class Trainer:
             if self._due(self.recipe.checkpoint.save_every) or stopping:
                 self._save()
 
+    def evaluate(self, stop: Stop) -> bool:
+        """Measures the checkpoint of this step with suites, every `evaluate.every` steps, unless it has been measured.
+        All ranks wait; returns whether one was asked to stop meanwhile."""
+        if self.saved != self.step or not owed(self.recipe, self.step, self.engine.device):
+            return False
+        with self.engine.seconds.of("save"):
+            self.saver.finish()
+        with (
+            self.engine.seconds.of("evaluate"),
+            Evaluation(self.recipe, self.step, starts=self.metrics is not None) as evaluation,
+        ):
+            while not (stopping := self.any_rank(stop.asked)) and not self.any_rank(evaluation.done()):
+                place.move("evaluate")
+        if self.metrics and stopping:
+            log.info(f"step {self.step} was not evaluated to the end")
+        elif self.metrics and (figures := evaluation.figures()):
+            self.metrics.write(self.step, {"evaluation": figures})
+        return stopping
+
     def end(self) -> bool:
         if self.metrics:
             record_timing(self.run_folder, "train", {"seconds": time.monotonic() - self.began}, add=True)
@@ -249,6 +274,7 @@ class Trainer:
             self._blown_up(f"parameters or the validation loss ({loss_of(sums)}) are not finite, so this is not saved")
             return
         self._set_aside()
+        self.saved = self.step
         samples = self.origin.first_sample(self.step)
         self.saver.start(
             self.step,
@@ -303,7 +329,7 @@ class Trainer:
         checkpoint.load(folder, self.engine.models, self.engine.optimizer.inner)
         self.saver.origin = folder.resolve()
         self.returns.append(self.started)
-        self.step = self.started = self.marked = saved["step"]
+        self.step = self.started = self.marked = self.saved = saved["step"]
         self.skipped, self.mark = saved.get("skipped_steps", 0), time.monotonic()
         self.engine.seconds.take()
 

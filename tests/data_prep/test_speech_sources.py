@@ -468,6 +468,9 @@ def test_other_failures(archive: Archive, tmp_path: Path) -> None:
     assert "(none)" in failure(tmp_path / "speech", [])
     (tmp_path / "file").touch()
     assert "cannot be made" in failure(tmp_path / "file", ["en"])
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    said = f"{tmp_path}/link is a link to {tmp_path}/gone, which does not exist"
+    assert said in failure(tmp_path / "link" / "asterisk", ["en"])
     (archive.folder / "dpkg-deb").write_text(f"#!{sys.executable}\nimport sys; sys.exit('no space left on device')")
     assert "no space left on device" in failure(tmp_path / "speech", ["en"])
     with pytest.raises(SodaError, match="missing or incomplete"):

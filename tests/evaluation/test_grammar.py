@@ -47,7 +47,7 @@ def test_counts_of_generations_with_known_faults(exported, monkeypatch):
 
     monkeypatch.setattr(sampling, "sample", canned)
     monkeypatch.setattr(grammar, "ROWS_AT_ONCE", 2)
-    result = evaluate_grammar(model, ShortCodec(), 3, 40, 11)
+    result = evaluate_grammar(model, ShortCodec(), 3, 40, 11, kept=exported.run / "kept")
     assert calls == [(True, 2, 11), (True, 1, 13), (False, 2, 14), (False, 1, 16)]
     assert result == {
         "generations": 3,
@@ -64,7 +64,7 @@ def test_counts_of_generations_with_known_faults(exported, monkeypatch):
 def test_counts_of_a_model(exported):
     """Recounted from the same draws; the mass from whole-sequence probabilities in float64."""
     model = load_model(exported.folder)
-    result = evaluate_grammar(model, FakeCodec(), 6, 40, 5)
+    result = evaluate_grammar(model, FakeCodec(), 6, 40, 5, kept=exported.run / "kept")
     constraint = Constraint(model.space, torch.device("cpu"))
     decoder, prompts = Decoder(model.model), [Prompt([model.space.bos], set(), 40)]
     held = sample(decoder, constraint, prompts, count=6, seed=5, statistics=True)
@@ -85,7 +85,7 @@ def masses(model, constraint: Constraint, ids: list[int]) -> list[float]:
 
 
 def test_without_sound_no_duration_is_measured(exported):
-    result = evaluate_grammar(load_model(exported.folder), None, 2, 30, 0, slots=1)
+    result = evaluate_grammar(load_model(exported.folder), None, 2, 30, 0, 1, kept=exported.run / "kept")
     assert result["valid"] == 2
     assert "duration_exact" not in result
     assert "audio_spans" not in result
@@ -99,3 +99,25 @@ def test_audio_spans_of_a_document(exported):
     assert first.tolist() == codes.tolist()
     assert second.tolist() == codes[1:].tolist()
     assert len(FakeCodec().decode([first])[0]) == 3 * HOP
+
+
+def test_an_interrupted_one_goes_on_where_it_was(exported, monkeypatch):
+    model, kept = load_model(exported.folder), exported.run / "kept"
+    monkeypatch.setattr(grammar, "ROWS_AT_ONCE", 4)
+    whole = evaluate_grammar(model, FakeCodec(), 6, 40, 5, kept=exported.run / "whole")
+    drawn = []
+
+    def thrice(*arguments, **settings):
+        if len(drawn) == 3:
+            drawn.append("interrupt")
+            raise KeyboardInterrupt
+        drawn.append(settings["seed"])
+        return sample(*arguments, **settings)
+
+    monkeypatch.setattr("megatron_soda.inference.sample.sample", thrice)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_grammar(model, FakeCodec(), 6, 40, 5, kept=kept)
+    assert evaluate_grammar(model, FakeCodec(), 6, 40, 5, kept=kept) == whole
+    assert drawn == [5, 9, 11, "interrupt", 15]
+    evaluate_grammar(model, FakeCodec(), 2, 30, 5, kept=kept)  # of another length
+    assert drawn[5:] == [5, 7]

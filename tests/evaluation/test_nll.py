@@ -67,7 +67,7 @@ def test_nll_is_that_of_a_loop_over_tokens(exported, monkeypatch, documents):
     test, train, model = Store(data / "test"), Store(data / "train"), load_model(exported.folder)
     assert sum(len(test.document(i)) > CONTEXT + 1 for i in range(len(test))) == 2
     assert len(list(likelihood.batches([len(test.document(i)) for i in range(len(test))]))) > 3
-    result = evaluate_nll(model, test, train, documents)
+    result = evaluate_nll(model, test, train, documents, kept=exported.run / "kept")
     expected = by_hand(model, test, train, documents or len(test))
     assert set(result["classes"]) == set(expected) == set(test.space.class_names)
     everything = [label for labels in expected.values() for label in labels]
@@ -81,3 +81,34 @@ def test_nll_is_that_of_a_loop_over_tokens(exported, monkeypatch, documents):
     means = [np.mean(expected[f"acoustic_{k}"], axis=0) for k in (1, 2, 3)]
     assert result["acoustic_mean"]["model_nats"] == pytest.approx(np.mean(means, axis=0)[0], abs=1e-5)
     assert result["acoustic_mean"]["tokens"] == sum(len(expected[f"acoustic_{k}"]) for k in (1, 2, 3))
+
+
+def test_an_interrupted_one_goes_on_where_it_was(exported, monkeypatch):
+    monkeypatch.setattr(likelihood, "TOKENS_AT_ONCE", 300)
+    data, model = exported.run / "data", load_model(exported.folder)
+    stores = Store(data / "test"), Store(data / "train")
+    whole = evaluate_nll(model, *stores, kept=exported.run / "whole")
+    scored, nats, interrupted = [], likelihood.Likelihood.nats, [True, False]
+
+    def once(self, documents, softmaxes):
+        if interrupted and interrupted.pop():
+            raise KeyboardInterrupt
+        scored.extend(documents)
+        return nats(self, documents, softmaxes)
+
+    monkeypatch.setattr(likelihood.Likelihood, "nats", once)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_nll(model, *stores, kept=exported.run / "kept")
+    assert 0 < len(scored) < len(stores[0])
+    resumed = evaluate_nll(model, *stores, kept=exported.run / "kept")
+    assert len(scored) == len({document.tobytes() for document in scored}) == len(stores[0])
+    assert resumed["all"] == pytest.approx(whole["all"], abs=1e-5)  # the batches are others
+    figures = [result["items"]["figures"] for result in (whole, resumed)]
+    for part, of_documents in figures[0].items():
+        assert figures[1][part]["counts"] == of_documents["counts"]
+        assert figures[1][part]["sums"] == pytest.approx(of_documents["sums"], abs=1e-3)
+    assert evaluate_nll(model, *stores, 9, kept=exported.run / "kept")["all"] != whole["all"]
+    assert len(scored) == len(stores[0])
+    model.key = "another"
+    evaluate_nll(model, *stores, 9, kept=exported.run / "kept")
+    assert len(scored) == len(stores[0]) + 9

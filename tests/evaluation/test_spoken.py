@@ -156,6 +156,19 @@ def test_librispeech_with_examples(exported, tmp_path, monkeypatch):
     assert found["must_match"] != measured(exported, *recipe, "seed=3")["asr"]["must_match"]  # other examples
 
 
+def test_a_text_without_words_is_no_example(exported, tmp_path, monkeypatch):
+    root = tmp_path / "benchmarks"
+    librispeech(root / "asr", NAMES)
+    librispeech(root / "asr_shots", {"9-9-0000": "...", "9-9-0001": "HERE", "9-9-0002": "?!"})
+    recipe = ("suite=[asr]", f"evaluate.benchmarks={root}", "data.path=/nowhere")
+    with pytest.raises(SodaError, match=r"only 1 recordings to draw from \(of 3, the others have no words"):
+        measured(exported, *recipe, "evaluate.shots=2")
+    answer_with(monkeypatch, *(Answer(["x"], None, True) for _ in range(9)))
+    for seed in range(3):
+        found = measured(exported, *recipe, "evaluate.shots=1", f"seed={seed}")
+        assert found["asr"]["shots"] == ["9-9-0001"]
+
+
 def test_examples_of_held_out_utterances_are_of_the_other_side(exported, monkeypatch):
     with pytest.raises(SodaError, match=r"valid\.json: no such file"):
         measured(exported, "suite=[asr]", "evaluate.shots=1")

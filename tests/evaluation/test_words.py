@@ -37,7 +37,8 @@ def test_the_authors_normalisers():
     assert words.authors_recognition(TEXT, "en") == "dont press 12 its wellknown obrien ok".split()
     assert words.authors_synthesis(TEXT, "en") == "don't press 12 it's wellknown o'brien ok".split()
     assert words.authors_recognition("  A\tb\n ", "") == ["a", "b"]
-    assert words.authors_recognition("你好，世界", "zh") == list("你好世界")
+    for language in ("zh", "zh-CN", "zh_CN", "ZH"):
+        assert words.authors_recognition("你好，世界", language) == list("你好世界")
 
 
 def test_whispers_normaliser_is_asked_by_language(monkeypatch):

@@ -166,7 +166,7 @@ def test_mistakes_in_a_study(tmp_path, changes, message):
 
 
 def test_what_is_no_study(tmp_path):
-    for name, text in (("a.yaml", "- 1"), ("b.yaml", "a: ["), ("c.csv", "")):
+    for name, text in (("a.yaml", "- 1"), ("b.yaml", "a: ["), ("d.yaml", "name: a\nname: b\n"), ("c.csv", "")):
         (tmp_path / name).write_text(text)
         with pytest.raises(SodaError, match=name):
             load_study(tmp_path / name)

@@ -13,6 +13,7 @@ import pytest
 from megatron_soda.errors import SodaError
 from megatron_soda.report import build_report
 from megatron_soda.report.plots import running_mean
+from megatron_soda.report.reading import read_metrics
 from megatron_soda.report.samples import compared
 from megatron_soda.report.words import big, span
 
@@ -326,3 +327,20 @@ def test_results_of_another_export_are_flagged(quick_run):
         page = build_report(quick_run).read_text()
         assert ("run soda evaluate again" in page) == (key == "old")
         assert ("run soda generate again" in page) == (key == "old")
+
+
+def test_what_was_evaluated_while_training_is_drawn(fake_run: Path) -> None:
+    before, metrics = build(fake_run), fake_run / "metrics.jsonl"
+    assert "Evaluated while training" not in before.text
+    with metrics.open("a") as file:
+        for step, gain in ((200, 0.01), (400, 0.03)):
+            figures = {"gain_text_given_audio": gain, "grammar_valid": 7, "grammar_lost": None}
+            file.write(json.dumps({"step": step, "evaluation": figures}) + "\n")
+    page = build(fake_run)
+    assert page.tags.count("svg") == before.tags.count("svg") + 2
+    assert "gain text given audio" in page.text
+    assert "gain text given audio: from 0.01 to 0.03" in (fake_run / "report.html").read_text()
+    train, valid, evaluated = read_metrics(metrics, [])
+    assert [point["step"] for point in evaluated] == [200, 400]
+    assert {200, 400} <= {point["step"] for point in train if "loss" in point}
+    assert len(valid) == 10

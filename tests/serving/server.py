@@ -37,7 +37,7 @@ def served(folder: Path) -> Iterator[Served]:
     from megatron_soda.serving import app, run
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(description, "_load", lambda arguments, folder: FakeCodec())
+        patch.setattr(description, "_load", lambda *_: FakeCodec())
         studio, workers = open_studio(folder), []
         worker = app.Worker
         patch.setattr(app, "Worker", lambda: workers.append(worker()) or workers[0])

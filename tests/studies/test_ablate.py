@@ -113,6 +113,15 @@ def test_mistakes_are_named(tmp_path, changes, said):
         plan_of(ablation(tmp_path, **changes))
 
 
+def test_a_value_listed_twice_is_refused(tmp_path):
+    path = ablation(tmp_path)
+    path.write_text(path.read_text() + "  alike: {seed: 3}\n")
+    line = len(path.read_text().splitlines())
+    for load in (load_ablation, lambda path: load_plan(path, [])):
+        with pytest.raises(SodaError, match=rf"ablation\.yaml: not YAML \(line {line}: alike is duplicated"):
+            load(path)
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [

@@ -40,11 +40,12 @@ class Recognition(SpokenSuite):
         return source, chosen(every, bench.recipe.evaluate.documents)
 
     def _examples(self, bench: "Bench") -> list["Recording"]:
-        """evaluate.shots of them, drawn by the seed, the same for all items."""
+        """evaluate.shots of them, drawn by the seed, the same for all items. A text without words is no example."""
         import numpy as np
 
         from ...inference.held_out import held_out_rows
         from ..speech_files import held_out, listed, of_folder
+        from ..words import authors_recognition
 
         settings = bench.recipe.evaluate
         if not settings.shots:
@@ -53,9 +54,13 @@ class Recognition(SpokenSuite):
         lot = np.random.default_rng(bench.recipe.seed)
 
         def drawn(every: Sequence[Any]) -> list[Any]:
-            if len(every) < settings.shots:
-                raise SodaError(f"evaluate.shots={settings.shots}: there are only {len(every)} recordings to draw from")
-            return [every[i] for i in lot.permutation(len(every))[: settings.shots]]
+            said = [one for one in every if authors_recognition(one.text, "")]
+            if len(said) < settings.shots:
+                raise SodaError(
+                    f"evaluate.shots={settings.shots}: there are only {len(said)} recordings to draw from (of "
+                    f"{len(every)}, the others have no words in their texts)"
+                )
+            return [said[i] for i in lot.permutation(len(said))[: settings.shots]]
 
         if settings.benchmarks and (Path(settings.benchmarks) / self.name).is_dir():
             if not folder.is_dir():

@@ -1,6 +1,7 @@
 """How well generations follow the grammar when it is enforced, and how much of it the model has learned."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,8 +15,11 @@ if TYPE_CHECKING:
     from ...inference.sample import Constraint, Sampled
     from ...inference.task import Prompt
     from ..bench import Bench
+    from ..kept import Kept
 
 ROWS_AT_ONCE = 50
+VERSION = 1  # of the generations in a run's evaluate/grammar.jsonl
+KEPT = ("ids", "ended", "forced", "valid", "legal_mass")
 MEANINGS = {
     "valid": "follow the token grammar from start to end",
     "duration_exact": "every audio span decodes to exactly its number of frames",
@@ -43,8 +47,9 @@ class TokenGrammar(Suite):
         test, settings = bench.data[0], bench.recipe.evaluate
         # Text alone, or one code per frame, cannot be decoded to sound.
         codec = bench.codec if bench.has_codec and test.slots == test.space.codebooks else None
-        count, most = settings.generations, settings.max_tokens
-        return evaluate_grammar(bench.model, codec, count, most, bench.recipe.seed, test.slots)
+        count, most, seed = settings.generations, settings.max_tokens, bench.recipe.seed
+        kept = Path(bench.recipe.run) / "evaluate" / "grammar.jsonl"
+        return evaluate_grammar(bench.model, codec, count, most, seed, test.slots, kept=kept)
 
     def rows(self, result: Mapping[str, Any]) -> list[Row]:
         counts = {"audio_spans": None, **dict.fromkeys(SHARES, 1.0)}
@@ -59,26 +64,28 @@ class TokenGrammar(Suite):
 
 
 def evaluate_grammar(
-    model: "LoadedModel", codec: Any, count: int, max_tokens: int, seed: int, slots: int = 0
+    model: "LoadedModel", codec: Any, count: int, max_tokens: int, seed: int, slots: int = 0, *, kept: Path
 ) -> dict[str, Any]:
     """`count` documents sampled from BOS at temperature 1 under the grammar, and `count` without.
 
     valid: whole documents by TokenSpace.check. duration_exact: every audio span decodes to frames x samples per frame.
     ended_by_itself: the token budget never had to force the end. legal_mass: the probability that the model gives to
     legal tokens, averaged over all steps. Without a codec (text alone, or semantic codes only: see `slots`), durations
-    are not measured.
+    are not measured. kept: a file for the generations, from which an interrupted evaluation goes on.
     """
     from ...console import console
     from ...inference.decoder import Decoder
     from ...inference.sample import Constraint
     from ...inference.task import Prompt
+    from ..kept import Kept
 
     constraint, decoder = Constraint(model.space, model.device, slots), Decoder(model.model)
     prompt = Prompt([model.space.bos], set(), max_tokens)
-    with console.status(f"{count} generations with the grammar"):
-        held = _generations(decoder, constraint, prompt, count, seed, constrained=True)
-    with console.status(f"{count} generations without the grammar"):
-        free = _generations(decoder, constraint, prompt, count, seed + count, constrained=False)
+    with Kept(kept, [VERSION, model.key, slots, max_tokens], _sampled) as before:
+        with console.status(f"{count} generations with the grammar"):
+            held = _generations(decoder, constraint, prompt, count, seed, before, constrained=True)
+        with console.status(f"{count} generations without the grammar"):
+            free = _generations(decoder, constraint, prompt, count, seed + count, before, constrained=False)
     return {
         "generations": count,
         "valid": sum(model.space.check(np.array(row.ids), slots) is None for row in held),
@@ -91,22 +98,40 @@ def evaluate_grammar(
 
 
 def _generations(
-    decoder: "Decoder", constraint: "Constraint", prompt: "Prompt", count: int, seed: int, *, constrained: bool
+    decoder: "Decoder",
+    constraint: "Constraint",
+    prompt: "Prompt",
+    count: int,
+    seed: int,
+    kept: "Kept",
+    *,
+    constrained: bool,
 ) -> list["Sampled"]:
-    """Documents sampled from BOS on, ROWS_AT_ONCE at a time."""
+    """Documents sampled from BOS on, ROWS_AT_ONCE at a time, or those kept."""
     from ...inference.sample import sample
 
     found: list[Sampled] = []
     for start in range(0, count, ROWS_AT_ONCE):
         rows = min(ROWS_AT_ONCE, count - start)
-        found += sample(
-            *(decoder, constraint, [prompt]),
-            count=rows,
-            seed=seed + start,
-            constrained=constrained,
-            statistics=True,
-        )
+        name = f"{rows} from {seed + start}, {'' if constrained else 'not '}constrained"
+        if name not in kept.values:
+            drawn = sample(
+                *(decoder, constraint, [prompt]),
+                count=rows,
+                seed=seed + start,
+                constrained=constrained,
+                statistics=True,
+            )
+            kept.add(name, [{key: getattr(row, key) for key in KEPT} for row in drawn])
+            kept.values[name] = drawn
+        found += kept.values[name]
     return found
+
+
+def _sampled(rows: Any) -> list["Sampled"]:
+    from ...inference.sample import Sampled
+
+    return [Sampled(**row) for row in rows]
 
 
 def _durations(rows: list["Sampled"], model: "LoadedModel", codec: Any) -> dict[str, int]:

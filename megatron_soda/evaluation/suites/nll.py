@@ -1,7 +1,8 @@
 """The NLL vector of a model on held-out documents, compared with a smoothed per-slot unigram."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -46,7 +47,8 @@ class Nll(Suite):
 
     def measure(self, bench: "Bench") -> dict[str, Any]:
         test, train = bench.data
-        result = evaluate_nll(bench.model, test, train, bench.recipe.evaluate.documents, bench.softmax)
+        documents, kept = bench.recipe.evaluate.documents, Path(bench.recipe.run) / "evaluate" / "nll.jsonl"
+        result = evaluate_nll(bench.model, test, train, documents, bench.softmax, kept=kept)
         return result | {"head_rows": bench.recipe.training.head_rows} | self._rates(result, bench)
 
     def _rates(self, result: Mapping[str, Any], bench: "Bench") -> dict[str, float]:
@@ -119,33 +121,23 @@ def unigram(store: "Store") -> np.ndarray:
 
 
 def evaluate_nll(
-    model: "LoadedModel", test: "Store", train: "Store", documents: int = 0, softmax: str = "all"
+    model: "LoadedModel", test: "Store", train: "Store", documents: int = 0, softmax: str = "all", *, kept: Path
 ) -> dict[str, Any]:
     """Teacher-forced NLL of every token after BOS, for each document separately, truncated at the model's context
     length.
 
     documents: how many of `test` to use; 0: all. softmax: "all" or "legal", whose nats of single documents the result
-    keeps for `soda compare`. Returns {"classes": {name: row}, "acoustic_mean": row, "all": row, ..}. A row has the
+    keeps for `soda compare`. kept: a file for the sums of every document, from which an interrupted evaluation goes on.
+    Returns {"classes": {name: row}, "acoustic_mean": row, "all": row, ..}. A row has the
     number of tokens, and nats and bits: `model` of the softmax over all tokens, `legal` of the one over those that the
     grammar allows (model minus legal is -log of their share), and of the unigram.
     """
-    from rich.progress import track
+    from ..likelihood import context_of, digest_of
 
-    from ...console import console
-    from ..likelihood import Likelihood, batches, context_of, digest_of
-
-    names, table, baseline = model.space.class_names, model.space.class_table(), unigram(train)
-    scorer, longest = Likelihood(model, test.slots), context_of(model)
+    names, longest = model.space.class_names, context_of(model)
     count = min(documents, len(test)) if documents else len(test)
     chosen = [test.document(i)[:longest] for i in range(count)]
-    # Of each document: tokens; nats of the model, of the model among legal tokens, of the unigram
-    of_each = np.zeros((count, 4, len(names)))
-    for batch in track(list(batches([len(document) for document in chosen])), "evaluate", console=console):
-        scored = [chosen[i] for i in batch]
-        for number, document, nats in zip(batch, scored, scorer.nats(scored, ["all", "legal"]), strict=True):
-            labels = document[1:]
-            for total, weights in zip(of_each[number], (None, *nats, baseline[labels]), strict=True):
-                total += np.bincount(table[labels], weights, len(names))
+    of_each = _sums(model, test.slots, chosen, unigram(train), kept)
     sums = of_each.sum(0)
     rows = {name: _row(*sums[:, i]) for i, name in enumerate(names) if sums[0, i]}
     acoustic = [rows[name] for name in names[3:] if name in rows]
@@ -156,6 +148,38 @@ def evaluate_nll(
     chosen_nats = of_each[:, 1 + ("all", "legal").index(softmax)]
     must_match = {"tokens": model.made_by, "softmax": softmax, "data": digest_of(chosen)}
     return result | {"items": _items(names, of_each[:, 0], chosen_nats), "must_match": must_match}
+
+
+def _sums(
+    model: "LoadedModel", slots: int, documents: Sequence[np.ndarray], baseline: np.ndarray, path: Path
+) -> np.ndarray:
+    """float64 (documents, 4, classes): tokens; nats of the model, of the model among legal tokens, of the unigram."""
+    from rich.progress import track
+
+    from ...console import console
+    from ..kept import Kept
+    from ..likelihood import VERSION, Likelihood, batches, digest_of
+
+    table, classes = model.space.class_table(), len(model.space.class_names)
+    scorer, digests = Likelihood(model, slots), [digest_of([document]) for document in documents]
+
+    def check(sums: Any) -> np.ndarray:
+        return np.array(sums, float).reshape(2, classes)
+
+    with Kept(path, [VERSION, model.key, slots], check) as kept:
+        todo = list({digest: i for i, digest in enumerate(digests) if digest not in kept.values}.values())
+        for batch in track(list(batches([len(documents[i]) for i in todo])), "evaluate", console=console):
+            scored = [todo[i] for i in batch]
+            for i, nats in zip(scored, scorer.nats([documents[i] for i in scored], ["all", "legal"]), strict=True):
+                labels = table[documents[i][1:]]
+                kept.add(digests[i], [np.bincount(labels, some, classes).tolist() for some in nats])
+        of_each = np.zeros((len(documents), 4, classes))
+        for sums, document, digest in zip(of_each, documents, digests, strict=True):
+            labels = document[1:]
+            sums[0] = np.bincount(table[labels], None, classes)
+            sums[1:3] = kept.values[digest]
+            sums[3] = np.bincount(table[labels], baseline[labels], classes)
+    return of_each
 
 
 def _items(names: list[str], tokens: np.ndarray, nats: np.ndarray) -> dict[str, Any]:

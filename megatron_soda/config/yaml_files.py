@@ -1,0 +1,29 @@
+"""YAML in which no key may be listed twice: YAML itself keeps the last one without a word."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..files import reading
+
+
+class UniqueKeys(yaml.SafeLoader):
+    """A safe loader. A key that a mapping has twice is an error, which names the second one's line."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"line {key.start_mark.line + 1}: {key.value} is duplicated"
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> Any:
+    """SodaError for a file that does not exist, is not YAML, or has a key twice."""
+    with reading(path, "not YAML"):
+        return yaml.load(path.read_text(encoding="utf-8"), UniqueKeys)
