@@ -19,9 +19,10 @@ while [ $# -gt 0 ]; do
       [ $# -ge 2 ] || { echo "error: --speech needs a folder" >&2; exit 2; }
       [ -e "$2" ] || { echo "error: --speech $2: no such folder" >&2; exit 2; }
       # the gain suite needs transcripts, and enough held-out utterances of like length
-      # with little speech, the codec is the shipped one, which has 8 codebooks of 2,048 entries
+      # with little speech, the codec is the shipped one, which has 8 codebooks of 2,048 entries; packing would leave out
+      # whatever is longer than a window
       overrides+=("prepare.speech=$(realpath "$2")" prepare.numbers=0 prepare.codebooks=0 prepare.entries=0 "prepare.text=[]"
-        "run=runs/quickstart-own" "evaluate.suite=[nll,grammar]")
+        data.pack=false "run=runs/quickstart-own" "evaluate.suite=[nll,grammar]")
       shift 2 ;;
     --layout) [ $# -ge 2 ] || { echo "error: --layout needs tp2, pp2 or dp2" >&2; exit 2; }; layout=$2; shift 2 ;;
     *=*) overrides+=("$1"); shift ;;
