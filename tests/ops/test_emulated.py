@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from megatron_soda.ops import reference
-from tests.ops.test_ops import damaged, stream
 
 ROOT = Path(__file__).resolve().parents[2]
 EMULATED = Path(__file__).parent / "emulated"
@@ -121,82 +120,6 @@ def test_the_first_code_out_of_range(program, value):
         assert first_bad(bad) == 400 * 9 + 3
 
 
-def add_windows(requests: Requests, seed: int, tables: list[Tensor], begins: Tensor, length: int, how: dict) -> None:
-    numbers = [how[name] for name in ("slots", "bits", "text_bits", "audio_base", "entries")]
-    requests.add("expand", [seed, length, *numbers], [*tables, begins])
-
-
-@pytest.mark.parametrize("slots", few(8, 1, 3, 32))
-@pytest.mark.parametrize("bits", few(11, 1, 24))
-def test_windows(program, slots, bits):
-    requests, wanted = Requests(program), []
-    for seed in range(6):
-        ids, tables, how = stream(seed, slots, bits, (17, 24, 1)[seed % 3])
-        rng = np.random.default_rng(seed)
-        for length in {1, 2, 3, 5, len(ids) // 2 + 1, len(ids)}:
-            if 0 < length <= len(ids):
-                begins = rng.integers(0, len(ids) - length + 1, 5)
-                add_windows(requests, seed, tables, torch.from_numpy(begins), length, how)
-                wanted.append(torch.from_numpy(np.stack([ids[begin : begin + length] for begin in begins])))
-    for (found, bad), right in zip(requests.answers(), wanted, strict=True):
-        assert first_bad(bad) == NONE_BAD
-        same(found, right)
-
-
-@pytest.mark.parametrize("length", few(2049, 2047, 2048, 4097))
-def test_windows_of_a_long_stream(program, length):
-    """Many runs, so that the search takes several steps; rows that begin at every alignment."""
-    generator = torch.Generator().manual_seed(length)
-    runs, slots, bits = 3000, 8, 11
-    counts = torch.randint(0, 40, (runs,), generator=generator)
-    words = torch.randint(0, 60, (runs,), generator=generator)
-    firsts = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
-    sizes = words + slots * counts
-    starts = torch.cat([sizes.cumsum(0) - slots * counts, sizes.sum()[None]])
-    text = torch.randint(256, (-(-int(words.sum()) // 8), 17), generator=generator, dtype=torch.uint8)
-    frames = torch.randint(256, (int(counts.sum()), bits), generator=generator, dtype=torch.uint8)
-    begins = torch.randint(int(starts[-1]) - length + 1, (6,), generator=generator)
-    how = {"slots": slots, "bits": bits, "text_bits": 17, "audio_base": 130_000, "entries": 2048}
-    tables = [text, frames, starts, firsts]
-    requests = Requests(program)
-    add_windows(requests, length, tables, begins, length, how)
-    ((found, bad),) = requests.answers()
-    assert first_bad(bad) == NONE_BAD
-    same(found, reference.expand_windows(*tables, begins, length, slots, bits, 17, 130_000, 2048))
-
-
-def test_damaged_tables_never_lead_outside(program):
-    """Whatever the tables say: no access outside a buffer, and windows that cannot be are refused."""
-    requests = Requests(program)
-    extremes = [-(2**63), -(2**40), -1, 0, 1, 2, 7, 2**40, 2**62, 2**63 - 1]
-    for seed in range(60):
-        rng = np.random.default_rng(seed)
-        ids, tables, how = stream(seed, (1, 3, 8)[seed % 3], (4, 11, 24)[seed % 3], (8, 17)[seed % 2])
-        for _ in range(rng.integers(1, 4)):
-            table = tables[rng.integers(2, 4)]
-            table[rng.integers(len(table))] = extremes[rng.integers(len(extremes))]
-        if seed % 4 == 0:
-            tables[seed % 8 // 4] = tables[seed % 8 // 4][: len(tables[seed % 8 // 4]) // 2].contiguous()
-        begins = torch.tensor([0, max(0, len(ids) - 9), -1, 2**62])
-        length = min(9, max(1, len(ids)))
-        add_windows(requests, seed, tables, begins, length, how)
-    for _, bad in requests.answers():
-        assert first_bad(bad) <= 2  # a window from token -1 on
-
-
-@pytest.mark.full
-@pytest.mark.parametrize(
-    ("which", "index", "value"),
-    [(2, 0, -1), (2, 1, 4), (2, 1, 2), (3, 1, 4), (3, 1, -1), (3, 0, 3), (3, 0, 2**62), (3, 2, 2**62), (2, 1, 2**62)],
-)
-def test_damage_is_found(program, which, index, value):
-    how = {"slots": 2, "bits": 4, "text_bits": 8, "audio_base": 10, "entries": 16}
-    requests = Requests(program)
-    add_windows(requests, 0, damaged(which, index, value), torch.tensor([0, 0]), 14, how)
-    ((_, bad),) = requests.answers()
-    assert first_bad(bad) == 0
-
-
 def batches(length: int, sequences: int) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(length)
     ids = torch.randint(50, (sequences, length + 1), generator=generator, dtype=torch.int32)
@@ -245,7 +168,7 @@ def test_an_id_outside_the_vocabulary(program, bad, place):
 
 # ---- that mistakes are found
 
-BITS, BATCH, EXPAND = "bits.cuh", "batch.cuh", "expand.cuh"
+BITS, BATCH = "bits.cuh", "batch.cuh"
 MISTAKES = {  # file, what is right, what is wrong
     "a store past the end": (BITS, "if (index >= codes) return;", "if (index >= codes + 4) return;"),
     "a vector at the end": (BITS, "count == 4) {\n    *reinterpret_cast<int4", "1) {\n    *reinterpret_cast<int4"),
@@ -257,8 +180,6 @@ MISTAKES = {  # file, what is right, what is wrong
     "shared memory taken for zero": (BATCH, "if (lane == 31) of_warp", "if (lane == 31 && warp) of_warp"),
     "a vector that is not aligned": (BATCH, "int tile = -static_cast<int>(base & 1);", "int tile = 0;"),
     "a class without a bound": (BATCH, "label >= 0 && label < in.vocabulary;", "true;"),
-    "a table that is believed": (EXPAND, "first < 0 || last < first || last > s.n_frames", "false"),
-    "no barrier after the search": (EXPAND, "__syncthreads();", ""),
 }  # fmt: skip
 
 
@@ -284,6 +205,3 @@ def check(program: Path, name: str) -> None:
         test_batches(program, 3)
         test_batches(program, 4101)
         test_an_id_outside_the_vocabulary(program, 2**31 - 1, 999)
-    if name == EXPAND:
-        test_windows_of_a_long_stream(program, 2049)
-        test_damaged_tables_never_lead_outside(program)

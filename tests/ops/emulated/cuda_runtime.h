@@ -49,7 +49,6 @@ int4 make_int4(A x, A y, A z, A w) {
 }
 using std::max;
 using std::min;
-inline int __ffs(int bits) { return __builtin_ffs(bits); }
 
 inline dim3_ threadIdx, blockIdx, gridDim;
 extern "C" char __start_soda_shared[] __attribute__((weak)), __stop_soda_shared[] __attribute__((weak));
@@ -255,13 +254,6 @@ Value __shfl_xor_sync(unsigned mask, Value value, int other) {
   const unsigned lane = threadIdx.x % emulated::kLanes;
   const uint64_t* all = emulated::Block::of_now().exchange(mask, emulated::as_bits(value), 200 + other);
   return emulated::from_bits<Value>(all[lane ^ other]);
-}
-
-inline unsigned __ballot_sync(unsigned mask, bool vote) {
-  const uint64_t* all = emulated::Block::of_now().exchange(mask, vote, 300);
-  unsigned votes = 0;
-  for (int lane = 0; lane < emulated::kLanes; ++lane) votes |= static_cast<unsigned>(all[lane]) << lane;
-  return votes;
 }
 
 inline unsigned long long atomicMin(unsigned long long* at, unsigned long long value) {

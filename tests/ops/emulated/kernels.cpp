@@ -9,7 +9,6 @@
 
 #include "batch.cuh"
 #include "bits.cuh"
-#include "expand.cuh"
 
 namespace {
 
@@ -75,20 +74,6 @@ void unpack(const Request& r, Answer& a) {
                    frames(r, 0, slots, bits), rows * slots, a.make<int32_t>(rows * slots));
 }
 
-void expand(const Request& r, Answer& a) {
-  const int64_t seed = r.numbers[0], length = r.numbers[1], slots = r.numbers[2], bits = r.numbers[3];
-  const int64_t text_bits = r.numbers[4], runs = r.sizes[2] / 8 - 1, windows = r.sizes[4] / 8;
-  const soda::Frames text = frames(r, 0, 8, text_bits), codes = frames(r, 1, slots, bits);
-  const soda::DeviceStream stream{text, 8 * (r.sizes[0] / text.width), codes, r.sizes[1] / codes.width,
-                                  r.in<int64_t>(2), r.in<int64_t>(3), runs, static_cast<uint32_t>(r.numbers[5]),
-                                  static_cast<uint32_t>(r.numbers[6])};
-  const int64_t tiles = (length + 3 + soda::kTile - 1) / soda::kTile;
-  auto* ids = a.make<int32_t>(windows * length);
-  auto* bad = a.none_bad();
-  emulated::launch(seed, blocks(windows * tiles, 1), soda::kThreads, soda::expand_kernel, stream, r.in<int64_t>(4),
-                   length, tiles, ids, bad);
-}
-
 void batch(const Request& r, Answer& a) {
   const int64_t seed = r.numbers[0], rows = r.numbers[1], length = r.numbers[2], n = rows * length;
   const soda::BatchInput in{r.in<int32_t>(0), r.in<int64_t>(1), r.in<uint8_t>(2), r.sizes[2], r.in<float>(3),
@@ -128,7 +113,6 @@ bool answer_next() {
   if (what == "pack16") pack<int16_t>(r, a);
   if (what == "pack32") pack<int32_t>(r, a);
   if (what == "unpack") unpack(r, a);
-  if (what == "expand") expand(r, a);
   if (what == "batch") batch(r, a);
   const auto count = static_cast<int64_t>(a.sizes.size());
   std::cout.write(reinterpret_cast<const char*>(&count), sizeof(count));
