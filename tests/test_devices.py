@@ -5,6 +5,7 @@ A process of its own does all the work, since the device and Transformer Engine 
 is imported. The tests below look at what it found.
 """
 
+import itertools
 import json
 import os
 import subprocess
@@ -67,10 +68,23 @@ def small(run: Path, data: Path, *overrides: str) -> Any:
 
 
 def train(run: Path, data: Path, *overrides: str) -> dict[str, Any]:
-    """Four steps with validation and checkpoints; the last two after a load."""
+    """Four steps with validation and checkpoints; the last two after a load.
+
+    happened: micro-batches that were built (the first sample of their step, their number) and waits for the device.
+    """
+    import torch
+
     from megatron_soda.training import step, trainer
 
-    engines, before = [], step.Engine.__init__
+    engines, before, build = [], step.Engine.__init__, step.Engine.micro_batch
+    happened: list[Any] = []
+
+    def built(self: Any, samples: Any, first_sample: int, index: int) -> Any:
+        happened.append([first_sample, index])
+        return build(self, samples, first_sample, index)
+
+    def waited(*_: Any) -> None:
+        happened.append("waits")
 
     def remember(self: Any, *args: Any) -> None:
         before(self, *args)
@@ -79,6 +93,8 @@ def train(run: Path, data: Path, *overrides: str) -> dict[str, Any]:
     without_te = mock.patch.dict(sys.modules, {"transformer_engine.pytorch.optimizers": None})
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(step.Engine, "__init__", remember))
+        stack.enter_context(mock.patch.object(step.Engine, "micro_batch", built))
+        stack.enter_context(mock.patch.object(torch.cuda, "synchronize", waited))
         if LOCAL in overrides:  # torch's Adam
             stack.enter_context(without_te)
         for steps in (2, 4):
@@ -89,8 +105,16 @@ def train(run: Path, data: Path, *overrides: str) -> dict[str, Any]:
         "losses": [row["loss"] for row in metrics if "loss" in row],
         "valid": [row["valid_loss"] for row in metrics if "valid_loss" in row],
         "adam": last.optimizer.backend,
+        "happened": [event for event, _ in itertools.groupby(happened)],
         "on": all(p.is_cuda for model in last.models for p in model.parameters()),
     }
+
+
+def not_ahead(run: Path, data: Path) -> dict[str, Any]:
+    from megatron_soda.training import step
+
+    with mock.patch.object(step.Engine, "_build_ahead"):
+        return train(run, data, *RUNS["te"])
 
 
 def a_tensor_of_the_cpu(run: Path, data: Path) -> str:
@@ -201,6 +225,7 @@ def work(out: Path, full: bool) -> None:
             results[run] = attempt(train, folder / run, data, *overrides)
             results[f"export {run}"] = attempt(export, folder / run, data, *overrides)
         if full:
+            results["not ahead"] = attempt(not_ahead, folder / "not_ahead", data)
             results["a tensor of the CPU"] = attempt(a_tensor_of_the_cpu, folder / "broken", data)
         tiny = exported(folder)
         for function in (evaluate, generate) if full else (own,):
@@ -257,6 +282,17 @@ def test_training_and_export(results, name):
 @pytest.mark.parametrize("name", MORE_RUNS)
 def test_more_training(more, name):
     check_run(more, name, MORE_RUNS[name])
+
+
+def test_the_next_micro_batch_is_built_before_the_host_waits(results):
+    steps = [[[0, 0], [0, 1], [8, 0], "waits"], [[8, 1], [16, 0], "waits"]]
+    assert of(results, "te")["happened"][:7] == [*steps[0], *steps[1]]
+
+
+@pytest.mark.full
+def test_it_is_the_same_micro_batch(results, more):
+    assert of(more, "not ahead")["losses"] == of(results, "te")["losses"]
+    assert of(more, "not ahead")["happened"][2:4] == ["waits", [8, 0]]
 
 
 @pytest.mark.full

@@ -126,6 +126,7 @@ class Engine:
             model.config.finalize_model_grads_func = self._finalize
         self.batcher = Batcher(space, class_weights(recipe, space), recipe.data.reset_positions, device)
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._ahead: tuple[Samples, int, Inputs] | None = None  # samples, the first of a step, its first micro-batch
         self.legal_rows = self._legal_rows(slots or {space.codebooks})
         self.head_work = [0, 0]  # rows of the head that positions needed, positions
         self.schedule: Any = get_forward_backward_func()
@@ -165,6 +166,23 @@ class Engine:
                 self.head_work[1] += count
         return inputs
 
+    def _micro_batches(self, samples: Samples, first_sample: int, count: int) -> Iterator[Inputs]:
+        for index in range(count):
+            ahead = self._ahead
+            if index == 0 and ahead is not None and ahead[0] is samples and ahead[1] == first_sample:
+                self._ahead = None
+                yield ahead[2]
+            else:
+                yield self.micro_batch(samples, first_sample, index)
+
+    def _build_ahead(self, samples: Samples, first_sample: int) -> None:
+        """Builds the first micro-batch of the next step while the device is at this one: else it would wait for it, as
+        the host waits for the device at the end of every step. Only where inputs are small: a mask is not."""
+        if self.stream is None or not self.models[0].packed:
+            return
+        with contextlib.suppress(SodaError):  # which the next step raises
+            self._ahead = samples, first_sample, self.micro_batch(samples, first_sample, 0)
+
     def _loss(self, model: Any, inputs: Inputs, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The head on the last stage's hidden states: loss, a count that nobody uses, the sums by class."""
         batch = inputs.batch
@@ -196,7 +214,7 @@ class Engine:
         self._weight_sum.zero_()
 
         def batches() -> Iterator[Inputs]:
-            return (self.micro_batch(samples, first_sample, i) for i in range(micro_batches))
+            return self._micro_batches(samples, first_sample, micro_batches)
 
         def forward_step(iterator: Iterator[Inputs], model: torch.nn.Module) -> tuple[Tensor, Any]:
             inputs = next(iterator)
@@ -234,6 +252,7 @@ class Engine:
                 ddp.zero_grad_buffer()
             self.optimizer.inner.zero_grad()
             sums = self._run(samples, first_sample, self.micro_batches, False)
+            self._build_ahead(samples, first_sample + self.recipe.training.global_batch_size)
         if not sums[1].any():
             return StepResult(sums, 0.0, skipped=True)
         with self.seconds.of("optimizer"):
