@@ -26,7 +26,7 @@ from ..model.gpt import Inputs, build_model, flat, forward, head_weight, inputs_
 from ..model.head import head_loss
 from ..model.legal_rows import LegalRows
 from ..model.specs import accumulate_in_place, choose_backend
-from ..parallel import cpu
+from ..parallel import cpu, ranks
 from ..parallel.watch import place
 from ..vocab import TokenSpace
 from .optimizer import Optimizer
@@ -110,8 +110,11 @@ class Engine:
         chunks = list(range(virtual)) if virtual > 1 else [None]
         self.models = [build_model(recipe, space, device, chunk) for chunk in chunks]
         self.config, self.rows = self.models[0].config, self.models[0].rows
+        self.overlaps = ranks.overlaps(recipe)
         ddp_config = DistributedDataParallelConfig(
-            use_distributed_optimizer=recipe.parallel.distributed_optimizer, grad_reduce_in_fp32=True
+            use_distributed_optimizer=recipe.parallel.distributed_optimizer,
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=self.overlaps,
         )
         self.ddp = [
             DistributedDataParallel(self.config, ddp_config, model, disable_bucketing=i > 0)
@@ -124,6 +127,8 @@ class Engine:
         for model in self.models:
             model.config.grad_scale_func = self.optimizer.inner.scale_loss
             model.config.finalize_model_grads_func = self._finalize
+            if self.overlaps:
+                model.config.no_sync_func = self.ddp[0].no_sync
         self.batcher = Batcher(space, class_weights(recipe, space), recipe.data.reset_positions, device)
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._ahead: tuple[Samples, int, Inputs] | None = None  # samples, the first of a step, its first micro-batch
@@ -207,6 +212,10 @@ class Engine:
             pieces=inputs.pieces,
         )
         self._weight_sum += sums[1].sum()
+        if self.overlaps and torch.is_grad_enabled() and not self.recipe.model.tie_embeddings:
+            # Autograd, which tells of all other gradients, does not know of this one. megatron-core minds only the last
+            # micro-batch.
+            self.ddp[0].param_to_bucket_group[weight].register_grad_ready(weight)
         return loss, torch.ones((), dtype=torch.int, device=self.device), sums
 
     def _run(self, samples: Samples, first_sample: int, micro_batches: int, forward_only: bool) -> Tensor:
