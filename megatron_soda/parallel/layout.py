@@ -23,8 +23,8 @@ def check_layout(recipe: Recipe, world_size: int) -> int:
         raise SodaError("parallel.sequence works between tensor-parallel ranks: it needs parallel.tensor of 2 or more")
     if w.overlap_gradients and w.pipeline > 1:
         raise SodaError(
-            "parallel.overlap_gradients does not go with pipeline stages, where the head's gradients are complete before "
-            "the last backward pass: leave it out, or set parallel.pipeline=1"
+            "parallel.overlap_gradients does not go with pipeline stages: with them, the head's gradients are complete "
+            "before the last backward pass. Leave it out, or set parallel.pipeline=1"
         )
     if w.context > 1 and length % (2 * w.context):
         raise SodaError(f"parallel.context={w.context}: data.sequence_length={length} must be a multiple of twice that")
