@@ -128,7 +128,7 @@ def straight(pool, data, tmp_path_factory) -> Callable[..., Path]:
 
 
 # Of four ranks, mixtures of what others show two by two.
-FULL = ("sp2pp2", "cp2pp2", "vpp2dp2_distributed")
+FULL = ("sp2pp2", "cp2pp2", "vpp2dp2_distributed", "tp2dp2_overlap")
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_resume_is_bitwise(pool, data, straight, tmp_path, layout, extra):
         ("sp2cp2", "vpp2", []),
         ("tp2dp2_distributed", "dp2_distributed", []),
         ("dp2_distributed", "tp2dp2_distributed", []),
-        ("dp2_distributed_overlap", "dp2_overlap", []),
+        ("dp2_distributed_overlap", "dp2_distributed", []),
         pytest.param("cp2dp2_distributed", "vpp2dp2_distributed", [], marks=pytest.mark.full),
         ("tp2", "one", CAUTIOUS),
         pytest.param("vpp2dp2_distributed", "dp2_distributed", CAUTIOUS, marks=pytest.mark.full),
