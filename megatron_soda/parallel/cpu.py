@@ -89,7 +89,7 @@ def return_freed_memory() -> None:
             ctypes.CDLL(None).malloc_trim(0)
 
 
-class _Works(list):
+class _Works(list[Any]):
     """Exchanges that go on."""
 
     def wait(self) -> None:
