@@ -10,7 +10,7 @@ from megatron_soda.config.model import PRESETS
 from megatron_soda.config.renamed import RENAMED
 from megatron_soda.errors import SodaError
 from megatron_soda.model.size import parameter_count, size_of
-from megatron_soda.parallel.layout import check_layout
+from megatron_soda.parallel.layout import check_layout, overlaps_gradients
 from megatron_soda.vocab import LLAMA3
 
 
@@ -181,6 +181,11 @@ FP8 = ["precision.dtype=fp8"]
         (["parallel.context=2", "data.sequence_length=30"], 2, "multiple of twice that"),
         (["parallel.tensor=2", "parallel.sequence=true", "data.sequence_length=31"], 2, "does not divide 31 tokens"),
         (["parallel.context=2"], 3, "3 processes"),
+        (
+            ["num_layers=4", "parallel.pipeline=2", "overlap_gradients=true"],
+            4,
+            "overlap_gradients .* parallel.pipeline=1",
+        ),
         ([*FP8, "data.sequence_length=4090"], 1, "4090, and must be a multiple of 16 .*4080 or 4096 would work"),
         ([*FP8, "parallel.tensor=2", "parallel.sequence=true", "data.sequence_length=16"], 2, "32 would work"),
         ([*FP8, "precision.fp8_recipe=blockwise", "ffn_hidden_size=320"], 1, "256 or 384 would work"),
@@ -191,6 +196,22 @@ def test_layouts_that_do_not_divide(overrides, world, message):
     with pytest.raises(SodaError, match=message):
         check_layout(load_recipe(None, overrides), world)
     assert check_layout(load_recipe(None, []), 4) == 4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "data_parallel", "cuda", "found"),
+    [
+        ([], 2, True, True),
+        ([], 2, False, False),
+        ([], 1, True, False),
+        (["parallel.pipeline=2"], 2, True, False),
+        (["overlap_gradients=true"], 2, False, True),
+        (["overlap_gradients=true"], 1, False, False),
+        (["overlap_gradients=false"], 2, True, False),
+    ],
+)
+def test_when_gradients_are_reduced_during_the_backward_pass(overrides, data_parallel, cuda, found):
+    assert overlaps_gradients(load_recipe(None, overrides), data_parallel, cuda) == found
 
 
 def test_presets_fill_only_what_is_not_set():

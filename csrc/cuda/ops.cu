@@ -7,12 +7,11 @@
 #include "../glue.h"
 #include "batch.cuh"
 #include "bits.cuh"
-#include "expand.cuh"
 
 namespace soda {
 namespace {
 
-constexpr unsigned long long kNone = ~0ull;  // no code, or no window, is bad
+constexpr unsigned long long kNone = ~0ull;  // no code is bad
 
 void check_cuda(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
@@ -99,39 +98,6 @@ Tensor unpack(const Tensor& packed, int64_t slots, int64_t bits) {
   return codes;
 }
 
-Tensor expand(const Tensor& text, const Tensor& frames, const Tensor& starts, const Tensor& firsts,
-              const Tensor& begins, int64_t length, int64_t slots, int64_t bits, int64_t text_bits,
-              int64_t audio_base, int64_t entries) {
-  check_stream(text, frames, starts, firsts, begins, length, slots, bits, text_bits);
-  const OnDevice device(text);
-  const int64_t windows = begins.numel(), runs = starts.numel() - 1;
-  Tensor ids = make(begins, {windows, length}, ScalarType::Int);
-  if (windows == 0) return ids;
-  const DeviceStream stream{frames_of(text, 8, text_bits),
-                            8 * text.size(0),
-                            frames_of(frames, slots, bits),
-                            frames.size(0),
-                            starts.const_data_ptr<int64_t>(),
-                            firsts.const_data_ptr<int64_t>(),
-                            runs,
-                            static_cast<uint32_t>(audio_base),
-                            static_cast<uint32_t>(entries)};
-  const int64_t tiles = (length + 3 + kTile - 1) / kTile;  // a row may begin three tokens into its first tile
-  Tensor bad = none_bad(begins, device);
-  const int64_t* begin = begins.const_data_ptr<int64_t>();
-  expand_kernel<<<blocks(windows * tiles, 1), kThreads, 0, device.stream()>>>(
-      stream, begin, length, tiles, ids.mutable_data_ptr<int32_t>(),
-      static_cast<unsigned long long*>(bad.mutable_data_ptr()));
-  check_cuda(cudaGetLastError());
-  unsigned long long first = kNone;
-  device.fetch(&first, bad.const_data_ptr());
-  if (first == kNone) return ids;
-  int64_t at = 0, total = 0;
-  device.fetch(&at, begin + first);
-  device.fetch(&total, stream.starts + runs);
-  fail_window(static_cast<int64_t>(first), at, length, std::max<int64_t>(total, 0));
-}
-
 using Batch = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Batch build_batch(const Tensor& ids, const Tensor& counts, const Tensor& classes, const Tensor& weights, int64_t eos,
@@ -185,6 +151,5 @@ Batch build_batch(const Tensor& ids, const Tensor& counts, const Tensor& classes
 STABLE_TORCH_LIBRARY_IMPL(megatron_soda, CUDA, m) {
   m.impl("pack_frames", TORCH_BOX(&soda::pack));
   m.impl("unpack_frames", TORCH_BOX(&soda::unpack));
-  m.impl("expand_windows", TORCH_BOX(&soda::expand));
   m.impl("build_batch", TORCH_BOX(&soda::build_batch));
 }

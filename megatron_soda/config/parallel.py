@@ -1,8 +1,10 @@
 """`parallel`: how the model and the batch are distributed over processes."""
 
+from typing import Annotated
+
 from pydantic.dataclasses import dataclass
 
-from .fields import SECTION, Count
+from .fields import SECTION, Count, OrNone
 
 
 @dataclass(config=SECTION)
@@ -21,3 +23,5 @@ class Parallel:
     """Split norms and residuals along the sequence over the tensor-parallel ranks."""
     distributed_optimizer: bool = False
     """Split the optimizer's state over the data-parallel ranks."""
+    overlap_gradients: Annotated[bool | None, OrNone] = None
+    """Sum gradients over data-parallel ranks during the backward pass. Empty: on CUDA, if there is no pipeline."""

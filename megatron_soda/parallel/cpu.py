@@ -13,7 +13,7 @@ import contextlib
 import ctypes
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -67,7 +67,8 @@ def install() -> None:
     megatron_optimizer.multi_tensor_scale_impl = utils.local_multi_tensor_scale
     megatron_buffer.dist_reduce_scatter_func = _reduce_scatter_in_place
     megatron_buffer.dist_all_gather_func = _all_gather_in_place
-    megatron_buffer._coalescing_manager = lambda *a, **k: contextlib.nullcontext()  # it has nothing to gather then
+    megatron_buffer._coalescing_manager = _collected
+    _replace(dist, "all_reduce", _noted(dist.all_reduce))
     megatron_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
 
 
@@ -88,13 +89,43 @@ def return_freed_memory() -> None:
             ctypes.CDLL(None).malloc_trim(0)
 
 
+class _Works(list[Any]):
+    """Exchanges that go on."""
+
+    def wait(self) -> None:
+        for work in self:
+            work.wait()
+
+
+_begun: list[_Works] = []
+
+
+@contextlib.contextmanager
+def _collected(*_: Any, **__: Any) -> Iterator[_Works]:
+    """What megatron-core waits for later, if it does not wait at once: the exchanges begun inside."""
+    _begun.append(_Works())
+    yield _begun[-1]
+    _begun.pop()
+
+
+def _noted(exchange: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, and a work that it returns is known to _collected."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        work = exchange(*args, **kwargs)
+        if work is not None and _begun:
+            _begun[-1].append(work)
+        return work
+
+    return call
+
+
 def _reduce_scatter_in_place(part: torch.Tensor, whole: torch.Tensor, op: Any, group: Any, async_op: bool) -> None:
     """For the distributed optimizer, where `part` is this rank's part of `whole`: gloo's own copies `whole`."""
-    assert not async_op
     parts = whole.chunk(dist.get_world_size(group))
     assert part.data_ptr() == parts[dist.get_rank(group)].data_ptr()
     for rank, one in enumerate(parts):
-        dist.reduce(one, group_dst=rank, op=op, group=group)
+        _noted(dist.reduce)(one, group_dst=rank, op=op, group=group, async_op=async_op)
 
 
 def _all_gather_in_place(whole: torch.Tensor, part: torch.Tensor, group: Any, async_op: bool) -> None:

@@ -26,7 +26,7 @@ from .. import files  # noqa: E402
 from ..config import Recipe  # noqa: E402
 from ..errors import SodaError  # noqa: E402
 from . import megatron, preflight, watch  # noqa: E402
-from .layout import check_layout  # noqa: E402
+from .layout import check_layout, overlaps_gradients  # noqa: E402
 from .one_node import stay_on_loopback  # noqa: E402
 
 facts: list[dict[str, Any]] = []  # of every rank, as found by `init`
@@ -132,4 +132,11 @@ def layout_line(recipe: Recipe) -> str:
     if p.context > 1:
         parts.append(f"context {p.context}")
     parts.append(f"data {parallel_state.get_data_parallel_world_size()}")
-    return " x ".join(parts) + (", distributed optimizer" if p.distributed_optimizer else "")
+    notes = ["distributed optimizer"] * p.distributed_optimizer + ["overlapped gradients"] * overlaps(recipe)
+    return ", ".join([" x ".join(parts), *notes])
+
+
+def overlaps(recipe: Recipe) -> bool:
+    """See overlaps_gradients; after `layout`."""
+    replicas = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    return overlaps_gradients(recipe, replicas, torch.cuda.is_available())

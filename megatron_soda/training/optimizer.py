@@ -1,4 +1,4 @@
-"""AdamW, or Cautious AdamW, on megatron-core's optimizers, plain or distributed, and two repairs these need."""
+"""AdamW, or Cautious AdamW, on megatron-core's optimizers, plain or distributed, and three repairs these need."""
 
 import importlib
 from collections.abc import Callable, Iterable, Iterator
@@ -53,6 +53,8 @@ class Optimizer:
         for name, parameter in parameters:
             tied = name == "output_layer.weight" and bool(recipe.model.tie_embeddings)
             parameter.is_embedding = name == "embedding.word_embeddings.weight" or tied
+        if recipe.parallel.distributed_optimizer:
+            keep_padding(ddp)
         self.inner: MegatronOptimizer = get_megatron_optimizer(
             config,
             list(ddp),
@@ -137,6 +139,17 @@ def _pieces(part: Any) -> Iterable[tuple[Any, Any, int]]:
             for piece, parameter in zip(our_group, model_group, strict=True):
                 shared = isinstance(part, DistributedOptimizer)
                 yield piece, parameter, part._get_model_param_range_map(parameter)["param"].start if shared else 0
+
+
+def keep_padding(ddp: Iterable[DistributedDataParallel]) -> None:
+    """For a checkpoint, megatron-core joins the state of a buffer's buckets without the padding after each of them, and
+    then takes a parameter's state from where it is with the padding: after the first bucket, silently, from the wrong
+    place. So no padding is declared."""
+    for chunk in ddp:
+        for buffer in chunk.buffers:
+            for bucket in buffer.buckets:
+                bucket.numel_unpadded = bucket.grad_data.numel()
+            buffer.numel_unpadded = buffer.numel
 
 
 def prepare_load(optimizer: MegatronOptimizer) -> None:

@@ -26,7 +26,7 @@ from ..model.gpt import Inputs, build_model, flat, forward, head_weight, inputs_
 from ..model.head import head_loss
 from ..model.legal_rows import LegalRows
 from ..model.specs import accumulate_in_place, choose_backend
-from ..parallel import cpu
+from ..parallel import cpu, ranks
 from ..parallel.watch import place
 from ..vocab import TokenSpace
 from .optimizer import Optimizer
@@ -110,8 +110,11 @@ class Engine:
         chunks = list(range(virtual)) if virtual > 1 else [None]
         self.models = [build_model(recipe, space, device, chunk) for chunk in chunks]
         self.config, self.rows = self.models[0].config, self.models[0].rows
+        self.overlaps = ranks.overlaps(recipe)
         ddp_config = DistributedDataParallelConfig(
-            use_distributed_optimizer=recipe.parallel.distributed_optimizer, grad_reduce_in_fp32=True
+            use_distributed_optimizer=recipe.parallel.distributed_optimizer,
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=self.overlaps,
         )
         self.ddp = [
             DistributedDataParallel(self.config, ddp_config, model, disable_bucketing=i > 0)
@@ -124,8 +127,11 @@ class Engine:
         for model in self.models:
             model.config.grad_scale_func = self.optimizer.inner.scale_loss
             model.config.finalize_model_grads_func = self._finalize
+            if self.overlaps:
+                model.config.no_sync_func = self.ddp[0].no_sync
         self.batcher = Batcher(space, class_weights(recipe, space), recipe.data.reset_positions, device)
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._ahead: tuple[Samples, int, Inputs] | None = None  # samples, the first of a step, its first micro-batch
         self.legal_rows = self._legal_rows(slots or {space.codebooks})
         self.head_work = [0, 0]  # rows of the head that positions needed, positions
         self.schedule: Any = get_forward_backward_func()
@@ -165,6 +171,23 @@ class Engine:
                 self.head_work[1] += count
         return inputs
 
+    def _micro_batches(self, samples: Samples, first_sample: int, count: int) -> Iterator[Inputs]:
+        for index in range(count):
+            ahead = self._ahead
+            if index == 0 and ahead is not None and ahead[0] is samples and ahead[1] == first_sample:
+                self._ahead = None
+                yield ahead[2]
+            else:
+                yield self.micro_batch(samples, first_sample, index)
+
+    def _build_ahead(self, samples: Samples, first_sample: int) -> None:
+        """Builds the first micro-batch of the next step while the device is at this one: else it would wait for it, as
+        the host waits for the device at the end of every step. Only where inputs are small: a mask is not."""
+        if self.stream is None or not self.models[0].packed:
+            return
+        with contextlib.suppress(SodaError):  # which the next step raises
+            self._ahead = samples, first_sample, self.micro_batch(samples, first_sample, 0)
+
     def _loss(self, model: Any, inputs: Inputs, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The head on the last stage's hidden states: loss, a count that nobody uses, the sums by class."""
         batch = inputs.batch
@@ -189,6 +212,10 @@ class Engine:
             pieces=inputs.pieces,
         )
         self._weight_sum += sums[1].sum()
+        if self.overlaps and torch.is_grad_enabled() and not self.recipe.model.tie_embeddings:
+            # Autograd, which tells of all other gradients, does not know of this one. megatron-core minds only the last
+            # micro-batch.
+            self.ddp[0].param_to_bucket_group[weight].register_grad_ready(weight)
         return loss, torch.ones((), dtype=torch.int, device=self.device), sums
 
     def _run(self, samples: Samples, first_sample: int, micro_batches: int, forward_only: bool) -> Tensor:
@@ -196,7 +223,7 @@ class Engine:
         self._weight_sum.zero_()
 
         def batches() -> Iterator[Inputs]:
-            return (self.micro_batch(samples, first_sample, i) for i in range(micro_batches))
+            return self._micro_batches(samples, first_sample, micro_batches)
 
         def forward_step(iterator: Iterator[Inputs], model: torch.nn.Module) -> tuple[Tensor, Any]:
             inputs = next(iterator)
@@ -234,6 +261,7 @@ class Engine:
                 ddp.zero_grad_buffer()
             self.optimizer.inner.zero_grad()
             sums = self._run(samples, first_sample, self.micro_batches, False)
+            self._build_ahead(samples, first_sample + self.recipe.training.global_batch_size)
         if not sums[1].any():
             return StepResult(sums, 0.0, skipped=True)
         with self.seconds.of("optimizer"):

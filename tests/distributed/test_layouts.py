@@ -16,6 +16,9 @@ LAYOUTS = {
     "dp2": (2, []),
     "dp2_distributed": (2, ["parallel.distributed_optimizer=true", *SMALL]),
     "tp2dp2_distributed": (4, ["parallel.tensor=2", "parallel.distributed_optimizer=true"]),
+    "dp2_overlap": (2, ["parallel.overlap_gradients=true", *SMALL]),
+    "dp2_distributed_overlap": (2, ["parallel.overlap_gradients=true", "parallel.distributed_optimizer=true", *SMALL]),
+    "tp2dp2_overlap": (4, ["parallel.overlap_gradients=true", "parallel.tensor=2", *SMALL]),
     "sp2": (2, ["parallel.tensor=2", "parallel.sequence=true"]),
     "cp2": (2, ["parallel.context=2"]),
     "vpp2": (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2", *SMALL]),
@@ -38,6 +41,7 @@ def train(run: str, data: str, overrides: list[str], broken: str = "") -> None:
     """On a rank of the pool. `broken` names a guard to take out, to see that it is needed."""
     import contextlib
     import dataclasses
+    import functools
     from unittest import mock
 
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -46,8 +50,13 @@ def train(run: str, data: str, overrides: list[str], broken: str = "") -> None:
     from megatron_soda.training import checkpoint, optimizer, step, trainer
 
     with contextlib.ExitStack() as patches:
+        small = functools.partial(step.DistributedDataParallelConfig, bucket_size=9000)  # so that there are several
+        if "parallel.overlap_gradients=true" in overrides:
+            patches.enter_context(mock.patch.object(step, "DistributedDataParallelConfig", small))
         if broken == "finish_load":
             patches.enter_context(mock.patch.object(checkpoint, "finish_load"))
+        if broken == "keep_padding":
+            patches.enter_context(mock.patch.object(optimizer, "keep_padding"))
         if broken == "set_states":
             original = optimizer._original
             patches.enter_context(
@@ -119,7 +128,7 @@ def straight(pool, data, tmp_path_factory) -> Callable[..., Path]:
 
 
 # Of four ranks, mixtures of what others show two by two.
-FULL = ("sp2pp2", "cp2pp2", "vpp2dp2_distributed")
+FULL = ("sp2pp2", "cp2pp2", "vpp2dp2_distributed", "tp2dp2_overlap")
 
 
 @pytest.mark.parametrize(
@@ -143,6 +152,8 @@ def test_same_losses_and_gradient_norms(straight, layout, extra):
         ("tp2", CAUTIOUS),
         ("vpp2", CAUTIOUS),
         ("dp2_distributed", CAUTIOUS),
+        ("dp2_overlap", []),
+        ("dp2_distributed_overlap", CAUTIOUS),
         ("sp2", BF16),
         ("sp2", LEGAL),
         ("tp2dp2_distributed", LEGAL),
@@ -166,6 +177,7 @@ def test_resume_is_bitwise(pool, data, straight, tmp_path, layout, extra):
         ("sp2cp2", "vpp2", []),
         ("tp2dp2_distributed", "dp2_distributed", []),
         ("dp2_distributed", "tp2dp2_distributed", []),
+        ("dp2_distributed_overlap", "dp2_distributed", []),
         pytest.param("cp2dp2_distributed", "vpp2dp2_distributed", [], marks=pytest.mark.full),
         ("tp2", "one", CAUTIOUS),
         pytest.param("vpp2dp2_distributed", "dp2_distributed", CAUTIOUS, marks=pytest.mark.full),
@@ -188,18 +200,68 @@ def test_the_cautious_optimizer_is_the_same_at_every_layout(straight, layout, ex
     assert found[:4] == pytest.approx(expected[:4], abs=1e-5)
 
 
-@pytest.mark.parametrize("guard", ["finish_load", "set_states"])
-def test_repairs_of_the_distributed_optimizer_are_needed(pool, data, straight, tmp_path, guard):
+@pytest.mark.parametrize(
+    ("guard", "layout"),
+    [
+        ("finish_load", "dp2_distributed"),
+        ("set_states", "dp2_distributed"),
+        ("keep_padding", "dp2_distributed_overlap"),
+    ],
+)
+def test_repairs_of_the_distributed_optimizer_are_needed(pool, data, straight, tmp_path, guard, layout):
     """Without each repair of optimizer.py, resuming under the distributed optimizer is wrong, or does not run."""
-    world, overrides = LAYOUTS["dp2_distributed"]
-    pool.run(world, train, str(tmp_path), str(data), [*overrides, *FLAT, "training.steps=3"])
+    world, overrides = LAYOUTS[layout]
+    pool.run(world, train, str(tmp_path), str(data), [*overrides, *FLAT, "training.steps=3"], guard)
     try:
         pool.run(world, train, str(tmp_path), str(data), [*overrides, *FLAT], guard)
     except RuntimeError:
         return
-    expected, found = losses(straight("dp2_distributed")), losses(tmp_path)
+    expected, found = losses(straight(layout)), losses(tmp_path)
     assert found[:3] == expected[:3]
     assert found[3:] != pytest.approx(expected[3:], abs=1e-4)
+
+
+def reductions(run: str, data: str, overrides: list[str]) -> list[str]:
+    """On a rank of the pool: what happens in the last step, when gradients begin to be reduced and backward passes
+    end."""
+    from unittest import mock
+
+    from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
+    from megatron.core.pipeline_parallel import schedules
+
+    from megatron_soda.training import step
+
+    happened: list[str] = []
+    begin, backward, take = _ParamAndGradBucketGroup.start_grad_sync, schedules.backward_step, step.Engine.train_step
+
+    def begins(self, *args, **kwargs):
+        happened.append("reduces")
+        return begin(self, *args, **kwargs)
+
+    def ends(*args, **kwargs):
+        result = backward(*args, **kwargs)
+        happened.append("backward")
+        return result
+
+    def takes(self, *args):
+        happened.clear()
+        return take(self, *args)
+
+    with (
+        mock.patch.object(_ParamAndGradBucketGroup, "start_grad_sync", begins),
+        mock.patch.object(schedules, "backward_step", ends),
+        mock.patch.object(step.Engine, "train_step", takes),
+    ):
+        train(run, data, [*overrides, "training.steps=2"])
+    return happened
+
+
+def test_gradients_are_reduced_during_the_last_backward_pass_alone(pool, data, tmp_path):
+    world, overrides = LAYOUTS["dp2_distributed_overlap"]
+    for happened in pool.run(world, reductions, str(tmp_path), str(data), overrides):
+        assert happened[0] == happened[-1] == "backward"
+        assert happened.count("backward") == 2  # micro-batches
+        assert happened.count("reduces") > 3
 
 
 def test_separate_messages_are_needed_in_the_interleaved_schedule(pool, data, straight, tmp_path):

@@ -556,7 +556,7 @@ def apply_rotary_pos_emb(
     """Of packed sequences (tokens, heads, head_dim): positions count from the start of each."""
     _not_in_fake(other_format=tensor_format != "thd", interleaved=interleaved, cp_size=cp_size > 1)
     starts = cu_seqlens.long()
-    position = torch.arange(len(t)) - starts[:-1].repeat_interleave(starts.diff())
+    position = torch.arange(len(t), device=t.device) - starts[:-1].repeat_interleave(starts.diff())
     if freqs.dtype != torch.float32 or int(position.max()) >= len(freqs):
         raise AssertionError(f"{len(freqs)} angles of {freqs.dtype} for positions up to {int(position.max())}")
     angles = freqs[position, 0]  # (tokens, 1, head_dim)

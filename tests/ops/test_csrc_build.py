@@ -23,10 +23,11 @@ COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 
 
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc")
-def test_the_cuda_files_compile(tmp_path):
+@pytest.mark.parametrize("device", ["sm_90", *(pytest.param(d, marks=pytest.mark.full) for d in ("sm_80", "sm_100"))])
+def test_the_cuda_files_compile(tmp_path, device):
     done = subprocess.run(
         [
-            str(NVCC), "-arch=sm_90", "-std=c++17", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000",
+            str(NVCC), f"-arch={device}", "-std=c++17", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000",
             "-Werror", "all-warnings", "-I", include_paths()[0],
             "-c", str(ROOT / "csrc/cuda/ops.cu"), "-o", str(tmp_path / "ops.o"),
         ],
