@@ -146,7 +146,8 @@ def keep_padding(ddp: Iterable[DistributedDataParallel]) -> None:
     then takes a parameter's state from where it is with the padding: after the first bucket, silently, from the wrong
     place. So no padding is declared."""
     for chunk in ddp:
-        for buffer in chunk.buffers:
+        buffers: Any = chunk.buffers  # hides a method of torch's modules
+        for buffer in buffers:
             for bucket in buffer.buckets:
                 bucket.numel_unpadded = bucket.grad_data.numel()
             buffer.numel_unpadded = buffer.numel
