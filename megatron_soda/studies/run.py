@@ -64,11 +64,18 @@ def _supervise(plan: Plan, recipes: list[Recipe], overrides: list[str], jobs: in
         for path in logs:
             with path.open("w") as file:
                 workers.append(subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment))
+        done: dict[str, State] = {}  # needs no second look, which would cost a tenth of a core with many runs
+
+        def look() -> list[State]:
+            states = [done.get(run.id) or state_of(plan, run, of) for run, of in zip(plan.runs, recipes, strict=True)]
+            done.update({run.id: state for run, state in zip(plan.runs, states, strict=True) if state.kind == "done"})
+            return states
+
         with _display(plan) as show:
             while any(worker.poll() is None for worker in workers):
-                show([state_of(plan, run, recipe) for run, recipe in zip(plan.runs, recipes, strict=True)])
+                show(look())
                 time.sleep(_LOOK)
-            show([state_of(plan, run, recipe) for run, recipe in zip(plan.runs, recipes, strict=True)])
+            show(look())
     except KeyboardInterrupt:
         interrupted = True
         log.info("stopping: the workers save their runs")
