@@ -98,6 +98,8 @@ def predict(fit: Fit, flops: float) -> dict[str, Any]:
     if fit.params.line and fit.tokens.line:
         lines = (("params", fit.params.line), ("tokens", fit.tokens.line))
         found["approach 2"] = {name: (line.at(flops), line.interval_at(flops)) for name, line in lines}
+        if (loss := fit.params.lowest_at(flops)) is not None:
+            found["approach 2"]["loss"] = loss, None
     for method, surface in fit.surfaces.items():
         if not surface.problem:
             values = {

@@ -73,6 +73,15 @@ class Approach2:
     sigma: float | None  # standard deviation of a run, pooled over budgets; None without degrees of freedom
     lost: float  # share of the bootstrap's draws without a line
 
+    def lowest_at(self, cost: float) -> float | None:
+        """The lowest loss at a cost, by a power of the cost through the minima's losses (no floor: with a few budgets
+        within a factor of ten none can be told). None with fewer than two minima."""
+        minima = [curve for curve in self.curves if not curve.problem and curve.lowest > 0]
+        if len(minima) < _FEWEST:
+            return None
+        x, y = (np.log([getattr(curve, name) for curve in minima]) for name in ("cost", "lowest"))
+        return float(np.exp(np.polyval(np.polyfit(x - x.mean(), y, 1), np.log(cost) - x.mean())))
+
 
 def fit_parabolas(budgets: dict[float, list[Result]], of: str, seed: int = 0) -> Approach2:
     """of: `params` or `tokens`."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy.optimize import minimize_scalar
+from scipy.stats import linregress
 
 from megatron_soda import cli
 from megatron_soda.errors import SodaError
@@ -228,6 +229,9 @@ def test_predictions_and_models(exact):
     surface = fit.surfaces["projection"]
     found = predict(fit, 1.3e22)
     assert found["approach 2"]["params"][0] == fit.params.line.at(1.3e22)
+    lowest = [(curve.cost, curve.lowest) for curve in fit.params.curves if not curve.problem]
+    slope, start = linregress(np.log([c for c, _ in lowest]), np.log([loss for _, loss in lowest]))[:2]
+    assert found["approach 2"]["loss"] == (pytest.approx(np.exp(start + slope * np.log(1.3e22))), None)
     params, tokens = (found["approach 3, projection"][name][0] for name in ("params", "tokens"))
     at_best = compare_model(fit, params, tokens)
     assert at_best["flops"] == pytest.approx(1.3e22)
