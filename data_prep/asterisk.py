@@ -317,10 +317,10 @@ def _attribution(folder: Path) -> str:
     """The notice that CC-BY requires, from the packages' copyright files."""
     text = (
         "# Whose voices these are\n\nThe sound files and transcripts are unchanged copies from Debian's packages.\n"
-        "Who passes them on, or data made from them, keeps this notice, says what was changed, and for CC-BY-SA\n"
-        "keeps the licence. The full licences are in LANGUAGE/usr/share/doc/PACKAGE/copyright.\n"
+        "Whoever passes them on, or data made from them, must keep this notice, say what was changed, and for\n"
+        "CC-BY-SA keep the licence. The full licences are in LANGUAGE/usr/share/doc/PACKAGE/copyright.\n"
     )
-    text += "In numbers/ there are strings of them, made by cutting, scaling and joining.\n"
+    text += "What is in numbers/ (prepare.numbers) was made of them by cutting, scaling and joining.\n"
     for language in LANGUAGES:
         if _is_complete(folder / language):
             name = f"asterisk-core-sounds-{language}"

@@ -43,8 +43,6 @@ def choose_codec(recipe: Recipe, index: Index, groups: Groups, folder: Path) -> 
     p = recipe.prepare
     path = p.codec_path or None
     wanted = {"codebooks": p.codebooks or 8, "entries": p.entries or 2048}
-    if p.entries and p.codec != "embedded":
-        raise SodaError(f"prepare.entries={p.entries}: can only be chosen for the embedded codec; leave it at 0")
     if p.codec == "embedded" and not path:
 
         def fits(one: Utterance) -> bool:

@@ -163,8 +163,9 @@ def _source(recipe: Recipe, work: Path) -> Iterator[Utterance | Reject]:
     with console.status("downloading the Asterisk prompts"):
         asterisk.fetch(folder, p.languages)
     utterances, rejects = asterisk.read(folder, p.languages)
-    with console.status("joining spoken numbers"):
-        utterances += numbers.strings(folder / "numbers", utterances, p.numbers)
+    if p.numbers:
+        with console.status("joining spoken numbers"):
+            utterances = [*utterances, *numbers.strings(folder / "numbers", utterances, p.numbers)]
     utterances.sort(key=lambda u: u.id)
     return iter([*(asterisk.pairs(utterances) if p.orders == ["translation"] else utterances), *rejects])
 

@@ -13,6 +13,7 @@ import soundfile
 
 from megatron_soda.audio.reading import read_audio
 from megatron_soda.audio.sound import Sound
+from megatron_soda.errors import SodaError
 from megatron_soda.files import atomic_path
 
 from .utterance import Utterance
@@ -33,7 +34,7 @@ def strings(folder: Path, prompts: Sequence[Utterance], count: int) -> Iterator[
     """`count` strings for each language of the prompts (from asterisk.read), with their sound in `folder`/LANGUAGE.
 
     A string is the same whatever `count` is, and its sound is only written if it is not there. `prompt` is the string,
-    whatever its language. Pauses and loudness are random.
+    whatever its language. Pauses and loudness are random. Raises SodaError for a language without all the numbers.
     """
     for language in dict.fromkeys(one.language for one in prompts):
         voice = words(prompts, language)
@@ -41,7 +42,7 @@ def strings(folder: Path, prompts: Sequence[Utterance], count: int) -> Iterator[
         rng = np.random.default_rng([ord(letter) for letter in language])
         for i in range(count):
             numbers = draw(rng)
-            path = folder / language / f"{i:06d}.flac"
+            path = folder / language / f"{i:06d}-{'-'.join(numbers)}.flac"
             samples = gain(rng) * said(numbers, voice, rng)
             if not path.exists():
                 write(path, samples)
@@ -57,6 +58,9 @@ def is_string(one: Utterance) -> bool:
 def words(prompts: Sequence[Utterance], language: str) -> Words:
     """The numbers as spoken in a language, without the silence around them."""
     spoken = {one.id: one for one in prompts if one.language == language}
+    missing = [number for number in NUMBERS if f"{language}/digits/{number}" not in spoken]
+    if missing:
+        raise SodaError(f"prepare.numbers: the {language} prompts have no {', '.join(missing)}")
     of = {number: spoken[f"{language}/digits/{number}"] for number in NUMBERS}
     return {number: (_trimmed(read_audio(one.audio, RATE)), one.text) for number, one in of.items()}
 

@@ -105,12 +105,17 @@ class Prepare:
             "prepare.valid_share and prepare.test_share leave nothing to train on",
         )
         need(
+            not self.entries or self.codec == "embedded",
+            f"prepare.entries={self.entries}: can only be chosen for the embedded codec; leave it at 0",
+        )
+        need(
             "recording" in self.split_by,
             f"prepare.split_by={self.split_by}: documents are whole recordings, so `recording` must be in it",
         )
         need(
             not self.numbers or self.speech == "asterisk",
-            "prepare.numbers are strings of the free prompts' words: they need prepare.speech=asterisk",
+            "prepare.numbers are strings of the free prompts' words, which need prepare.speech=asterisk. For your own "
+            "speech set prepare.numbers=0; examples/quickstart/run.sh --speech DIR sets all that it takes",
         )
         need(
             not self.numbers or "translation" not in self.orders,
