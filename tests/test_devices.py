@@ -136,7 +136,7 @@ def exported(folder: Path) -> Any:
     from megatron_soda.codecs import description
     from tests.exported import FakeCodec, write_exported
 
-    description._load = lambda arguments, folder: FakeCodec()
+    description._load = lambda *_: FakeCodec()
     return write_exported(folder / "tiny")
 
 

@@ -11,16 +11,17 @@ from ..files import reading
 class UniqueKeys(yaml.SafeLoader):
     """A safe loader. A key that a mapping has twice is an error, which names the second one's line."""
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict:
-        seen: set[str] = set()
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)  # constructing it later adds the keys that it merges (<<)
+        seen: set[tuple[str, str]] = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
+                if (key.tag, key.value) in seen:
                     raise yaml.constructor.ConstructorError(
                         None, None, f"line {key.start_mark.line + 1}: {key.value} is duplicated"
                     )
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
+                seen.add((key.tag, key.value))
+        return node
 
 
 def read_yaml(path: Path) -> Any:

@@ -26,7 +26,7 @@ SPOKEN = ("sblimp", "swuggy", "sstorycloze", "tstorycloze", "salmon")
 
 @pytest.fixture
 def benchmarks(exported, tmp_path, monkeypatch) -> Path:
-    monkeypatch.setattr(description, "_load", lambda arguments, folder: LevelCodec())
+    monkeypatch.setattr(description, "_load", lambda *_: LevelCodec())
     LevelCodec.encoded = 0
     root = tmp_path / "benchmarks"
     gold(root / "sblimp", "sentences", 5)
