@@ -315,6 +315,17 @@ def test_keys_that_a_merge_overrides_are_not_twice_there(tmp_path):
     assert read_yaml(path) == {"b": {"x": 1}, "a": {"inner": {"x": 2}}, "c": {"x": 2, "y": 3}, 1: "d", "1": "e"}
 
 
+def test_what_a_merge_takes_is_by_the_rule_of_yaml(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("- &a {rate: 1}\n- &b {rate: 2, width: 5}\n- {<<: [*a, *b]}\n- {<<: [*b, *a], width: 6}\n")
+    assert read_yaml(path)[2:] == [{"rate": 1, "width": 5}, {"rate": 2, "width": 6}]
+    path.write_text("&a {<<: *a, rate: 1}")
+    assert read_yaml(path) == {"rate": 1}
+    path.write_text("a: &a 3\nb: {<<: *a}")
+    with pytest.raises(SodaError, match="line 1: << needs a mapping"):
+        read_yaml(path)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -8,6 +8,9 @@ import yaml
 from ..files import reading
 
 
+_MERGE = "tag:yaml.org,2002:merge"
+
+
 class UniqueKeys(yaml.SafeLoader):
     """A safe loader. A key that a mapping has twice is an error, which names the second one's line."""
 
@@ -22,6 +25,31 @@ class UniqueKeys(yaml.SafeLoader):
                     )
                 seen.add((key.tag, key.value))
         return node
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Merges (<<) by YAML's rule: own keys win, then those of the first mapping in a list. PyYAML 6.0.4 returns an
+        overridden value where a mapping that merges is merged itself."""
+        own = [pair for pair in node.value if pair[0].tag != _MERGE]
+        merged = [value for key, value in node.value if key.tag == _MERGE]
+        node.value = own
+        found = {}
+        for one in reversed([one for value in merged for one in _mappings(value)]):
+            self.flatten_mapping(one)
+            found |= {_name(key): (key, value) for key, value in one.value}
+        node.value = list((found | {_name(key): (key, value) for key, value in own}).values())
+        super().flatten_mapping(node)
+
+
+def _mappings(node: yaml.Node) -> list[yaml.MappingNode]:
+    every = node.value if isinstance(node, yaml.SequenceNode) else [node]
+    for one in every:
+        if not isinstance(one, yaml.MappingNode):
+            raise yaml.constructor.ConstructorError(None, None, f"line {one.start_mark.line + 1}: << needs a mapping")
+    return every
+
+
+def _name(key: yaml.Node) -> tuple[str, str] | int:
+    return (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else id(key)
 
 
 def read_yaml(path: Path) -> Any:

@@ -28,7 +28,7 @@ def test_stores_are_read_through_except_while_training(exported, tmp_path):
     ids[0] ^= 1
     (data / "train.bin").write_bytes(ids)
     recipe = exported.recipe(f"data.path={data}")
-    assert Bench(recipe, exported.folder, training=tmp_path).data
+    assert Bench(recipe, exported.folder, training=tmp_path).data[1].size
     with pytest.raises(SodaError, match="has changed since it was written"):
         _ = Bench(recipe, exported.folder).data
 
