@@ -7,7 +7,6 @@ import yaml
 
 from ..files import reading
 
-
 _MERGE = "tag:yaml.org,2002:merge"
 
 
