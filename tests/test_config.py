@@ -8,6 +8,7 @@ from megatron_soda.config.data import MixStage
 from megatron_soda.config.loading import recipe_schema
 from megatron_soda.config.model import PRESETS
 from megatron_soda.config.renamed import RENAMED
+from megatron_soda.config.yaml_files import read_yaml
 from megatron_soda.errors import SodaError
 from megatron_soda.model.size import parameter_count, size_of
 from megatron_soda.parallel.layout import check_layout, overlaps_gradients
@@ -306,6 +307,23 @@ def test_a_recipe_is_read_by_the_types_of_its_keys(tmp_path):
     assert (r.model.tie_embeddings, r.parallel.sequence) == (False, False)
     save_recipe(r, tmp_path / "again.yaml")
     assert load_recipe(tmp_path / "again.yaml") == r
+
+
+def test_keys_that_a_merge_overrides_are_not_twice_there(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("b: &b {x: 1}\na: {inner: &m {<<: *b, x: 2}}\nc: {<<: *m, y: 3}\n1: d\n'1': e\n")
+    assert read_yaml(path) == {"b": {"x": 1}, "a": {"inner": {"x": 2}}, "c": {"x": 2, "y": 3}, 1: "d", "1": "e"}
+
+
+def test_what_a_merge_takes_is_by_the_rule_of_yaml(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("- &a {rate: 1}\n- &b {rate: 2, width: 5}\n- {<<: [*a, *b]}\n- {<<: [*b, *a], width: 6}\n")
+    assert read_yaml(path)[2:] == [{"rate": 1, "width": 5}, {"rate": 2, "width": 6}]
+    path.write_text("&a {<<: *a, rate: 1}")
+    assert read_yaml(path) == {"rate": 1}
+    path.write_text("a: &a 3\nb: {<<: *a}")
+    with pytest.raises(SodaError, match="line 1: << needs a mapping"):
+        read_yaml(path)
 
 
 @pytest.mark.parametrize(

@@ -16,23 +16,28 @@ from .panel import Panel, place_for_kept
 
 
 class Bench:
-    """An exported model under evaluation. Stores and codec are loaded once, on first use. `model`: instead of the one
-    in the folder."""
+    """An exported model under evaluation. Stores and codec are loaded once, on first use. model: instead of the one
+    in the folder. training: the folder of the run, while it is trained. Then all ranks wait, so stores are not read
+    through, and what does not depend on the checkpoint is kept in that folder."""
 
-    def __init__(self, recipe: Recipe, folder: Path, model: LoadedModel | None = None) -> None:
-        self.recipe, self.folder = recipe, folder
+    def __init__(
+        self, recipe: Recipe, folder: Path, model: LoadedModel | None = None, training: Path | None = None
+    ) -> None:
+        self.recipe, self.folder, self.training = recipe, folder, training
+        self.run = training or Path(recipe.run)
         self.model = model or load_model(folder)
         self.model.model.float()  # as the paper measured; with bf16 activations a likelihood would depend on its batch
 
     @cached_property
     def data(self) -> tuple[Store, Store]:
-        """The held-out store and the training store. Raises SodaError unless both are intact and made for this
-        model."""
+        """The held-out store and the training store. Raises SodaError unless both are made for this model and, except
+        while training, intact."""
         stores = Store(self.recipe.data_folder / self.recipe.evaluate.split), Store(self.recipe.data_folder / "train")
         for store in stores:
             store.check_space(self.model.space, str(self.folder))
             store.check_made_by(self.model.made_by, f"the model {self.folder}", self.recipe.data.accept)
-            store.verify()  # or the results would reflect the damage
+            if self.training is None:
+                store.verify()  # or the results would reflect the damage
         return stores
 
     @property
@@ -77,7 +82,7 @@ class Bench:
     def panel(self) -> Panel:
         """The recipe's judges of sounds."""
         chosen = self.recipe.evaluate
-        return Panel(chosen.judges, place_for_kept(chosen.benchmarks, self.recipe.run) / "judged")
+        return Panel(chosen.judges, place_for_kept(chosen.benchmarks, str(self.run)) / "judged")
 
     def header(self, *, with_data: bool) -> dict[str, Any]:
         """What eval.json says about the model, and about the data if they were used."""

@@ -1,15 +1,12 @@
 """Evaluation while training: a checkpoint is exported and measured as `soda evaluate` would, in a process of its own.
 
-    python -m megatron_soda.evaluation.during FOLDER [CHECKPOINT]
-
-FOLDER (RUN/evaluations/step_…) has the recipe, and gets the results. Without a checkpoint, only checks that the suites
-can be measured. The trainer (training/evaluations.py) starts this process, so nothing here can change its random
-numbers, its threads or what it patches in torch, and a signal can end it at once.
+Its arguments are FOLDER [CHECKPOINT]. FOLDER (RUN/evaluations/step_…) has the recipe, and gets the results. Without a
+checkpoint, only checks that what the suites need is there. The trainer (training/evaluations.py) starts this process,
+so nothing here can change its random numbers, its threads or what it patches in torch, and a signal can end it at once.
 """
 
-import ctypes
+import os
 import shutil
-import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -21,8 +18,7 @@ from ..errors import SodaError, say, user_message
 from ..registry import SUITES
 from ..tokenizer import data_tokenizer
 
-EXPORT = "export"  # in FOLDER, as long as it is measured
-_PARENT_ENDED = 1  # prctl's PR_SET_PDEATHSIG
+EXPORT = "export_"  # and the process, in FOLDER, as long as it is measured
 
 
 def recipe_in(folder: Path, recipe: Recipe) -> Recipe:
@@ -33,13 +29,13 @@ def recipe_in(folder: Path, recipe: Recipe) -> Recipe:
 
 
 def check(recipe: Recipe) -> None:
-    """Raises SodaError if a suite of evaluate.during_training cannot be measured on this recipe's model, which need
-    not exist yet."""
+    """Raises SodaError if a suite of evaluate.during_training lacks what it needs to measure this recipe's model, which
+    need not exist yet."""
     from .bench import Bench
 
     names = recipe.evaluate.during_training
     try:
-        bench = Bench(recipe, recipe.data_folder, _untrained(recipe))
+        bench = Bench(recipe, recipe.data_folder, _untrained(recipe), Path(recipe.run))
         for name in names:
             SUITES[name].check(bench)
     except SodaError as error:
@@ -52,12 +48,15 @@ def _untrained(recipe: Recipe) -> Any:
     import torch
     from transformers import Qwen3ForCausalLM
 
-    from ..hf.load import LoadedModel, quiet_transformers
+    from ..hf.load import IMPORTED, LoadedModel, quiet_transformers
     from ..hf.qwen3 import hf_config
 
     quiet_transformers()
     folder = recipe.data_folder
-    store, text = Store(folder / "test"), data_tokenizer(folder)
+    imported = Path(recipe.run) / IMPORTED
+    described = (folder / "test.json").is_file() or not imported.is_dir()
+    store = Store(folder / ("test" if described else "train"))
+    text = data_tokenizer(folder if described else imported)
     with torch.device("meta"):
         model = Qwen3ForCausalLM(hf_config(recipe.model, store.space, recipe.data.sequence_length)).eval()
     return LoadedModel(folder, recipe.name, 0, "", model, store.space, store.made_by, text, torch.device("cpu"))
@@ -66,17 +65,18 @@ def _untrained(recipe: Recipe) -> Any:
 def measure(folder: Path, checkpoint: Path) -> None:
     """Results go to `folder`/eval.json; the export is removed."""
     from ..hf.export import export
+    from ..hf.load import IMPORTED
     from .run import evaluate
 
-    recipe = load_recipe(folder / "recipe.yaml")
+    recipe, run = load_recipe(folder / "recipe.yaml"), folder.parent.parent
+    place = folder / f"{EXPORT}{os.getpid()}"  # or what is left of a killed trainer could remove the next one's
     try:
-        evaluate(recipe, export(recipe, checkpoint, folder / EXPORT / "hf"))
+        evaluate(recipe, export(recipe, checkpoint, place / "hf", run / IMPORTED), run)
     finally:
-        shutil.rmtree(folder / EXPORT, ignore_errors=True)
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def main() -> int:
-    ctypes.CDLL(None).prctl(_PARENT_ENDED, signal.SIGTERM)  # the trainer was killed
     folder, *checkpoint = map(Path, sys.argv[1:])
     try:
         if checkpoint:
@@ -87,7 +87,3 @@ def main() -> int:
         say(f"error: {user_message(error)}")  # raises what is no mistake of the user
         return 2
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -103,7 +103,7 @@ class PairSuite(Suite):
 
         space, slots = bench.model.space, bench.slots
         sounds = [side.sound for side in sides]
-        codes, hashes = encoded(sounds, bench.codec, Path(bench.recipe.evaluate.benchmarks), Path(bench.recipe.run))
+        codes, hashes = encoded(sounds, bench.codec, Path(bench.recipe.evaluate.benchmarks), bench.run)
         ids = [space.audio_ids(one).reshape(-1, space.codebooks)[:, :slots].reshape(-1) for one in codes]
         return [np.array([space.bos, space.audio_start, *one, space.audio_end], np.int32) for one in ids], hashes
 

@@ -19,14 +19,14 @@ from .bench import Bench
 from .suite import Row, Suite
 
 
-def evaluate(recipe: Recipe, folder: Path) -> dict[str, Any]:
+def evaluate(recipe: Recipe, folder: Path, training: Path | None = None) -> dict[str, Any]:
     """Runs the recipe's suites on the exported model in `folder`; RUN/eval.json holds the results by suite. Earlier
     results from other suites are kept if model and data are the same. Raises SodaError, before anything is measured, if
-    something that a suite needs is missing.
+    something that a suite needs is missing. training: as for Bench.
     """
     began = time.monotonic()
     suites = [SUITES[name] for name in dict.fromkeys(recipe.evaluate.suite)]
-    bench = Bench(recipe, folder)
+    bench = Bench(recipe, folder, training=training)
     for suite in suites:
         suite.check(bench)
     path = Path(recipe.run) / "eval.json"

@@ -86,7 +86,7 @@ def _held_out(bench: "Bench", row: dict[str, Any]) -> Recording:
 def of_folder(bench: "Bench", every: Sequence[Listed], language: str = "en") -> list[Recording]:
     """SodaError if one cannot be read."""
     sounds = [Sound(str(one.sound)) for one in every]
-    codes, hashes = encoded(sounds, bench.codec, Path(bench.recipe.evaluate.benchmarks), Path(bench.recipe.run))
+    codes, hashes = encoded(sounds, bench.codec, Path(bench.recipe.evaluate.benchmarks), bench.run)
 
     def reader(sound: Sound) -> Callable[[], np.ndarray]:
         return lambda: read_audio(sound, bench.codec.sample_rate, SECONDS)

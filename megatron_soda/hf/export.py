@@ -34,12 +34,11 @@ from ..training.checkpoint_stream import TensorReader
 from ..vocab import TokenSpace
 from .card import CARD, model_card
 from .compare import compare_logits, compare_tokenizer, example_documents
-from .load import CODEC, CODEC_FILES, CONFIG, DESCRIPTION, file_hashes, quiet_transformers, read_export
+from .load import CODEC, CODEC_FILES, CONFIG, DESCRIPTION, IMPORTED, file_hashes, quiet_transformers, read_export
 from .qwen3 import hf_config, our_shape, parts, shapes
 from .tokenizer import compare_samples, save_tokenizer
 from .weights import ShardWriter
 
-IMPORTED = "imported"  # in a run folder: tokenizer and codec of an imported model
 _FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -55,9 +54,10 @@ class Source:
     beside: Path  # the folder with the tokenizer and the codec
 
 
-def export(recipe: Recipe, folder: Path | None = None, to: Path | None = None) -> Path:
+def export(recipe: Recipe, folder: Path | None = None, to: Path | None = None, imported: Path | None = None) -> Path:
     """Writes the model `to` (RUN/hf) from the checkpoint `folder` (the newest) and returns it; skipped if it is there
-    already, of the content of that checkpoint and whole. What is in `to` is replaced.
+    already, of the content of that checkpoint and whole. What is in `to` is replaced. imported: where the tokenizer and
+    the codec of an imported model are (RUN/imported).
 
     Raises SodaError without a checkpoint, for one of another model, and if transformers' logits differ from ours.
     """
@@ -72,7 +72,7 @@ def export(recipe: Recipe, folder: Path | None = None, to: Path | None = None) -
     with reading(newest / "checkpoint.json", "not the description of a checkpoint"):
         step = int(read_json(newest / "checkpoint.json")["step"])
     key = export_key(newest, recipe)
-    beside = _beside(recipe)
+    beside = _beside(recipe, imported or run / IMPORTED)
     if _is_done(final, key, beside):
         console.print(f"{final}: step {step} is exported already, nothing to do")
         return final
@@ -98,8 +98,7 @@ def export_key(folder: Path, recipe: Recipe) -> str:
     return hashlib.sha256(json.dumps([checkpoint.identity(folder), *parts]).encode()).hexdigest()[:16]
 
 
-def _beside(recipe: Recipe) -> Path:
-    imported = Path(recipe.run) / IMPORTED
+def _beside(recipe: Recipe, imported: Path) -> Path:
     there = (recipe.data_folder / "test.json").is_file() or not imported.is_dir()
     return recipe.data_folder if there else imported
 

@@ -28,8 +28,7 @@ from ..tokenizer import FAILED, NAMES, NEITHER, TextTokenizer, data_tokenizer, e
 from ..training import checkpoint
 from ..training.checkpoint_stream import written
 from ..vocab import TokenSpace
-from .export import IMPORTED
-from .load import CODEC, CODEC_FILES, DESCRIPTION, file_hashes, quiet_transformers, read_export
+from .load import CODEC, CODEC_FILES, DESCRIPTION, IMPORTED, file_hashes, quiet_transformers, read_export
 from .qwen3 import EMBEDDING, HEAD, from_config, parts, shapes
 from .tokenizer import compare_samples, extend_tokenizer, save_tokenizer, split_tokenizer
 from .weights import Weights

@@ -18,6 +18,7 @@ from .qwen3 import EMBEDDING, HEAD, from_config, hf_config, shapes
 from .weights import Weights
 
 DESCRIPTION = "soda.json"
+IMPORTED = "imported"  # in a run folder: tokenizer and codec of an imported model
 CODEC = "codec"  # folder: beside the model's own, vLLM would take the codec's safetensors for some of them
 CODEC_FILES = (CODEC_DESCRIPTION, QUANTISER_FILE)
 CONFIG = (  # what of config.json makes another model of the same weights, or none

@@ -104,8 +104,10 @@ _begun: list[_Works] = []
 def _collected(*_: Any, **__: Any) -> Iterator[_Works]:
     """What megatron-core waits for later, if it does not wait at once: the exchanges begun inside."""
     _begun.append(_Works())
-    yield _begun[-1]
-    _begun.pop()
+    try:
+        yield _begun[-1]
+    finally:
+        _begun.pop()
 
 
 def _noted(exchange: Callable[..., Any]) -> Callable[..., Any]:

@@ -247,14 +247,19 @@ def together(device: "torch.device") -> Iterator[None]:
     share_problem(problem, device)
 
 
-def share_problem(problem: str, device: "torch.device") -> None:
-    """Raises SodaError on all ranks if any has a problem (empty: none)."""
+def any_rank(here: bool, device: "torch.device") -> bool:
+    """Whether it is so on any rank."""
     import torch
     import torch.distributed as dist
 
-    found = torch.tensor([float(bool(problem))], device=device)
+    found = torch.tensor([float(here)], device=device)
     dist.all_reduce(found, dist.ReduceOp.MAX)
-    if not found.item():
+    return bool(found.item())
+
+
+def share_problem(problem: str, device: "torch.device") -> None:
+    """Raises SodaError on all ranks if any has a problem (empty: none)."""
+    if not any_rank(bool(problem), device):
         return
     told = [json.loads(text) for text in gather(json.dumps([socket.gethostname(), problem]), device)]
     hosts, problems = [host for host, _ in told], [text for _, text in told]

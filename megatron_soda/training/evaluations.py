@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import IO
 
@@ -21,22 +22,57 @@ from ..parallel import preflight, ranks
 from ..registry import SUITES
 from ..run_folder import metrics_of
 from . import checkpoint
+from .stop import SIGNALS
 
-FOLDER, LOG = "evaluations", "log.txt"
+FOLDER, LOG, CHECK_LOG = "evaluations", "log.txt", "check.txt"
 _LOOK = 1.0  # seconds between looks at the other ranks
-_OF_THE_JOB = ("RANK", "LOCAL_", "GROUP_", "ROLE_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_")  # torchrun's variables
+_OF_THE_JOB = {  # torchrun's variables; it has more that begin with TORCHELASTIC_
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"),
+    *("ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT"),
+}
+# Finds the package where this process found it, and not in a folder of that name in the working directory.
+_MAIN = """
+import sys
+sys.path[:] = {path!r}
+from megatron_soda.training.stop import end_with
+end_with({parent})
+from megatron_soda.evaluation.during import main
+sys.exit(main())
+"""
 
 
-def check_suites(recipe: Recipe) -> None:
-    """Raises SodaError if a suite of evaluate.during_training cannot be measured, before the first step."""
+def check_suites(recipe: Recipe, device: torch.device) -> None:
+    """Raises SodaError if a suite of evaluate.during_training lacks what it needs, before the first step. All ranks
+    call this."""
     if not recipe.evaluate.every:
         return
-    with tempfile.TemporaryDirectory() as folder:
-        save_recipe(recipe, Path(folder) / "recipe.yaml")
-        with (Path(folder) / LOG).open("w") as output:
-            status = _start([folder], output).wait()
-        if status:
-            raise SodaError(_why(Path(folder) / LOG, status))
+    log_file = Path(recipe.run) / FOLDER / CHECK_LOG
+    with preflight.together(device), ExitStack() as stack:
+        process = None
+        try:
+            if ranks.is_first():
+                process = _start_check(recipe, log_file, stack)
+        finally:  # others wait in short collectives: one as long as a check could time out
+            while not preflight.any_rank(ranks.is_first() and (process is None or _ended(process)), device):
+                pass
+        if process is not None and process.returncode:
+            raise SodaError(_why(log_file, process.returncode))
+
+
+def _start_check(recipe: Recipe, log_file: Path, stack: ExitStack) -> subprocess.Popen:
+    folder = stack.enter_context(tempfile.TemporaryDirectory())
+    save_recipe(recipe, Path(folder) / "recipe.yaml")
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    return _start([folder], stack.enter_context(log_file.open("w")))
+
+
+def _ended(process: subprocess.Popen) -> bool:
+    """Waits up to a second."""
+    try:
+        process.wait(_LOOK)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
 
 
 def owed(recipe: Recipe, step: int, device: torch.device) -> bool:
@@ -72,7 +108,7 @@ class Evaluation:
     def _begin(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "eval.json").unlink(missing_ok=True)
-        shutil.rmtree(self.folder / EXPORT, ignore_errors=True)
+        self._remove_exports()
         save_recipe(recipe_in(self.folder, self.recipe), self.folder / "recipe.yaml")
         weights = checkpoint.folder_of(Path(self.recipe.run), self.step)
         with (self.folder / LOG).open("w") as output:
@@ -82,18 +118,22 @@ class Evaluation:
         """Waits up to a second."""
         if not self.starts or self._process is None:
             return self.starts
-        try:
-            self._process.wait(_LOOK)
-        except subprocess.TimeoutExpired:
-            return False
-        return True
+        return _ended(self._process)
+
+    def was_signalled(self) -> bool:
+        """Whether a signal to stop ended it."""
+        return self._process is not None and -(self._process.returncode or 0) in SIGNALS
+
+    def _remove_exports(self) -> None:
+        for left in self.folder.glob(f"{EXPORT}*"):
+            shutil.rmtree(left, ignore_errors=True)
 
     def __exit__(self, *_: object) -> None:
         if self._process is not None and self._process.poll() is None:
             self._process.kill()
             self._process.wait()
         if self.starts:
-            shutil.rmtree(self.folder / EXPORT, ignore_errors=True)
+            self._remove_exports()
 
     def figures(self) -> dict[str, float]:
         """By row of the suites (suite.figures_of). If it failed, warns and returns none: training goes on."""
@@ -113,10 +153,10 @@ class Evaluation:
 
 def _start(arguments: list[str], output: IO[str]) -> subprocess.Popen:
     """A process of one rank, on the first device of this host."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(_OF_THE_JOB)}
-    command = [sys.executable, "-m", "megatron_soda.evaluation.during", *arguments]
+    environment = {name: value for name, value in os.environ.items() if name not in _OF_THE_JOB}
+    environment = {name: value for name, value in environment.items() if not name.startswith("TORCHELASTIC_")}
     return subprocess.Popen(
-        command,
+        [sys.executable, "-c", _MAIN.format(path=sys.path, parent=os.getpid()), *arguments],
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=subprocess.STDOUT,

@@ -8,9 +8,11 @@ Does not import torch, because it starts before torch is loaded.
 """
 
 import contextlib
+import ctypes
 import os
 import select
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -18,6 +20,7 @@ from ..errors import say
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _LOOK = 1.0  # seconds between checks of the parent
+_PARENT_ENDED = 1  # prctl's PR_SET_PDEATHSIG
 
 
 class Stop:
@@ -103,6 +106,13 @@ def listening() -> Iterator[Stop]:
         thread.join()
         os.close(end)
         os.close(pipe)
+
+
+def end_with(parent: int) -> None:
+    """Ends this process with the one that started it, or at once if that one is gone already."""
+    ctypes.CDLL(None).prctl(_PARENT_ENDED, signal.SIGTERM)
+    if os.getppid() != parent:
+        sys.exit(1)
 
 
 def _leave_closed_outputs() -> None:

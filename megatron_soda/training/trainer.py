@@ -51,9 +51,7 @@ def train(recipe: Recipe) -> bool:
         if origin.step >= recipe.training.steps and not owed(recipe, origin.step, device):
             _say_done(recipe, origin)
             return True
-        with preflight.together(device):
-            if ranks.is_first():
-                check_suites(recipe)
+        check_suites(recipe, device)
         trainer = Trainer(recipe, corpora, origin, device, began)
         trainer.announce([rank_map] if dist.get_world_size() > 1 else [], notes)
         return trainer.run()
@@ -67,6 +65,7 @@ def _say_done(recipe: Recipe, origin: Origin) -> None:
 
 _FIRST_STEPS = 10  # if one of these is not finite, the checkpoint before them is to blame
 _MOST_RETURNS = 3
+_SIGNAL = 5.0  # seconds in which a signal to all processes of a job reaches each
 
 
 class Trainer:
@@ -129,7 +128,7 @@ class Trainer:
             log.info(f"note: {note}")
 
     def run(self) -> bool:
-        """Returns whether the last step was reached; if not, it was asked to stop, and has saved."""
+        """Returns whether all was done; if not, it was asked to stop, and has saved."""
         try:
             with listening() as stop, self.progress:
                 stop.phase = "stepping"
@@ -151,7 +150,7 @@ class Trainer:
         finally:
             if self.metrics:
                 self.metrics.close()
-        return self.end()
+        return self.end(stopping and owed(self.recipe, self.step, self.engine.device))
 
     def train_step(self) -> StepResult:
         """One optimizer step; `self.step` counts finished ones."""
@@ -198,9 +197,7 @@ class Trainer:
 
     def any_rank(self, asked: bool) -> bool:
         """Whether any rank was asked to stop; all ranks find out at the same step."""
-        flag = torch.tensor([float(asked)], device=self.engine.device)
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return bool(flag.item())
+        return preflight.any_rank(asked, self.engine.device)
 
     def check_stores(self, stopping: bool) -> None:
         """Raises SodaError on all ranks if a store was overwritten during the run, before anything is logged or
@@ -246,18 +243,22 @@ class Trainer:
         ):
             while not (stopping := self.any_rank(stop.asked)) and not self.any_rank(evaluation.done()):
                 place.move("evaluate")
+            if not stopping and evaluation.was_signalled():
+                stop.wait(_SIGNAL)  # whoever stops the whole job signals this process, too
+            stopping = stopping or self.any_rank(stop.asked)
         if self.metrics and stopping:
             log.info(f"step {self.step} was not evaluated to the end")
-        elif self.metrics and (figures := evaluation.figures()):
-            self.metrics.write(self.step, {"evaluation": figures})
+        elif self.metrics:  # empty if it failed, so that it is not tried again at every start
+            self.metrics.write(self.step, {"evaluation": evaluation.figures()})
         return stopping
 
-    def end(self) -> bool:
+    def end(self, stopped: bool) -> bool:
+        """stopped: before the last step, or before its evaluation."""
         if self.metrics:
             record_timing(self.run_folder, "train", {"seconds": time.monotonic() - self.began}, add=True)
-            if self.step < self.t.steps:
+            if stopped or self.step < self.t.steps:
                 log.info(f"Stopped at step {self.step} and saved. The same command resumes from there.")
-        return self.step >= self.t.steps
+        return self.step >= self.t.steps and not stopped
 
     def rate(self, step: int) -> float:
         return rate_at(step, self.settings, self.origin.branch.step)

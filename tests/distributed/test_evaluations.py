@@ -165,7 +165,7 @@ def test_one_that_fails_is_told_of_and_training_goes_on(pool, data, evaluated, t
     said = pool.run(1, failing, str(run), str(data), timeout=LONG)[0]
     assert "step 6 could not be evaluated, training goes on: " in said
     assert f"{run}/checkpoints/step_00000006" in said
-    assert list(evaluations(run)) == []
+    assert evaluations(run) == {6: {}}
     assert len(metrics(run)) == len(metrics(evaluated["one"]))
 
 
@@ -202,6 +202,7 @@ def test_what_cannot_be_measured_is_refused_before_the_first_step(pool, data, tm
             timeout=LONG,
         )
     assert not (tmp_path / "metrics.jsonl").exists()
+    assert "test.parquet" in (tmp_path / "evaluations" / "check.txt").read_text()
 
 
 def test_soda_validate_refuses_it_too(data, tmp_path, monkeypatch):

@@ -166,7 +166,13 @@ def test_mistakes_in_a_study(tmp_path, changes, message):
 
 
 def test_what_is_no_study(tmp_path):
-    for name, text in (("a.yaml", "- 1"), ("b.yaml", "a: ["), ("d.yaml", "name: a\nname: b\n"), ("c.csv", "")):
+    for name, text in (("a.yaml", "- 1"), ("b.yaml", "a: ["), ("c.csv", "")):
         (tmp_path / name).write_text(text)
         with pytest.raises(SodaError, match=name):
             load_study(tmp_path / name)
+
+
+def test_a_key_twice_in_a_study(tmp_path):
+    (tmp_path / "d.yaml").write_text("name: a\nname: b\n")
+    with pytest.raises(SodaError, match=r"d\.yaml.*line 2: name is duplicated"):
+        load_study(tmp_path / "d.yaml")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from ...files import atomic_path, reading
 from ...registry import SUITES
 from ..suite import Row, Suite
 
@@ -48,7 +49,8 @@ class Nll(Suite):
     def measure(self, bench: "Bench") -> dict[str, Any]:
         test, train = bench.data
         documents, kept = bench.recipe.evaluate.documents, Path(bench.recipe.run) / "evaluate" / "nll.jsonl"
-        result = evaluate_nll(bench.model, test, train, documents, bench.softmax, kept=kept)
+        counted = unigram(train) if bench.training is None else kept_unigram(train, bench.training / "evaluations")
+        result = evaluate_nll(bench.model, test, train, documents, bench.softmax, kept=kept, baseline=counted)
         return result | {"head_rows": bench.recipe.training.head_rows} | self._rates(result, bench)
 
     def _rates(self, result: Mapping[str, Any], bench: "Bench") -> dict[str, float]:
@@ -120,14 +122,37 @@ def unigram(store: "Store") -> np.ndarray:
     return -np.log(counts / totals[classes])
 
 
+def kept_unigram(store: "Store", folder: Path) -> np.ndarray:
+    """The same, counted once: kept in `folder`. SodaError if what is there is damaged."""
+    path = folder / f"unigram-{store.fingerprint}.npy"
+    if not path.is_file():
+        table = unigram(store)
+        with atomic_path(path) as temporary, temporary.open("wb") as file:
+            np.save(file, table, allow_pickle=False)
+        return table
+    with reading(path, "not a table of token frequencies; remove it, and they are counted again"):
+        table = np.load(path, allow_pickle=False)
+        if table.shape != (store.space.size,) or table.dtype != np.float64:
+            raise ValueError(f"{table.dtype} {table.shape}")
+    return table
+
+
 def evaluate_nll(
-    model: "LoadedModel", test: "Store", train: "Store", documents: int = 0, softmax: str = "all", *, kept: Path
+    model: "LoadedModel",
+    test: "Store",
+    train: "Store",
+    documents: int = 0,
+    softmax: str = "all",
+    *,
+    kept: Path,
+    baseline: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Teacher-forced NLL of every token after BOS, for each document separately, truncated at the model's context
     length.
 
     documents: how many of `test` to use; 0: all. softmax: "all" or "legal", whose nats of single documents the result
     keeps for `soda compare`. kept: a file for the sums of every document, from which an interrupted evaluation goes on.
+    baseline: `unigram(train)`, if it is known.
     Returns {"classes": {name: row}, "acoustic_mean": row, "all": row, ..}. A row has the
     number of tokens, and nats and bits: `model` of the softmax over all tokens, `legal` of the one over those that the
     grammar allows (model minus legal is -log of their share), and of the unigram.
@@ -137,7 +162,7 @@ def evaluate_nll(
     names, longest = model.space.class_names, context_of(model)
     count = min(documents, len(test)) if documents else len(test)
     chosen = [test.document(i)[:longest] for i in range(count)]
-    of_each = _sums(model, test.slots, chosen, unigram(train), kept)
+    of_each = _sums(model, test.slots, chosen, unigram(train) if baseline is None else baseline, kept)
     sums = of_each.sum(0)
     rows = {name: _row(*sums[:, i]) for i, name in enumerate(names) if sums[0, i]}
     acoustic = [rows[name] for name in names[3:] if name in rows]
