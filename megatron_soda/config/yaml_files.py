@@ -40,11 +40,12 @@ class UniqueKeys(yaml.SafeLoader):
 
 
 def _mappings(node: yaml.Node) -> list[yaml.MappingNode]:
-    every = node.value if isinstance(node, yaml.SequenceNode) else [node]
-    for one in every:
+    found: list[yaml.MappingNode] = []
+    for one in node.value if isinstance(node, yaml.SequenceNode) else [node]:
         if not isinstance(one, yaml.MappingNode):
             raise yaml.constructor.ConstructorError(None, None, f"line {one.start_mark.line + 1}: << needs a mapping")
-    return every
+        found.append(one)
+    return found
 
 
 def _name(key: yaml.Node) -> tuple[str, str] | int:
