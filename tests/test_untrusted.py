@@ -138,7 +138,7 @@ def test_a_model_does_not_decide_where_results_go(exported, tmp_path):
 
 def test_codec_json_does_not_decide_what_is_downloaded(tmp_path, monkeypatch):
     loaded: list[str | None] = []
-    monkeypatch.setattr(description, "load_codec", lambda spec, path=None, codebooks=None: loaded.append(path))
+    monkeypatch.setattr(description, "load_codec", lambda spec, path=None, codebooks=None, **_: loaded.append(path))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     for path in ("somebody/else", "../somewhere", "kyutai/mimi/../../else"):
         with pytest.raises(SodaError, match=r"codec\.json"):
