@@ -8,12 +8,13 @@ import pytest
 from megatron_soda.codecs.description import read_description
 from megatron_soda.data.units import write_units
 from megatron_soda.errors import SodaError
-from megatron_soda.evaluation import likelihood
+from megatron_soda.evaluation import likelihood, translations
 from megatron_soda.evaluation.bench import Bench
 from megatron_soda.evaluation.compare import compare
 from megatron_soda.evaluation.run import evaluate
 from megatron_soda.evaluation.suites import s2st
-from megatron_soda.evaluation.suites.s2st import Pair, Side, SpeechTranslation, Written
+from megatron_soda.evaluation.suites.s2st import SpeechTranslation
+from megatron_soda.evaluation.translations import Pair, Side, Written
 from megatron_soda.files import write_json
 from megatron_soda.inference import decoder, sample
 from megatron_soda.inference.task import Prompt
@@ -73,7 +74,7 @@ def test_figures_are_those_of_a_loop_over_documents(exported, monkeypatch):
     bench = Bench(exported.recipe(), exported.folder)
     result = SpeechTranslation().measure(bench)
     assert (result["pairs"], result["left_out"]) == (8, 1)
-    chosen = s2st.with_partners(s2st.pairs_of(bench), bench.recipe.seed, CONTEXT + 1)
+    chosen = s2st.with_partners(translations.pairs_of(bench), bench.recipe.seed, CONTEXT + 1)
     assert [own.id for own, _ in chosen] == [entry["id"] for entry in result["texts"]]
     space, scorer = bench.model.space, likelihood.Likelihood(bench.model, 4)
     sums = {part: np.zeros(3) for part in s2st.PARTS}
@@ -164,7 +165,7 @@ def test_a_model_that_translates_is_right_and_one_that_knows_nothing_is_not(expo
             found.append(SimpleNamespace(ids=[*prompt.ids, *more, s.text_end]))
         return found
 
-    languages = {tuple(p.source.audio[:4].tolist()): p.source.language for p in s2st.pairs_of(bench)}
+    languages = {tuple(p.source.audio[:4].tolist()): p.source.language for p in translations.pairs_of(bench)}
     monkeypatch.setattr(sample, "sample", write)
     monkeypatch.setattr(decoder, "Decoder", lambda model: SimpleNamespace(context=CONTEXT))
     for logits, share, missed in ((knows, 0.0, 0.0), (knows_nothing, 1.0, 0.75)):
@@ -176,6 +177,22 @@ def test_a_model_that_translates_is_right_and_one_that_knows_nothing_is_not(expo
         assert gains[0] > 0.1 if share == 0 else gains[0] == pytest.approx(0, abs=1e-6)
         assert gains[1] == pytest.approx(0, abs=1e-6)  # this one listens to its texts only
         assert result["texts"][0]["written"] == (result["texts"][0]["texts"] if share == 0 else ["?", "?"])
+
+
+def test_texts_are_written_once(exported, monkeypatch):
+    more_rows(exported)
+    bench = Bench(exported.recipe(), exported.folder)
+    pairs = translations.pairs_of(bench)
+    first = translations.write_texts(bench, pairs[:3])  # a batch
+    original, batches = translations._write, []
+    monkeypatch.setattr(translations, "_write", lambda *given: batches.append(given[-1]) or original(*given))
+    every = translations.write_texts(bench, pairs)  # goes on after an interruption
+    assert [len(some) for some in batches] == [3, 2]
+    assert every[:3] == first
+    assert translations.write_texts(bench, pairs) == every
+    assert len(batches) == 2
+    translations.write_texts(bench, [*pairs[:2], Pair("other", pairs[2].source, side("fr", "o"))])  # another language
+    assert len(batches) == 3
 
 
 def test_scores_that_are_equal_share_the_choice():
@@ -206,4 +223,4 @@ def test_what_cannot_be_measured_is_refused(exported):
 
 @pytest.fixture(autouse=True)
 def _quiet(monkeypatch):
-    monkeypatch.setattr(s2st, "AT_ONCE", 3)
+    monkeypatch.setattr(translations, "AT_ONCE", 3)

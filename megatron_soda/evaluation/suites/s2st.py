@@ -2,7 +2,7 @@
 it writes on the way (paper, section 9)."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,13 +11,12 @@ from ...errors import SodaError
 from ...registry import SUITES
 from ..bootstrap import intervals, resampled
 from ..suite import Row, Suite, row_of_gain
+from ..translations import Pair, Side, Written, document, pairs_of, write_texts
 
 if TYPE_CHECKING:
-    from ...vocab import TokenSpace
     from ..bench import Bench
 
 CHOICES = 50  # translations that a source is matched with
-AT_ONCE = 32  # sources whose texts are written together
 PARTS = {  # what is predicted, and what is wrong in the comparison
     "audio": "The translation's sound; sound and texts of another source",
     "audio_own_texts": "The translation's sound; only the sound of another source",
@@ -28,27 +27,6 @@ TEXTS = {
     "target_text": "Share of translations not written exactly, after the model's own source text",
     "chain": "Share of sources with an error in either text",
 }
-
-
-@dataclass(frozen=True)
-class Side:
-    """One side of a pair. `text`: ids, with the language's tag; `audio`: ids of whole frames."""
-
-    text: np.ndarray
-    audio: np.ndarray
-    said: str
-    language: str
-
-
-@dataclass(frozen=True)
-class Pair:
-    id: str
-    source: Side
-    target: Side
-
-    @property
-    def direction(self) -> str:
-        return f"{self.source.language}-{self.target.language}"
 
 
 @SUITES.register
@@ -142,29 +120,7 @@ class SpeechTranslation(Suite):
         return {key: result[key] for key in ("pairs", "left_out", "softmax", "texts") if key in result}
 
 
-# ---- pairs
-
-
-def pairs_of(bench: "Bench") -> list[Pair]:
-    """The first evaluate.documents held-out translations that the model's context has room for."""
-    from ...data.units import translations
-    from ...inference.tasks.translate import tag
-    from ...tokenizer import clean_text
-    from ..likelihood import context_of
-
-    text, space = bench.model.text, bench.model.space
-
-    def side(row: Mapping[str, Any]) -> Side:
-        words = clean_text(row["text"], space)  # as in the documents it was trained on
-        ids = text.encode(tag(row["language"]) + words)
-        said = text.decode(text.encode(words))  # as the model would write it
-        return Side(np.array(ids, np.int32), space.audio_ids(row["codes"]), said, row["language"])
-
-    found = translations(bench.utterances)
-    pairs = [Pair(source["id"], side(source), side(target)) for source, target in found]
-    longest = context_of(bench.model)
-    fitting = [pair for pair in pairs if len(document(pair, pair.target, space)[0]) <= longest]
-    return fitting[: bench.recipe.evaluate.documents or len(fitting)]
+# ---- partners
 
 
 def with_partners(pairs: Sequence[Pair], seed: int, longest: int) -> list[tuple[Pair, Pair]]:
@@ -198,17 +154,6 @@ def with_partners(pairs: Sequence[Pair], seed: int, longest: int) -> list[tuple[
             cut = replace(other.source, audio=other.source.audio[: len(own.source.audio)])
             found.append((own, replace(other, source=cut)))
     return found
-
-
-def document(given: Pair, target: Side, space: "TokenSpace", texts: Pair | None = None) -> tuple[np.ndarray, int, int]:
-    """The ids: the source's sound and both texts of `given` (or the texts of `texts`), then the target's sound; and
-    where the first text and the target's sound begin, with their markers."""
-    texts = texts or given
-    sound = [space.bos, space.audio_start, *given.source.audio, space.audio_end]
-    written = [mark for side in (texts.source, texts.target) for mark in (space.text_start, *side.text, space.text_end)]
-    translation = [space.audio_start, *target.audio, space.audio_end, space.eos]
-    ids = np.array([*sound, *written, *translation], np.int32)
-    return ids, len(sound), len(sound) + len(written)
 
 
 # ---- likelihood
@@ -254,55 +199,6 @@ def _part(right: np.ndarray, wrong: np.ndarray, counts: np.ndarray) -> dict[str,
         "gain_low": low,
         "gain_high": high,
     }
-
-
-# ---- what the model writes
-
-
-@dataclass(frozen=True)
-class Written:
-    """What the model writes after a source, without languages' tags: `said`; and the ids up to there."""
-
-    said: tuple[str, str]
-    ids: list[int]
-
-
-def write_texts(bench: "Bench", pairs: Sequence[Pair]) -> list[Written]:
-    """Both texts, always the likeliest token. The model is told only the language to translate to."""
-    from ...inference.decoder import Decoder
-    from ...inference.sample import Constraint, sample
-    from ...inference.task import Material
-    from ...inference.tasks.translate import LANGUAGE, Translate
-
-    space, text, task = bench.model.space, bench.model.text, Translate()
-    decoder, constraint = Decoder(bench.model.model), Constraint(space, bench.model.device)
-    found: list[Written] = []
-    for begin in range(0, len(pairs), AT_ONCE):
-        some = pairs[begin : begin + AT_ONCE]
-        materials = [
-            Material(
-                *(space, text.encode, 1.0, decoder.context, decoder.context),
-                codes=space.codes(pair.source.audio),
-                to=pair.target.language,
-            )
-            for pair in some
-        ]
-        prompts = [task.prompt(material) for material in materials]
-        said: list[list[str]] = [[] for _ in some]
-        for _ in range(2):
-            results = sample(decoder, constraint, prompts, temperature=0)
-            for i, (prompt, result) in enumerate(zip(prompts, results, strict=True)):
-                said[i].append(text.decode(t for t in result.ids[len(prompt.ids) :] if t < space.text_size))
-            following = [
-                task.then(*one, result.ids, said[i][-1])
-                for i, (one, result) in enumerate(zip(zip(materials, prompts, strict=True), results, strict=True))
-            ]
-            prompts = [prompt for prompt in following if prompt]
-        found += [
-            Written((LANGUAGE.sub("", texts[0], count=1), texts[1]), prompt.ids[:-1])
-            for texts, prompt in zip(said, prompts, strict=True)
-        ]
-    return found
 
 
 def mistakes(pairs: Sequence[Pair], written: Sequence[Written]) -> np.ndarray:
