@@ -29,7 +29,7 @@ class Evaluate:
     benchmarks: str = ""
     """Folder of the benchmarks: each in a subfolder of its name (docs/evaluation.md)."""
     judges: list[str] = field(default_factory=lambda: ["whisper", "resemblyzer"])
-    """Who judges sounds, in the suites asr, tts and continuation: NAME or NAME:MODEL, as in whisper:some/folder."""
+    """Who judges sounds, in asr, tts, continuation and translation: NAME or NAME:MODEL, as in whisper:some/folder."""
     shots: CountOrZero = 0
     """Examples that precede each recording in the suite asr."""
     generations: CountOrZero = 100

@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .spoken import SYSTEMS, Figures, cosines, scores
+from .spoken import SYSTEMS, Figures, Values, cosines, scores
 
 if TYPE_CHECKING:
     from ..inference.own import Answer
     from .bench import Bench
+    from .judge import Judge
     from .panel import Lazy
     from .speech_files import Recording
 
@@ -68,28 +69,40 @@ class Sounds:
         rate = self.bench.codec.sample_rate
         return self.bench.panel.judged(sounds, rate, self.languages, f"{self.suite}: {what}", measures)
 
-    def heard(self) -> dict[str, list[str | None]]:
-        """What the recogniser hears; None: there is no recording. Empty without a recogniser."""
+    def heard(self, state: Sequence[str] = ()) -> dict[str, list[str | None]]:
+        """What the recogniser hears; None: there is no recording. Empty without a recogniser. state: of the model's
+        generations; in one that did not end by itself nothing counts as heard."""
         judges = self.bench.panel.that("words")
         if not judges:
             return {}
         found = {system: list(verdicts[judges[0].name]) for system, verdicts in self.verdicts.items()}
-        return {system: [t or "" for t in texts] if system != "original" else texts for system, texts in found.items()}
+        found |= {system: [text or "" for text in found[system]] for system in SYSTEMS[1:]}
+        if state:
+            found["model"] = [t if one == ENDED else "" for t, one in zip(found["model"], state, strict=True)]
+        return found
 
     def figures(self, figures: Figures, references: Sequence["Lazy"], reference: str) -> None:
         """Adds how near the voices are to those of `references`, and how good everything sounds. A generation without
         sound counts as the worst."""
+        self.voices(figures, references, reference, "similarity")
+        for judge in self.bench.panel.that("quality"):
+            columns = {system: scores(*self._of(judge, system)) for system in SYSTEMS}
+            figures.mean(f"quality, {judge.name}", judge.about, columns)
+
+    def voices(self, figures: Figures, references: Sequence["Lazy"], reference: str, name: str) -> None:
+        """Adds rows NAME, JUDGE: how near the voices are to those of `references`."""
         given = self.judged(references, reference, ["voice"])
-        for judge in self.bench.panel.judges:
-            worst = {system: None if system == "original" else judge.worst for system in SYSTEMS}
-            of_it = {system: self.verdicts[system][judge.name] for system in SYSTEMS}
-            if judge.measures == "voice":
-                columns = {system: cosines(of_it[system], given[judge.name], worst[system]) for system in SYSTEMS}
-                meaning = f"{judge.about} to {reference}; 0 without sound"
-                figures.mean(f"similarity, {judge.name}", meaning, columns, of=1.0)
-            elif judge.measures == "quality":
-                columns = {system: scores(of_it[system], worst[system]) for system in SYSTEMS}
-                figures.mean(f"quality, {judge.name}", judge.about, columns)
+        for judge in self.bench.panel.that("voice"):
+            columns: dict[str, Values | None] = {}
+            for system in SYSTEMS:
+                verdicts, worst = self._of(judge, system)
+                columns[system] = cosines(verdicts, given[judge.name], worst)
+            meaning = f"{judge.about} to {reference}; 0 without sound"
+            figures.mean(f"{name}, {judge.name}", meaning, columns, of=1.0)
+
+    def _of(self, judge: "Judge", system: str) -> tuple[list[Any], float | None]:
+        """A column's verdicts, and what an item without sound counts as."""
+        return self.verdicts[system][judge.name], None if system == "original" else judge.worst
 
     def players(self) -> dict[str, Callable[[int], np.ndarray]]:
         """By column, the sound of an item."""

@@ -1,5 +1,5 @@
-"""Recordings with what is said in them, for recognition, synthesis and continuation: folders in the layouts in which
-they are published, or the held-out utterances."""
+"""Recordings with what is said in them, for the suites of spoken sound: folders in the layouts in which they are
+published, or the held-out utterances."""
 
 import hashlib
 from collections import Counter
@@ -12,6 +12,7 @@ import numpy as np
 
 from ..audio.reading import read_audio
 from ..audio.sound import Sound
+from ..data.units import translations
 from ..errors import SodaError
 from ..files import read_json, reading
 from .codes import encoded
@@ -69,6 +70,17 @@ def held_out(bench: "Bench", rows: Iterable[dict[str, Any]], needs_text: bool) -
     if not found:
         raise SodaError(
             f"{bench.recipe.data_folder}: no held-out utterance has {'a transcript' if needs_text else 'sound'}"
+        )
+    return found
+
+
+def translated(bench: "Bench", suite: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """The held-out sources with their translations. SodaError if there are none."""
+    found = translations(bench.utterances)
+    if not found:
+        raise SodaError(
+            f"{bench.recipe.data_folder}: the {bench.recipe.evaluate.split} split has no recording of two utterances "
+            f"with transcripts and languages, a source and its translation. Leave {suite} out of evaluate.suite."
         )
     return found
 

@@ -1,5 +1,5 @@
-"""What the suites of recognition, synthesis and continuation share: figures of three columns, one for the recordings,
-one for what the codec makes of them, which is the best that a model could reach, and one for the model."""
+"""What the suites of recognition, synthesis, continuation and translation share: figures of three columns, one for the
+recordings, one for what the codec makes of them, which is the best that a model could reach, and one for the model."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +33,14 @@ class SpokenSuite(Suite):
         if bench.slots < bench.model.space.codebooks:
             raise SodaError(f"{self.name}: a model of semantic codes alone makes no sound that could be judged")
         _ = bench.panel
+
+    def normalisers(self, bench: "Bench") -> dict[str, str]:
+        """Of what is heard in generated speech; none are needed without a recogniser. SodaError if one is not
+        installed."""
+        from .words import check_whisper
+
+        authors = {"authors": "lower case, punctuation but apostrophes removed (version 1)"}
+        return authors | {"whisper": check_whisper()} if bench.panel.that("words") else {}
 
     def rows(self, result: Mapping[str, Any]) -> list[Row]:
         return [
@@ -114,6 +122,7 @@ def error_figures(
     languages: Sequence[str],
     columns: Mapping[str, Heard],
     order: Sequence[str] = ("corpus", "utterance"),
+    title: str = "WER",
 ) -> np.ndarray:
     """Adds the word error rates by each normaliser, over all words (corpus) and as the mean over the utterances.
     Returns the model's in each item, by the first normaliser."""
@@ -128,7 +137,9 @@ def error_figures(
         }
         for kind in order:
             meaning = "wrong words / words" if kind == "corpus" else "mean over the utterances"
-            figures.mean(f"WER {kind}, {name}", f"{meaning}, with the {name} normaliser; lower is better", rates[kind])
+            figures.mean(
+                f"{title} {kind}, {name}", f"{meaning}, with the {name} normaliser; lower is better", rates[kind]
+            )
         if not len(first):
             first = rates["utterance"]["model"][0]  # pyright: ignore[reportOptionalSubscript]
     return first

@@ -39,7 +39,7 @@ class Synthesis(SpokenSuite):
 
     def check(self, bench: "Bench") -> None:
         super().check(bench)
-        self._normalisers(bench)
+        self.normalisers(bench)
         self._asks(bench)
 
     def _asks(self, bench: "Bench") -> tuple[str, list[Ask]]:
@@ -54,13 +54,6 @@ class Synthesis(SpokenSuite):
             Ask(one.name, one.text, one.language, _voice(one, every, bench.studio.frame_rate), one) for one in every
         ]
         return f"held-out utterances ({settings.split})", chosen(asks, settings.documents)
-
-    def _normalisers(self, bench: "Bench") -> dict[str, str]:
-        """None are needed without a recogniser. SodaError if one is not installed."""
-        from ..words import check_whisper
-
-        authors = {"authors": "lower case, punctuation but apostrophes removed (version 1)"}
-        return authors | {"whisper": check_whisper()} if bench.panel.that("words") else {}
 
     def measure(self, bench: "Bench") -> dict[str, Any]:
         import numpy as np
@@ -81,7 +74,7 @@ class Synthesis(SpokenSuite):
             "model": [lambda one=one: of_answer(bench, one) for one in answers],
         }
         sounds = Sounds(bench, self.name, columns, languages)
-        heard, rank = _heard(asks, sounds.heard(), [one == ENDED for one in state]), np.array([], float)
+        heard, rank = _heard(asks, sounds.heard(state)), np.array([], float)
         if heard:
             normalisers = {"authors": words.authors_synthesis, "whisper": words.whisper}
             rank = error_figures(figures, normalisers, languages, heard, ("utterance", "corpus"))
@@ -94,7 +87,7 @@ class Synthesis(SpokenSuite):
         ]
         rank = rank if len(rank) else np.array([float(one != ENDED) for one in state])
         parts = [part for ask in asks for part in (ask.name, ask.text, ask.voice.digest if ask.voice else "")]
-        fixed = {"judges": bench.panel.identities, "normalisers": self._normalisers(bench)}
+        fixed = {"judges": bench.panel.identities, "normalisers": self.normalisers(bench)}
         return {
             **figures.result(),
             "source": source,
@@ -107,13 +100,9 @@ class Synthesis(SpokenSuite):
         }
 
 
-def _heard(asks: Sequence[Ask], heard: dict[str, list[str | None]], ended: Sequence[bool]) -> dict[str, "Heard"]:
-    """Whatever is in a sound that was cut off: all words are wrong."""
+def _heard(asks: Sequence[Ask], heard: dict[str, list[str | None]]) -> dict[str, "Heard"]:
     from ..spoken import Heard
 
-    if not heard:
-        return {}
-    heard["model"] = [text if whole else "" for text, whole in zip(heard["model"], ended, strict=True)]
     recorded = [ask.truth.text for ask in asks]
     said = {"original": recorded, "codec": recorded, "model": [ask.text for ask in asks]}
     return {system: Heard(said[system], texts) for system, texts in heard.items()}
