@@ -22,15 +22,15 @@ PACK=${PACK:-.gpu} OUT=$(realpath -m "${OUT:-runs/gpu${rehearse:+_rehearsal}}") 
 DATA=${DATA:-$PACK/data} site=$(realpath -m "$PACK/site")
 export PYTHONPATH=$PWD:$site:${PYTHONPATH:-} PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 unset LD_BIND_NOW  # with it Transformer Engine's library does not load
-device=cuda
-if [ $rehearse ]; then device=cpu CUDA_VISIBLE_DEVICES=''; export CUDA_VISIBLE_DEVICES; fi
+device=cuda slow=1
+if [ $rehearse ]; then device=cpu slow=6 CUDA_VISIBLE_DEVICES=''; export CUDA_VISIBLE_DEVICES; fi
 mkdir -p "$OUT"
 card=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1)
 [ -e "$OUT/card" ] || echo "$card" >"$OUT/card"
 if [ "$card" != "$(cat "$OUT/card")" ]; then echo "error: $OUT is of another card: $(cat "$OUT/card")" >&2; exit 2; fi
 
 step() { # NAME SECONDS COMMAND...: its output in OUT/NAME.log, its last line in results.jsonl if that is JSON
-  local name=$1 limit=$2 began=$SECONDS left=$((part_end - SECONDS)) status last
+  local name=$1 limit=$(($2 * slow)) began=$SECONDS left=$((part_end - SECONDS)) status last
   shift 2
   if [ -e "$OUT/$name.done" ]; then return; fi
   if [ $left -lt 20 ]; then echo "== $name: no time left in this part; run it again"; return; fi
@@ -186,6 +186,6 @@ for part; do
   esac
 done
 for part; do
-  part_end=$((SECONDS + 520))
+  part_end=$((SECONDS + 520 * slow))
   "part_$part"
 done
