@@ -2,9 +2,14 @@
 
 import functools
 import json
+import os
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -19,7 +24,12 @@ from megatron_soda.files import write_json
 from . import executor
 from .index import Shard, digest, read_index
 
-SECONDS_AT_ONCE = 300.0  # of audio in memory, on top of one piece
+SECONDS_AT_ONCE = 300.0  # of audio in memory, on top of what is being decoded
+SECONDS_FOR_A_GPU = 1800.0  # so that there are enough waves of each length to fill its batches
+MOST_DECODERS = 8  # threads beside a codec on a GPU
+IN_FLIGHT = 64  # recordings that they decode at once, a piece of each ahead
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -55,7 +65,7 @@ def encode_shard(job: EncodeJob) -> int:
     """Writes part-NUMBER.rejects.json, then the unit shard. Returns how many of its utterances were rejected."""
     codec = _codec(json.dumps(job.codec.arguments, sort_keys=True), executor.device)
     utterances = [utterance for utterance, _ in read_index(job.shard)]
-    encoder = _Encoder(codec)
+    encoder = _Encoder(codec, SECONDS_AT_ONCE if executor.device == "cpu" else SECONDS_FOR_A_GPU)
     rejects, seconds = [], dict[int, float]()
     numbers: dict[Sound, list[int]] = {}  # a pair of translations repeats the sounds of others
     for number, u in enumerate(utterances):
@@ -98,8 +108,8 @@ def _decoded(sounds: list[Sound], codec: Codec, job: EncodeJob) -> Iterator[tupl
     """The pieces of each recording, by number. Iterating over those of a bad recording raises BadAudio."""
     shape = codec.sample_rate, codec.samples_per_frame
     if job.decoder == "soundfile":
-        for number, sound in enumerate(sounds):
-            yield number, read_pieces(sound, *shape, trim=job.trim)
+        streams = (read_pieces(sound, *shape, trim=job.trim) for sound in sounds)
+        yield from enumerate(ahead(streams, _decoders()))
         return
     from megatron_soda.audio import dali
 
@@ -108,11 +118,50 @@ def _decoded(sounds: list[Sound], codec: Codec, job: EncodeJob) -> Iterator[tupl
         yield from enumerate(decoder.decode(sounds[start : start + dali.BATCH]), start)
 
 
+def _decoders() -> int:
+    """Threads that decode while the codec encodes. None on a CPU, whose cores all encode."""
+    if executor.device == "cpu":
+        return 0
+    import torch
+
+    return min(MOST_DECODERS, max(1, len(os.sched_getaffinity(0)) // torch.cuda.device_count()))
+
+
+def ahead(streams: Iterable[Iterator[Item]], threads: int) -> Iterator[Iterator[Item]]:
+    """The same streams and items in the same order, with an item of each of IN_FLIGHT streams taken ahead by the
+    threads. A stream must be read to its end, or given up, before the next. No threads: the streams as they are."""
+    if not threads:
+        yield from streams
+        return
+    end: object = object()
+    pool, waiting = ThreadPoolExecutor(threads), iter(streams)
+    started: deque[tuple[Iterator[Item], Future]] = deque()
+
+    def start(count: int) -> None:
+        for stream in islice(waiting, count):
+            started.append((stream, pool.submit(next, stream, end)))
+
+    def items(stream: Iterator[Item], future: Future) -> Iterator[Item]:
+        while (item := future.result()) is not end:
+            future = pool.submit(next, stream, end)
+            yield item
+
+    try:
+        start(IN_FLIGHT)
+        while started:
+            first = started.popleft()
+            start(1)
+            yield items(*first)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 class _Encoder:
     """Encodes many pieces at a time and joins the codes of an utterance's pieces."""
 
-    def __init__(self, codec: Codec) -> None:
+    def __init__(self, codec: Codec, seconds_at_once: float) -> None:
         self._codec = codec
+        self._most = seconds_at_once * codec.sample_rate  # samples
         self._waiting: list[tuple[int, np.ndarray]] = []
         self._samples = 0
         self._codes: dict[int, list[np.ndarray]] = {}
@@ -120,7 +169,7 @@ class _Encoder:
     def add(self, number: int, piece: np.ndarray) -> None:
         self._waiting.append((number, piece))
         self._samples += len(piece)
-        if self._samples > SECONDS_AT_ONCE * self._codec.sample_rate:
+        if self._samples > self._most:
             self._encode()
 
     def drop(self, number: int) -> None:

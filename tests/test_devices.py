@@ -131,6 +131,21 @@ def a_tensor_of_the_cpu(run: Path, data: Path) -> str:
     return ""
 
 
+def copies(marks: Any) -> list[Any]:
+    """What a batch copies to the device."""
+    import numpy as np
+
+    from megatron_soda.data.batch import Batcher
+    from megatron_soda.data.windows import Window
+    from tests.helpers import SPACE
+
+    batcher, ids = Batcher(SPACE, device="cuda"), np.full(33, SPACE.eos, np.int32)
+    marks.copied.clear()
+    batch = batcher([Window(ids, 32, np.ones(32, np.float32))] * 2)
+    assert batch.tokens.is_cuda
+    return list(marks.copied)
+
+
 def exported(folder: Path) -> Any:
     """A tiny model, and its evaluation, samples and answers."""
     from megatron_soda.codecs import description
@@ -209,7 +224,7 @@ def work(out: Path, full: bool) -> None:
     from tests.fakes import transformer_engine_fake
     from tests.fakes.device_fake import pretended
 
-    with tempfile.TemporaryDirectory() as name, pretended():
+    with tempfile.TemporaryDirectory() as name, pretended() as marks:
         transformer_engine_fake.install()
         import torch
 
@@ -227,6 +242,8 @@ def work(out: Path, full: bool) -> None:
         if full:
             results["not ahead"] = attempt(not_ahead, folder / "not_ahead", data)
             results["a tensor of the CPU"] = attempt(a_tensor_of_the_cpu, folder / "broken", data)
+        else:
+            results["copies"] = attempt(copies, marks)
         tiny = exported(folder)
         for function in (evaluate, generate) if full else (own,):
             results[function.__name__] = attempt(function, tiny)
@@ -287,6 +304,10 @@ def test_more_training(more, name):
 def test_the_next_micro_batch_is_built_before_the_host_waits(results):
     steps = [[[0, 0], [0, 1], [8, 0], "waits"], [[8, 1], [16, 0], "waits"]]
     assert of(results, "te")["happened"][:7] == [*steps[0], *steps[1]]
+
+
+def test_the_host_does_not_wait_for_its_copies(results):
+    assert of(results, "copies") == [[[2, 33], True], [[2], True], [[2, 32], True]]
 
 
 @pytest.mark.full

@@ -6,6 +6,7 @@ A recording of any length is decoded, resampled and cut in blocks: ten hours nee
 import math
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import chain
@@ -241,12 +242,14 @@ def _examined(sound: Sound, file: BinaryIO) -> Container:
         return examine(file)
     stat = os.stat(sound.path)
     key = (sound.path, sound.offset, sound.size, sound.row, sound.column, stat.st_mtime_ns, stat.st_size)
-    if _last[0] != key:
-        _last = key, examine(file)
-    return _last[1]
+    with _one_thread:
+        if _last[0] != key:
+            _last = key, examine(file)
+        return _last[1]
 
 
 _last: tuple[Any, Container] = None, Container()
+_one_thread = threading.Lock()
 
 
 def open_decoder(sound: Sound, file: BinaryIO, container: Container, stack: ExitStack) -> Forward:

@@ -2,6 +2,7 @@
 
 import io
 import os
+import threading
 from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
@@ -94,7 +95,9 @@ def _parquet_value(sound: Sound) -> tuple[bytes, str]:
     if not sound.row < starts[-1]:
         raise BadAudio(f"no such row: {sound.row} of {starts[-1]}")
     group = int(np.searchsorted(starts, sound.row, side="right")) - 1
-    value = _row_group(sound.path, stamp, sound.column, group)[sound.row - starts[group]].as_py()
+    with _one_thread:  # else several read the same group
+        column = _row_group(sound.path, stamp, sound.column, group)
+    value = column[sound.row - starts[group]].as_py()
     data, name = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, "")
     if not isinstance(data, bytes):
         raise BadAudio("no audio in this row")
@@ -109,6 +112,9 @@ def _group_starts(path: str, stamp: tuple[int, int]) -> tuple[int, ...]:
     with pyarrow.parquet.ParquetFile(path) as file:
         rows = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
     return (0, *(int(end) for end in np.cumsum(rows)))
+
+
+_one_thread = threading.Lock()
 
 
 @lru_cache(maxsize=1)  # utterances come in file order

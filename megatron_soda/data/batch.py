@@ -47,9 +47,8 @@ class Batcher:
 
     def __call__(self, windows: list[Window]) -> Batch:
         """Windows of length + 1 ids each -> a Batch of (len(windows), length). SodaError for an id out of range."""
-        device = self.classes.device
-        ids = torch.from_numpy(np.stack([window.ids for window in windows])).to(device)
-        counts = torch.tensor([window.count for window in windows], device=device)
+        ids = self._on_device(np.stack([window.ids for window in windows]))
+        counts = self._on_device(np.array([window.count for window in windows]))
         try:
             tables = self.classes, self.weights, self.eos, self.reset_positions
             tensors = ops.build_batch(ids, counts, *tables, self._label_weights(windows))
@@ -66,4 +65,9 @@ class Batcher:
             return None
         ones = np.ones(len(windows[0].ids) - 1, np.float32)
         weights = [ones if window.weights is None else window.weights for window in windows]
-        return torch.from_numpy(np.stack(weights).astype(np.float32, copy=False)).to(self.classes.device)
+        return self._on_device(np.stack(weights).astype(np.float32, copy=False))
+
+    def _on_device(self, values: np.ndarray) -> Tensor:
+        """A GPU copies from pinned memory while the host goes on."""
+        host, device = torch.from_numpy(values), self.classes.device
+        return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)

@@ -38,6 +38,7 @@ class Marks:
     def __init__(self) -> None:
         self.of: dict[int, StorageWeakRef] = {}
         self.wanted: bool | None = None  # whether what a function makes is to be on the device; None: as its operands
+        self.copied: list[tuple[list[int], bool]] = []  # to the device: the shape, whether the host need not wait
 
     def __contains__(self, tensor: Tensor) -> bool:
         return _real_device(tensor).type == "cpu" and _storage(tensor)._cdata in self.of
@@ -142,8 +143,8 @@ class Functions(TorchFunctionMode):
             T.new_tensor: self._new_tensor,
             T.cuda: lambda t, *_, **k: self._move(t, True),
             T.cpu: lambda t, *_, **k: self._move(t, False),
-            T.pin_memory: lambda t, *_: self._leave(t).clone(),
-            T.is_pinned: lambda *_: False,
+            T.pin_memory: self._pin,
+            T.is_pinned: lambda t, *_: getattr(t, "pinned", False),
             torch.addmm: self._addmm,
             torch._C._nn._parse_to: torch._C._nn._parse_to,  # these two answer with the device they were given
             torch.device: torch.device,
@@ -183,6 +184,11 @@ class Functions(TorchFunctionMode):
         found = tensor.type(*args, **kwargs)
         return found.replace("torch.", "torch.cuda.", 1) if isinstance(found, str) and tensor in self.marks else found
 
+    def _pin(self, tensor: Tensor, *_: Any) -> Tensor:
+        pinned = self._leave(tensor).clone()
+        pinned.pinned = True  # pyright: ignore[reportAttributeAccessIssue]
+        return pinned
+
     def _move(self, tensor: Tensor, to_cuda: bool) -> Tensor:
         if (tensor in self.marks) == to_cuda:
             return tensor
@@ -201,6 +207,9 @@ class Functions(TorchFunctionMode):
                 kwargs["device"] = CPU
         if wanted is None or _real_device(tensor).type != "cpu":
             return tensor.to(*rest, **kwargs)
+        if wanted and tensor not in self.marks:
+            no_wait = getattr(tensor, "pinned", False) and bool(kwargs.get("non_blocking"))
+            self.marks.copied.append((list(tensor.shape), no_wait))
         with self.marks.making(wanted):
             return tensor.to(*rest, **{**kwargs, **({"copy": True} if (tensor in self.marks) != wanted else {})})
 

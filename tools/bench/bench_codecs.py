@@ -3,10 +3,13 @@
 The models have random weights and the sizes of the released ones; the sound is noise, in lengths of 0.5 to 12 s. By
 hand means: one wave at a time, padded with zeros to whole frames. On a CPU ours does the same, so the bar there is to
 be no slower; on CUDA it makes batches, and the bar is five times as fast, which has not been measured. The two run in
-turns. On a CPU two worker processes are also measured against one, each with --threads threads: the bar is 1.8.
+turns. On a CPU two worker processes are also measured against one, each with --threads threads: the bar is 1.8. With
+--decoders, the same waves as FLAC files at 16 kHz go through a job of `soda prepare`: decoded between batches, and
+ahead, in so many threads.
 
     python tools/bench/bench_codecs.py --codec encodec
     python tools/bench/bench_codecs.py --codec dac --seconds 60 --repeats 5
+    python tools/bench/bench_codecs.py --codec mimi --device cuda --seconds 1800 --decoders 8
 """
 
 import json
@@ -20,8 +23,11 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
+from unittest import mock
 
 import numpy as np
+import soundfile
+import soxr
 import torch
 import typer
 from rich.console import Console
@@ -29,7 +35,12 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from data_prep import encode, executor
+from data_prep.index import make_index
+from data_prep.utterance import Utterance
+from megatron_soda.audio.sound import Sound
 from megatron_soda.codecs import Codec, load_codec
+from megatron_soda.codecs.description import CodecDescription
 from megatron_soda.config import choice
 from megatron_soda.errors import run_tool
 
@@ -136,12 +147,43 @@ def compare(name: str, folder: str, device: str, seconds: float, repeats: int) -
     return times, float((ours == theirs).mean())
 
 
+def write_files(folder: Path, seconds: float) -> list[Utterance]:
+    utterances = []
+    for i, wave in enumerate(mixed_waves(seconds)):
+        path = folder / f"{i}.flac"
+        soundfile.write(path, soxr.resample(wave, RATE, 16_000), 16_000)
+        utterances.append(Utterance(str(i), Sound(str(path)), ""))
+    return utterances
+
+
+def from_files(
+    name: str, folder: Path, device: str, seconds: float, repeats: int, decoders: int
+) -> dict[str, list[float]]:
+    """Seconds of each repeat from files to a shard of codes, in turns."""
+    arguments = {"spec": name, "path": str(folder)}
+    described = CodecDescription.of(load_codec(name, folder), arguments)
+    made = make_index(
+        iter(write_files(folder, seconds)), folder / "index", shard_size=10**6, reject=lambda one: print(one)
+    )
+    (job,) = encode.encode_jobs(made.shards, folder, described, decoder="soundfile", trim=False)
+    executor.device = device
+    times: dict[str, list[float]] = {}
+    for turn in range(repeats + 1):
+        for side, threads in {"files": 0, "files, decoded ahead": decoders}.items():
+            with mock.patch.object(encode, "_decoders", return_value=threads):
+                taken = seconds_of(lambda: encode.encode_shard(job))
+            if turn:
+                times.setdefault(side, []).append(taken)
+    return times
+
+
 def main(
     codec: Annotated[str, typer.Option(help="mimi | encodec | dac")] = "mimi",
     threads: Annotated[int, typer.Option(min=1, help="of each process")] = 1,
     seconds: Annotated[float, typer.Option(min=4.0, help="of sound in all")] = 60.0,
     device: Annotated[str, typer.Option(help="cpu | cuda")] = "cpu",
     repeats: Annotated[int, typer.Option(min=1)] = 5,
+    decoders: Annotated[int, typer.Option(min=0, help="threads that decode files ahead; 0: no files")] = 0,
 ) -> None:
     """Prints a table and one JSON line: our encode, the model by hand, and two processes against one."""
     choice("--codec", codec, NAMES)
@@ -152,12 +194,15 @@ def main(
         save_random(codec, folder)
         times, equal = compare(codec, folder, device, seconds, repeats)
         spread = workers(codec, folder, threads, seconds, repeats) if device == "cpu" else []
+        if decoders:
+            times |= from_files(codec, Path(folder), device, seconds, repeats, decoders)
 
     lengths = [len(wave) / RATE for wave in mixed_waves(seconds)]
     total = sum(lengths)
     medians = {side: statistics.median(found) for side, found in times.items()}
     faster = statistics.median(b / a for a, b in zip(times["ours"], times["by hand"], strict=True))
     two = statistics.median(spread) if spread else None
+    ahead = medians["files"] / medians["files, decoded ahead"] if decoders else None
     table = Table(f"{codec}, {len(lengths)} waves, {total:.0f} s", "s", "times real time")
     for side, median in medians.items():
         table.add_row(side, f"{median:.2f}", f"{total / median:.1f}")
@@ -166,7 +211,7 @@ def main(
         table.add_row("two processes, times one", f"{two:.2f}", "")
     console.print(table)
     facts = {"codec": codec, "device": device, "threads": threads, "repeats": repeats, "waves": len(lengths)}
-    results = {"times_faster": faster, "two_processes": two, "equal_codes": equal}
+    results = {"times_faster": faster, "two_processes": two, "decoded_ahead": ahead, "equal_codes": equal}
     print(json.dumps({**facts, "sound_seconds": total, "seconds": medians, **results}))
 
 

@@ -1,11 +1,13 @@
-"""Measures token generation on a CPU: `sample` against transformers' `generate` with the grammar as a logits processor.
+"""Measures token generation: `sample` against transformers' `generate` with the grammar as a logits processor.
 
 Both decode greedily from the same prompts of sound, with SODA's 144,644 ids and random weights. Times are of the steps
-after the first token, so without the prefill: CPU time of one thread, or elapsed time of several, the sides in turns.
-The limit is what reading the weights of a step once takes, at the bandwidth measured here.
+after the first token, so without the prefill: CPU time of one thread, or elapsed time of several or of a CUDA device,
+the sides in turns. The limit is what reading the weights of a step once takes, at the bandwidth measured here. On a
+CUDA device the model is in BF16, for both sides.
 
     python tools/bench/bench_generate.py
     python tools/bench/bench_generate.py --models 135m --batches 1 --threads 2
+    python tools/bench/bench_generate.py --models 135m --device cuda
     python tools/bench/bench_generate.py --models "" --export runs/quickstart/hf --store runs/quickstart/data/test
 """
 
@@ -18,6 +20,7 @@ from typing import Annotated, Any, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F  # noqa: N812
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -25,7 +28,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, Qwen3ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron_soda.config import load_recipe
+from megatron_soda.config import choice, load_recipe
 from megatron_soda.data.store import Store
 from megatron_soda.errors import SodaError, run_tool
 from megatron_soda.files import to_json
@@ -38,9 +41,8 @@ from megatron_soda.ops import library, linear
 from megatron_soda.vocab import LLAMA3
 
 FORMATS: tuple[Weights, ...] = ("", "bf16", "int8")
-BYTES = {"": 4, "bf16": 2, "int8": 1}
+BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
 PROMPT_FRAMES = 6
-CPU = torch.device("cpu")
 
 Side = tuple[float, list[list[int]]]  # seconds a step, and ids by row
 Rows = list[dict[str, Any]]
@@ -53,7 +55,7 @@ class GrammarMask(LogitsProcessor):
 
     def __init__(self, constraint: Constraint, prompt: Prompt, clock: Callable[[], float]) -> None:
         self.constraint, self.prompt, self.clock = constraint, prompt, clock
-        self.barred = ~torch.from_numpy(constraint.grammar.legal())
+        self.barred = ~torch.from_numpy(constraint.grammar.legal()).to(constraint.device)
         self.states: list[int] = []
         self.times: list[float] = []
 
@@ -80,7 +82,8 @@ def theirs(model: Any, constraint: Constraint, prompt: Prompt, batch: int, clock
     """Seconds a step, and ids by row."""
     mask = GrammarMask(constraint, prompt, clock)
     settings = {"max_new_tokens": prompt.max_tokens, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    found = model.generate(torch.tensor([prompt.ids] * batch), logits_processor=LogitsProcessorList([mask]), **settings)
+    ids = torch.tensor([prompt.ids] * batch, device=model.device)
+    found = model.generate(ids, logits_processor=LogitsProcessorList([mask]), **settings)
     return (mask.times[-1] - mask.times[0]) / (len(mask.times) - 1), found.tolist()
 
 
@@ -95,14 +98,17 @@ def ours(decoder: Decoder, constraint: Constraint, prompt: Prompt, batch: int, c
     return (times[-1] - times[0]) / (len(times) - 1), [row.ids for row in rows]
 
 
-def bandwidth() -> float:
-    """Bytes a second that one thread reads, at best, by our product and by a sum."""
-    weight, x = torch.ones(100_000, 512), torch.ones(1, 512)
+def bandwidth(device: torch.device) -> float:
+    """Bytes a second that one thread, or the device, reads, at best, by a product and by a sum."""
+    cuda = device.type == "cuda"
+    weight, x = torch.ones(1_000_000 if cuda else 100_000, 512, device=device), torch.ones(1, 512, device=device)
     best = 0.0
     for _ in range(5):
-        for read in (lambda: linear(x, weight), weight.sum):
+        for read in (lambda: F.linear(x, weight) if cuda else linear(x, weight), weight.sum):
             began = time.perf_counter()
             read()
+            if cuda:
+                torch.cuda.synchronize()
             best = max(best, weight.numel() * 4 / (time.perf_counter() - began))
     return best
 
@@ -119,26 +125,35 @@ def first_difference(model: Any, prompt: Prompt, a: list[int], b: list[int]) -> 
     places = [i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y]
     if not places:
         return None
-    logits = model(torch.tensor([a[: places[0]]]), logits_to_keep=1).logits[0, -1]
+    logits = model(torch.tensor([a[: places[0]]], device=model.device), logits_to_keep=1).logits[0, -1]
     return {"token": places[0] - len(prompt.ids), "gap": float((logits[a[places[0]]] - logits[b[places[0]]]).abs())}
 
 
 def measure(
-    preset: str, batches: list[int], tokens: int, repeats: int, clock: Callable[[], float], rate: float
+    preset: str,
+    batches: list[int],
+    tokens: int,
+    repeats: int,
+    clock: Callable[[], float],
+    rate: float,
+    device: torch.device,
 ) -> Rows:
     """A row a format and batch."""
     torch.manual_seed(0)
     recipe = load_recipe(None, [f"model.preset={preset}"])
     model: Any = Qwen3ForCausalLM(hf_config(recipe.model, LLAMA3, 4096)).eval()
+    own, formats = "fp32", FORMATS
+    if device.type == "cuda":
+        model, own, formats = model.to(device, torch.bfloat16), "bf16", FORMATS[:1]
     codes = np.random.default_rng(0).integers(0, LLAMA3.entries, (PROMPT_FRAMES, LLAMA3.codebooks))
     prompt = Prompt([LLAMA3.bos, LLAMA3.audio_start, *LLAMA3.audio_ids(codes).tolist()], set(), tokens)
-    constraint, count = Constraint(LLAMA3, CPU), weights_a_step(model)
+    constraint, count = Constraint(LLAMA3, device), weights_a_step(model)
     rows = []
     for batch in batches:
         sides: dict[str, Callable[[], Side]] = {
             "generate": lambda batch=batch: theirs(model, constraint, prompt, batch, clock)
         }
-        for weights in FORMATS:
+        for weights in formats:
             decoder = Decoder(model, weights)
             sides[weights] = lambda decoder=decoder, batch=batch: ours(decoder, constraint, prompt, batch, clock)
         taken: dict[str, list[float]] = {}
@@ -148,10 +163,11 @@ def measure(
                 seconds, ids[name] = side()
                 if turn:
                     taken.setdefault(name, []).append(seconds)
-        for weights in FORMATS:
+        for weights in formats:
             seconds = statistics.median(taken[weights])
             pairs = zip(taken["generate"], taken[weights], strict=True)
-            limit = count * BYTES[weights] / rate
+            size = count * BYTES[weights or own]
+            limit = size / rate
             same = sum(
                 x == y for a, b in zip(ids["generate"], ids[weights], strict=True) for x, y in zip(a, b, strict=False)
             )
@@ -159,12 +175,12 @@ def measure(
                 {
                     "model": preset,
                     "batch": batch,
-                    "weights": weights or "fp32",
+                    "weights": weights or own,
                     "generate_ms": 1e3 * statistics.median(taken["generate"]),
                     "ours_ms": 1e3 * seconds,
                     "ratio": statistics.median(a / b for a, b in pairs),
                     "tokens_per_second": batch / seconds,
-                    "megabytes_a_step": count * BYTES[weights] / 1e6,
+                    "megabytes_a_step": size / 1e6,
                     "limit_ms": 1e3 * limit,
                     "of_the_limit": limit / seconds,
                     "same_tokens": same / sum(map(len, ids["generate"])),
@@ -203,6 +219,7 @@ def main(
     tokens: Annotated[int, typer.Option(min=16, help="of a generation")] = 66,
     repeats: Annotated[int, typer.Option(min=1)] = 3,
     threads: Annotated[int, typer.Option(min=1, help="1: CPU time; more: elapsed time")] = 1,
+    device: Annotated[str, typer.Option(help="cpu | cuda")] = "cpu",
     export: Annotated[str, typer.Option(help="an exported model whose NLL is measured by format; needs --store")] = "",
     store: Annotated[str, typer.Option(help="its held-out store, without suffix")] = "",
     documents: Annotated[int, typer.Option(min=1, help="of the store")] = 64,
@@ -210,18 +227,22 @@ def main(
     """Prints a table and one JSON line: milliseconds a step of both sides, by model, batch and format of weights."""
     if bool(export) != bool(store):
         raise SodaError("--export and --store belong together")
+    choice("--device", device, ("cpu", "cuda"))
     torch.set_num_threads(threads)
     quiet_transformers()
-    clock, rate = time.process_time if threads == 1 else time.perf_counter, bandwidth()
-    numbers = [int(batch) for batch in batches.split(",")]
-    rows = [row for name in models.split(",") if name for row in measure(name, numbers, tokens, repeats, clock, rate)]
+    place = torch.device(device)
+    clock = time.process_time if threads == 1 and device == "cpu" else time.perf_counter
+    numbers, rate = [int(batch) for batch in batches.split(",")], bandwidth(place)
+    how = numbers, tokens, repeats, clock, rate, place
+    rows = [row for name in models.split(",") if name for row in measure(name, *how)]
     if rows:
         shown = [name for name in rows[0] if name != "difference"]
         table = Table(*(name.replace("_", " ") for name in shown))
         for row in rows:
             table.add_row(*(f"{row[name]:.3g}" if isinstance(row[name], float) else str(row[name]) for name in shown))
         console.print(table)
-    facts: dict[str, Any] = {"tokens": tokens, "repeats": repeats, "threads": threads, "bytes_per_second": rate}
+    facts: dict[str, Any] = {"tokens": tokens, "repeats": repeats, "threads": threads, "device": device}
+    facts["bytes_per_second"] = rate
     if export:
         facts["nll"] = nll(Path(export), Path(store), documents)
         console.print(facts["nll"])

@@ -62,6 +62,11 @@ class Settings:
         return max(1, int(full * self.scale))
 
 
+def on_device() -> bool:
+    """Whether there is a CUDA device, and kernels for it."""
+    return library.has_cuda() and torch.cuda.is_available()
+
+
 def seconds(settings: Settings, *sides: Callable[[], Any]) -> list[float]:
     """The best time of each side; they take turns, so that they share what else the machine does."""
     best = [float("inf")] * len(sides)
@@ -134,7 +139,7 @@ def unpack(settings: Settings) -> list[Row]:
         Row("unpack", "plain", rate / plain, "GB/s out", "numpy", numpy / plain),
         Row("unpack", "torch code", rate / torch_code, "GB/s out", "numpy", numpy / torch_code),
     ]
-    if library.has_cuda():
+    if on_device():
         there = torch.randint(256, (settings.size(20_000_000), SLOTS * BITS // 8), dtype=torch.uint8, device="cuda")
         output = (ops.unpack_frames(there, SLOTS, BITS),)
         rows += against_copy(settings, "unpack", lambda: ops.unpack_frames(there, SLOTS, BITS), output)
@@ -177,7 +182,7 @@ def batch(settings: Settings) -> list[Row]:
     few = arguments(8, "cpu")
     own, torch_code = seconds(settings, lambda: ops.build_batch(*few), lambda: reference.build_batch(*few))
     rows = [Row("batch", "CPU", 8 * 4096 / own / 1e6, "M tokens/s", "torch code", torch_code / own)]
-    if library.has_cuda():
+    if on_device():
         many = arguments(settings.size(8192), "cuda")
         rows += against_copy(settings, "batch", lambda: ops.build_batch(*many), ops.build_batch(*many))
     return rows
@@ -285,7 +290,7 @@ def main(
             bar,
         )
     Console().print(table)
-    device = torch.cuda.get_device_name() if library.has_cuda() else None
+    device = torch.cuda.get_device_name() if on_device() else None
     print(json.dumps({"scale": scale, "repeats": repeats, "device": device, "rows": [asdict(row) for row in rows]}))
 
 

@@ -3,6 +3,7 @@
 - ours: the Engine of `soda train` on one process
 - megatron-core: GPTModel with its own layers (attention included), its loss, its DDP and optimizer
 - transformers: Qwen3ForCausalLM (sdpa) with its loss, and torch's fused AdamW
+- KEY=VALUE: ours with one more setting
 
 All have the same shapes, the full vocabulary (144,644 ids) and the same random tokens. Half precision keeps float32
 weights everywhere: megatron-core's copies, torch.autocast for transformers, which has no FP8 and runs in BF16 then.
@@ -34,7 +35,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from train_sides import FORWARD_BACKWARD, OPTIMIZER, SIDES, Result
+from train_sides import FORWARD_BACKWARD, OPTIMIZER, SIDES, Result, ours
 
 from megatron_soda.config import choice, load_recipe
 from megatron_soda.errors import run_tool
@@ -53,7 +54,8 @@ def start(side: str, settings: list[str], documents: int, same_malloc: bool, thr
     """In the process of a side: its model."""
     global _step
     torch.set_num_threads(threads)
-    _step = SIDES[side](load_recipe(None, settings), documents, same_malloc)
+    recipe = load_recipe(None, [*settings, side] if "=" in side else settings)
+    _step = SIDES.get(side, ours)(recipe, documents, same_malloc)
     torch.set_num_threads(threads)  # ranks.init takes all cores
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -125,7 +127,7 @@ def main(
     device: Annotated[str, typer.Option(help="auto | cpu")] = "auto",
     precision: Annotated[str, typer.Option(help="fp32 | bf16 | fp8")] = "fp32",
     fp8_recipe: Annotated[str, typer.Option(help="delayed | tensorwise | blockwise")] = "tensorwise",
-    sides: Annotated[str, typer.Option(help="which, separated by commas")] = ",".join(SIDES),
+    sides: Annotated[str, typer.Option(help="which, separated by commas; KEY=VALUE: ours with it")] = ",".join(SIDES),
     together: Annotated[
         bool | None, typer.Option("--together/--apart", help="all alive at once, or one at a time (default on CUDA)")
     ] = None,
@@ -141,7 +143,8 @@ def main(
     choice("--device", device, ("auto", "cpu"))
     names = sides.split(",")
     for name in names:
-        choice("--sides", name, tuple(SIDES))
+        if "=" not in name:
+            choice("--sides", name, tuple(SIDES))
     os.environ["OMP_NUM_THREADS"] = str(threads)
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
