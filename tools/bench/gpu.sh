@@ -88,6 +88,9 @@ part_train() {
   size 1.7b 4 --preset 1.7b --sides ours
   PRECISIONS=fp8 size 1.7b-delayed 4 --preset 1.7b --sides ours --fp8-recipe delayed
   size 4b-18 2 --preset 4b --layers 18 --sides ours
+  for setting in fuse_swiglu=false fuse_rope=false fuse_gradients=false cuda_graphs=true; do  # the others need more devices
+    PRECISIONS=bf16 size "135m-$setting" 16 --preset 135m --sides ours "training.$setting"
+  done
 }
 
 part_fp8() {
