@@ -1,3 +1,4 @@
+import importlib.util
 import json
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from megatron_soda.config.renamed import RENAMED
 from megatron_soda.config.yaml_files import read_yaml
 from megatron_soda.errors import SodaError
 from megatron_soda.model.size import parameter_count, size_of
-from megatron_soda.parallel.layout import check_layout, overlaps_gradients
+from megatron_soda.parallel.layout import check_layout
+from megatron_soda.parallel.speed import choose
 from megatron_soda.vocab import LLAMA3
 
 
@@ -164,7 +166,9 @@ def test_recipe_file(tmp_path):
         load_recipe(tmp_path / "none.yaml")
 
 
-FP8 = ["precision.dtype=fp8"]
+FP8, BF16 = ["precision.dtype=fp8"], ["precision.dtype=bf16"]
+DISTRIBUTED = ["parallel.distributed_optimizer=true"]
+SEQUENCE = ["parallel.tensor=2", "parallel.sequence=true"]
 
 
 @pytest.mark.parametrize(
@@ -187,6 +191,14 @@ FP8 = ["precision.dtype=fp8"]
             4,
             "overlap_gradients .* parallel.pipeline=1",
         ),
+        (["overlap_parameters=true"], 2, "overlap_parameters .* parallel.distributed_optimizer=true"),
+        ([*DISTRIBUTED, "overlap_parameters=true", "overlap_gradients=false"], 2, "parallel.overlap_gradients=true"),
+        ([*BF16, "parallel.tensor=2", "overlap_tensor=true"], 2, "overlap_tensor .* parallel.sequence=true"),
+        ([*SEQUENCE, "overlap_tensor=true"], 2, "overlap_tensor .* precision.dtype=bf16 or fp8"),
+        ([*SEQUENCE, *FP8, "fp8_recipe=blockwise", "overlap_tensor=true"], 2, "fp8_recipe=tensorwise or delayed"),
+        (["cuda_graphs=true"], 1, "cuda_graphs .* precision.dtype=bf16 or fp8"),
+        ([*BF16, "num_layers=4", "parallel.pipeline=2", "cuda_graphs=true"], 2, "cuda_graphs .* parallel.pipeline=1"),
+        ([*BF16, "recompute=true", "cuda_graphs=true"], 1, "cuda_graphs .* training.recompute=true"),
         ([*FP8, "data.sequence_length=4090"], 1, "4090, and must be a multiple of 16 .*4080 or 4096 would work"),
         ([*FP8, "parallel.tensor=2", "parallel.sequence=true", "data.sequence_length=16"], 2, "32 would work"),
         ([*FP8, "precision.fp8_recipe=blockwise", "ffn_hidden_size=320"], 1, "256 or 384 would work"),
@@ -199,20 +211,58 @@ def test_layouts_that_do_not_divide(overrides, world, message):
     assert check_layout(load_recipe(None, []), 4) == 4
 
 
+CPU, LOCAL, TE = {"cuda": False, "engine": False}, {"cuda": True, "engine": False}, {"cuda": True, "engine": True}
+NAMES = "overlap_gradients", "overlap_parameters", "overlap_tensor", "fuse_rope", "fuse_gradients", "cuda_graphs"
+
+
 @pytest.mark.parametrize(
-    ("overrides", "data_parallel", "cuda", "found"),
+    ("overrides", "replicas", "machine", "on"),
     [
-        ([], 2, True, True),
-        ([], 2, False, False),
-        ([], 1, True, False),
-        (["parallel.pipeline=2"], 2, True, False),
-        (["overlap_gradients=true"], 2, False, True),
-        (["overlap_gradients=true"], 1, False, False),
-        (["overlap_gradients=false"], 2, True, False),
+        ([], 2, TE, ["overlap_gradients", "fuse_rope", "fuse_gradients"]),
+        (DISTRIBUTED, 2, TE, ["overlap_gradients", "overlap_parameters", "fuse_rope", "fuse_gradients"]),
+        ([*DISTRIBUTED, "overlap_parameters=false"], 2, LOCAL, ["overlap_gradients"]),
+        ([*DISTRIBUTED, "overlap_gradients=false"], 2, LOCAL, []),
+        ([*DISTRIBUTED, "parallel.pipeline=2"], 2, LOCAL, []),
+        ([*DISTRIBUTED, "parallel.context=2"], 1, TE, ["fuse_gradients"]),
+        (["fuse_rope=false", "fuse_gradients=false"], 1, TE, []),
+        ([*BF16, *SEQUENCE, "overlap_tensor=true"], 1, TE, ["overlap_tensor", "fuse_rope", "fuse_gradients"]),
+        ([*BF16, "cuda_graphs=true"], 1, TE, ["fuse_rope", "fuse_gradients", "cuda_graphs"]),
+        (DISTRIBUTED, 2, CPU, ["fuse_rope"]),
+        (["overlap_gradients=true"], 2, CPU, ["overlap_gradients", "fuse_rope"]),
+        (["overlap_gradients=true", "fuse_rope=false"], 1, CPU, []),
+        ([*DISTRIBUTED, "overlap_parameters=true"], 2, CPU, ["overlap_gradients", "overlap_parameters", "fuse_rope"]),
+        ([*DISTRIBUTED, "overlap_parameters=true"], 1, CPU, ["fuse_rope"]),
     ],
 )
-def test_when_gradients_are_reduced_during_the_backward_pass(overrides, data_parallel, cuda, found):
-    assert overlaps_gradients(load_recipe(None, overrides), data_parallel, cuda) == found
+def test_what_is_chosen_for_speed(overrides, replicas, machine, on):
+    chosen = choose(load_recipe(None, overrides), replicas, **machine)
+    assert [name for name in NAMES if getattr(chosen, name)] == on
+    assert chosen.fuse_swiglu == ("triton" if machine["cuda"] and importlib.util.find_spec("triton") else "torch")
+    assert not choose(load_recipe(None, [*overrides, "fuse_swiglu=false"]), replicas, **machine).fuse_swiglu
+    assert choose(load_recipe(None, []), 1, **TE).fuse_rope == "transformer_engine"
+    assert choose(load_recipe(None, []), 1, **CPU).fuse_rope == "torch"
+
+
+def test_one_rank_asks_for_nothing():
+    """A checkpoint is exported anywhere."""
+    wanted = [*BF16, *SEQUENCE, *DISTRIBUTED, "overlap_parameters=true", "overlap_tensor=true", "cuda_graphs=true"]
+    alone = load_recipe(None, [*wanted, "fuse_gradients=true", "fuse_rope=true"]).on_one_rank()
+    assert not choose(alone, 1, **LOCAL).fuse_gradients
+
+
+@pytest.mark.parametrize(
+    ("overrides", "machine", "message"),
+    [
+        ([*BF16, *SEQUENCE, "overlap_tensor=true"], LOCAL, "parallel.overlap_tensor=true needs Transformer Engine"),
+        ([*BF16, "cuda_graphs=true"], CPU, "training.cuda_graphs=true needs Transformer Engine"),
+        (["fuse_gradients=true"], CPU, "training.fuse_gradients=true needs Transformer Engine"),
+        (["fuse_rope=true"], LOCAL, "fuse_rope=true on CUDA .* Transformer Engine"),
+        (["fuse_rope=true", "parallel.context=2"], TE, "fuse_rope=true on CUDA .* parallel.context=1"),
+    ],
+)
+def test_what_is_missing_for_speed(overrides, machine, message):
+    with pytest.raises(SodaError, match=message):
+        choose(load_recipe(None, overrides), 1, **machine)
 
 
 def test_presets_fill_only_what_is_not_set():

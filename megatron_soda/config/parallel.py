@@ -25,3 +25,8 @@ class Parallel:
     """Split the optimizer's state over the data-parallel ranks."""
     overlap_gradients: Annotated[bool | None, OrNone] = None
     """Sum gradients over data-parallel ranks during the backward pass. Empty: on CUDA, if there is no pipeline."""
+    overlap_parameters: Annotated[bool | None, OrNone] = None
+    """With distributed_optimizer, gather updated parameters during the forward pass. Empty: where gradients overlap on
+    CUDA."""
+    overlap_tensor: Annotated[bool | None, OrNone] = None
+    """With tensor and sequence, exchange activations during Transformer Engine's matrix products. Empty: no."""

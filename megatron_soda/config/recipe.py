@@ -41,9 +41,11 @@ class Recipe:
         return Path(self.data.path) if self.data.path else Path(self.run) / "data"
 
     def on_one_rank(self) -> "Recipe":
-        """A copy for one process. An FP8 model runs in bf16, the type of its weights: documents have any length."""
+        """A copy for one process of any machine. An FP8 model runs in bf16, the type of its weights: documents have any
+        length."""
         dtype = "fp32" if self.precision.dtype == "fp32" else "bf16"
-        return replace(self, parallel=Parallel(), precision=Precision(dtype=dtype))
+        chosen = replace(self.training, fuse_swiglu=None, fuse_rope=None, fuse_gradients=None, cuda_graphs=None)
+        return replace(self, parallel=Parallel(), precision=Precision(dtype=dtype), training=chosen)
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -2,12 +2,12 @@
 
 import math
 from dataclasses import field
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import model_validator
 from pydantic.dataclasses import dataclass
 
-from .fields import SECTION, Above0, AtLeast0, Count, CountOrZero, Share, need
+from .fields import SECTION, Above0, AtLeast0, Count, CountOrZero, OrNone, Share, need
 
 
 @dataclass(config=SECTION)
@@ -34,6 +34,15 @@ class Training:
     """Recompute the activations inside layers in the backward pass instead of keeping them."""
     backend: Literal["auto", "transformer_engine", "local"] = "auto"
     """Whose layers to use. auto: Transformer Engine's where possible."""
+    fuse_swiglu: Annotated[bool | None, OrNone] = None
+    """SwiGLU as one function that keeps only its input: a Triton kernel on CUDA, torch elsewhere. Empty: yes."""
+    fuse_rope: Annotated[bool | None, OrNone] = None
+    """Rotary positions as one function: Transformer Engine's kernel on CUDA, torch on a CPU. Empty: where it is there.
+    """
+    fuse_gradients: Annotated[bool | None, OrNone] = None
+    """Transformer Engine's matrix products add gradients of weights to their sum. Empty: with its layers."""
+    cuda_graphs: Annotated[bool | None, OrNone] = None
+    """Launch the feed-forward parts of Transformer Engine's layers as CUDA graphs. Empty: no."""
     valid_every: Count = 250
     valid_windows: Count = 16
 

@@ -43,7 +43,8 @@ def compare_logits(
 ) -> float:
     """The largest difference between a logit of the checkpoint's model and one of the export in `folder`, at the
     beginning of `documents`. SodaError above the tolerance."""
-    alone = replace(recipe.on_one_rank(), precision=Precision(), training=replace(recipe.training, backend="local"))
+    alone = recipe.on_one_rank()
+    alone = replace(alone, precision=Precision(), training=replace(alone.training, backend="local"))
     device = ranks.init(alone)
     batch, real = _batch(space, documents, device)
     rows = real.nonzero()

@@ -16,10 +16,11 @@ from ..config import Recipe
 from ..config.training import Precision
 from ..data.batch import Batch
 from ..parallel.context import attention_mask, cut, cut_sequences
+from ..parallel.speed import choose_backend, choose_speed
 from ..vocab import TokenSpace
 from .legal_rows import LegalRows, Piece
 from .rows import TABLES, Rows
-from .specs import choose_backend, is_packed, layer_spec
+from .specs import is_packed, layer_spec
 
 
 def transformer_config(recipe: Recipe) -> TransformerConfig:
@@ -27,7 +28,7 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
     m, p, t = recipe.model, recipe.parallel, recipe.training
     dtype = torch.float32 if recipe.precision.dtype == "fp32" else torch.bfloat16
     cuda = torch.cuda.is_available()
-    engine = choose_backend(t.backend) == "transformer_engine"
+    speed = choose_speed(recipe)
     interleaved = p.virtual_pipeline > 1
     return TransformerConfig(
         num_layers=m.num_layers,
@@ -65,10 +66,12 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
         recompute_granularity="full" if t.recompute else None,
         recompute_method="uniform" if t.recompute else None,
         recompute_num_layers=1 if t.recompute else None,
-        # Transformer Engine's kernels. Rotary positions of packed sequences would else be applied document by document,
-        # each waiting for the device; in the other format the kernel takes the same positions in every sequence.
-        use_te_activation_func=engine,
-        apply_rope_fusion=engine and p.context == 1,
+        use_te_activation_func=bool(speed.fuse_swiglu),  # specs.SwiGLU
+        # Else rotary positions of packed sequences are applied document by document, each waiting for the device. In
+        # the other format Transformer Engine's kernel takes the same positions in every sequence.
+        apply_rope_fusion=bool(speed.fuse_rope),
+        tp_comm_overlap=speed.overlap_tensor,
+        **({"cuda_graph_impl": "transformer_engine", "cuda_graph_scope": "mlp"} if speed.cuda_graphs else {}),
         # Fusions that need apex or a compiler; and accumulate_in_place() does the last of them.
         bias_activation_fusion=False,
         bias_dropout_fusion=False,

@@ -15,21 +15,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from ..errors import SodaError
 from ..parallel.megatron import mlp_submodules
-
-
-def choose_backend(wanted: str) -> str:
-    """`training.backend` -> "transformer_engine" or "local". Raises SodaError if the wanted one cannot be had."""
-    installed = importlib.util.find_spec("transformer_engine") is not None
-    if wanted == "auto":
-        return "transformer_engine" if installed and torch.cuda.is_available() else "local"
-    if wanted == "transformer_engine" and not (installed and torch.cuda.is_available()):
-        raise SodaError(
-            "training.backend=transformer_engine needs a CUDA device and the package transformer-engine; "
-            "training.backend=local runs without. `soda doctor` shows what is there."
-        )
-    return wanted
+from . import fused
 
 
 def is_packed(backend: str, config: TransformerConfig) -> bool:
@@ -42,7 +29,7 @@ def layer_spec(backend: str, config: TransformerConfig, chunk: int | None = None
     """What megatron-core's GPTModel is to build. `chunk`: of this pipeline stage, if it has several."""
     if backend == "transformer_engine":
         spec: Any = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True)
-        mlp_submodules(spec).activation_func = SwiGLU
+        mlp_submodules(spec).activation_func = SwiGLU  # if use_te_activation_func
         attention = spec.submodules.self_attention.submodules
         attention.q_layernorm = attention.k_layernorm = RMSNorm
         if not is_packed(backend, config):
@@ -50,6 +37,7 @@ def layer_spec(backend: str, config: TransformerConfig, chunk: int | None = None
         return spec
     layer: Any = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+    mlp_submodules(layer).activation_func = SwiGLU
     attention = layer.submodules.self_attention.submodules
     attention.q_layernorm = attention.k_layernorm = RMSNorm
     attention.core_attention = MaskedAttention
@@ -68,8 +56,8 @@ def accumulate_in_place(model: torch.nn.Module) -> None:
 
 
 class SwiGLU(MegatronModule):
-    """In one kernel on CUDA. Transformer Engine's own goes through its fuser of operations, which takes longer on the
-    host than the kernel does on the device; so do its RMSNorms, and attention's norms are torch's fused ones."""
+    """As one function. Transformer Engine's own goes through its fuser of operations, which takes longer on the host
+    than the kernel does on the device; so do its RMSNorms, and attention's norms are torch's fused ones."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(config=config)
@@ -80,8 +68,7 @@ class SwiGLU(MegatronModule):
             from .kernels import swiglu
 
             return swiglu(both)
-        gate, up = both.chunk(2, -1)
-        return torch.nn.functional.silu(gate) * up
+        return fused.swiglu(both)
 
 
 class RMSNorm(torch.nn.RMSNorm):

@@ -53,10 +53,13 @@ def install() -> None:
     _wrap_tensor_methods()
 
     import megatron.core.distributed.param_and_grad_buffer as megatron_buffer
+    import megatron.core.models.common.embeddings.rope_utils as megatron_rope
     import megatron.core.optimizer.clip_grads as megatron_clip
     import megatron.core.optimizer.optimizer as megatron_optimizer
     import megatron.core.tensor_parallel.random as megatron_random
     from megatron.core import utils
+
+    from ..model import fused
 
     # Where Transformer Engine or apex is installed these are kernels for CUDA alone.
     megatron_clip.multi_tensor_applier = utils.local_multi_tensor_applier
@@ -69,6 +72,7 @@ def install() -> None:
     megatron_buffer.dist_all_gather_func = _all_gather_in_place
     megatron_buffer._coalescing_manager = _collected
     _replace(dist, "all_reduce", _noted(dist.all_reduce))
+    megatron_rope.fused_apply_rotary_pos_emb = fused.rotate
     megatron_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
 
 
@@ -132,11 +136,10 @@ def _reduce_scatter_in_place(part: torch.Tensor, whole: torch.Tensor, op: Any, g
 
 def _all_gather_in_place(whole: torch.Tensor, part: torch.Tensor, group: Any, async_op: bool) -> None:
     """As above: gloo's own gathers into a copy of `whole`."""
-    assert not async_op
     parts = whole.chunk(dist.get_world_size(group))
     assert part.data_ptr() == parts[dist.get_rank(group)].data_ptr()
     for rank, one in enumerate(parts):
-        dist.broadcast(one, group_src=rank, group=group)
+        _noted(dist.broadcast)(one, group_src=rank, group=group, async_op=async_op)
 
 
 def _scale_in_place(_chunk: int, _overflow: Any, tensors: list[list[torch.Tensor]], scale: Any) -> None:

@@ -3,6 +3,7 @@ none of it."""
 
 from ..config import Recipe
 from ..errors import SodaError
+from .speed import check_speed
 
 
 def check_layout(recipe: Recipe, world_size: int) -> int:
@@ -21,11 +22,7 @@ def check_layout(recipe: Recipe, world_size: int) -> int:
         raise SodaError("parallel.virtual_pipeline splits pipeline stages: it needs parallel.pipeline of 2 or more")
     if w.sequence and w.tensor == 1:
         raise SodaError("parallel.sequence works between tensor-parallel ranks: it needs parallel.tensor of 2 or more")
-    if w.overlap_gradients and w.pipeline > 1:
-        raise SodaError(
-            "parallel.overlap_gradients does not go with pipeline stages: with them, the head's gradients are complete "
-            "before the last backward pass. Leave it out, or set parallel.pipeline=1"
-        )
+    check_speed(recipe)
     if w.context > 1 and length % (2 * w.context):
         raise SodaError(f"parallel.context={w.context}: data.sequence_length={length} must be a multiple of twice that")
     if w.sequence and (length // w.context) % w.tensor:
@@ -51,13 +48,6 @@ def check_layout(recipe: Recipe, world_size: int) -> int:
     if recipe.precision.dtype == "fp8":
         _check_fp8_shapes(recipe)
     return data_parallel
-
-
-def overlaps_gradients(recipe: Recipe, data_parallel: int, cuda: bool) -> bool:
-    """Whether gradients are reduced during the backward pass. data_parallel: ranks with the same part of the model,
-    context-parallel ones included."""
-    wanted, possible = recipe.parallel.overlap_gradients, data_parallel > 1 and recipe.parallel.pipeline == 1
-    return possible and (cuda if wanted is None else wanted)
 
 
 def _check_fp8_shapes(recipe: Recipe) -> None:

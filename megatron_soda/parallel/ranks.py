@@ -26,8 +26,9 @@ from .. import files  # noqa: E402
 from ..config import Recipe  # noqa: E402
 from ..errors import SodaError  # noqa: E402
 from . import megatron, preflight, watch  # noqa: E402
-from .layout import check_layout, overlaps_gradients  # noqa: E402
+from .layout import check_layout  # noqa: E402
 from .one_node import stay_on_loopback  # noqa: E402
+from .speed import Speed, choose_speed  # noqa: E402
 
 facts: list[dict[str, Any]] = []  # of every rank, as found by `init`
 _laid_out: list[tuple[Any, ...]] = []  # the process group and layout of megatron-core's groups
@@ -37,10 +38,12 @@ megatron.adapt()
 def init(recipe: Recipe) -> torch.device:
     """Starts the process group (torchrun's, or a single process) and lays out the ranks. Returns the device.
 
-    Raises SodaError if the layout does not divide the model or the processes, and if the ranks were not started alike.
+    Raises SodaError if the layout does not divide the model or the processes, if a setting asks for what is not there,
+    and if the ranks were not started alike.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     check_layout(recipe, world_size)
+    choose_speed(recipe)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
@@ -132,11 +135,10 @@ def layout_line(recipe: Recipe) -> str:
     if p.context > 1:
         parts.append(f"context {p.context}")
     parts.append(f"data {parallel_state.get_data_parallel_world_size()}")
-    notes = ["distributed optimizer"] * p.distributed_optimizer + ["overlapped gradients"] * overlaps(recipe)
+    notes = ["distributed optimizer"] * p.distributed_optimizer
     return ", ".join([" x ".join(parts), *notes])
 
 
-def overlaps(recipe: Recipe) -> bool:
-    """See overlaps_gradients; after `layout`."""
-    replicas = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
-    return overlaps_gradients(recipe, replicas, torch.cuda.is_available())
+def speed(recipe: Recipe) -> Speed:
+    """See choose_speed; after `layout`."""
+    return choose_speed(recipe, parallel_state.get_data_parallel_world_size(with_context_parallel=True))

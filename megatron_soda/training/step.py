@@ -25,10 +25,13 @@ from ..errors import SodaError
 from ..model.gpt import Inputs, build_model, flat, forward, head_weight, inputs_of
 from ..model.head import head_loss
 from ..model.legal_rows import LegalRows
-from ..model.specs import accumulate_in_place, choose_backend
+from ..model.specs import accumulate_in_place
 from ..parallel import cpu, ranks
+from ..parallel.speed import choose_backend
+from ..parallel.userbuffers import start_userbuffers
 from ..parallel.watch import place
 from ..vocab import TokenSpace
+from . import graphs
 from .optimizer import Optimizer
 
 
@@ -106,28 +109,31 @@ class Engine:
             )
         if recipe.precision.dtype == "fp8" and torch.cuda.get_device_capability(device) < (8, 9):
             raise SodaError(f"precision.dtype=fp8: {torch.cuda.get_device_name(device)} has no FP8; take bf16")
+        self.speed = ranks.speed(recipe)
+        if self.speed.overlap_tensor:
+            start_userbuffers(recipe)
         virtual = recipe.parallel.virtual_pipeline
         chunks = list(range(virtual)) if virtual > 1 else [None]
         self.models = [build_model(recipe, space, device, chunk) for chunk in chunks]
         self.config, self.rows = self.models[0].config, self.models[0].rows
-        self.overlaps = ranks.overlaps(recipe)
         ddp_config = DistributedDataParallelConfig(
             use_distributed_optimizer=recipe.parallel.distributed_optimizer,
             grad_reduce_in_fp32=True,
-            overlap_grad_reduce=self.overlaps,
+            overlap_grad_reduce=self.speed.overlap_gradients,
+            overlap_param_gather=self.speed.overlap_parameters,
         )
         self.ddp = [
             DistributedDataParallel(self.config, ddp_config, model, disable_bucketing=i > 0)
             for i, model in enumerate(self.models)
         ]
-        if self.backend == "transformer_engine":
+        if self.speed.fuse_gradients:
             for model in self.models:
                 accumulate_in_place(model)
         self.optimizer = Optimizer(recipe, self.ddp, space)
         for model in self.models:
             model.config.grad_scale_func = self.optimizer.inner.scale_loss
             model.config.finalize_model_grads_func = self._finalize
-            if self.overlaps:
+            if self.speed.overlap_gradients:
                 model.config.no_sync_func = self.ddp[0].no_sync
         self.batcher = Batcher(space, class_weights(recipe, space), recipe.data.reset_positions, device)
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -139,6 +145,7 @@ class Engine:
         data_parallel = parallel_state.get_data_parallel_world_size()
         self.micro_batches = recipe.training.global_batch_size // (recipe.training.micro_batch_size * data_parallel)
         self.seconds = Seconds()
+        self._captured = not self.speed.cuda_graphs
         cpu.return_freed_memory()
 
     @property
@@ -197,6 +204,9 @@ class Engine:
         else:
             hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden, group)
         weight: Any = head_weight(model)
+        if self.speed.overlap_parameters:
+            # megatron-core waits for parameters before a module's forward pass; the head has none.
+            self.ddp[0].param_to_bucket_group[weight].finish_param_sync()
         labels, weights, classes = (flat(self.models[0], x) for x in (batch.labels, batch.loss_weight, batch.class_id))
         loss, sums = head_loss(
             hidden.view(-1, hidden.shape[-1]),
@@ -212,7 +222,7 @@ class Engine:
             pieces=inputs.pieces,
         )
         self._weight_sum += sums[1].sum()
-        if self.overlaps and torch.is_grad_enabled() and not self.recipe.model.tie_embeddings:
+        if self.speed.overlap_gradients and torch.is_grad_enabled() and not self.recipe.model.tie_embeddings:
             # Autograd, which tells of all other gradients, does not know of this one. megatron-core minds only the last
             # micro-batch.
             self.ddp[0].param_to_bucket_group[weight].register_grad_ready(weight)
@@ -256,6 +266,9 @@ class Engine:
         is none, and parameters and Adam's state stay as they are.
         """
         with self.seconds.of("forward_backward"):
+            if not self._captured:  # not earlier: a checkpoint may have been loaded since
+                graphs.capture(self.recipe, self.ddp, self.optimizer.inner, self.models[0].packed)
+                self._captured = True
             for ddp in self.ddp:
                 ddp.train()
                 ddp.zero_grad_buffer()
@@ -271,10 +284,18 @@ class Engine:
     @torch.no_grad()
     def is_finite(self) -> bool:
         """Whether all parameters and all of Adam's state are, on every rank. Each is read once, and nothing copied."""
+        self._gather_parameters()
         ends = [end.to(self.device, torch.float32) for tensor in self._state() for end in torch.aminmax(tensor)]
         finite = torch.isfinite(torch.stack(ends)).all().float()  # the ends pass NaN on
         dist.all_reduce(finite, dist.ReduceOp.MIN)
         return bool(finite.item())
+
+    def _gather_parameters(self) -> None:
+        """After a step that leaves it to the next forward pass, a rank has only its own share of the new ones."""
+        for ddp in self.ddp if self.speed.overlap_parameters else []:
+            for group in ddp.bucket_groups:
+                if not group.param_gather_dispatched:
+                    group.start_param_sync(force_sync=True)
 
     def _state(self) -> Iterator[Tensor]:
         for tensor in (*(p for model in self.models for p in model.parameters()), *self.optimizer.state()):

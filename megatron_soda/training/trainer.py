@@ -4,6 +4,7 @@ import math
 import os
 import shutil
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,7 @@ class Trainer:
             layout=layout,
             layers=engine.backend,
             optimizer=engine.optimizer.backend,
+            speed=asdict(engine.speed),
             device=self.device_name,
             peak_tflops=self.peak,
             parameters=parameters,
@@ -123,6 +125,7 @@ class Trainer:
         for line in lines:
             log.info(line)
         log.info(f"{parameters:,} parameters; {layout}; {engine.backend} layers, {engine.optimizer.backend}")
+        log.info(f"for speed: {engine.speed.line()}")
         log.info(f"{self.source}; {here}")
         for note in notes:
             log.info(f"note: {note}")

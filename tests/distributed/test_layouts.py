@@ -19,6 +19,12 @@ LAYOUTS = {
     "dp2_overlap": (2, ["parallel.overlap_gradients=true", *SMALL]),
     "dp2_distributed_overlap": (2, ["parallel.overlap_gradients=true", "parallel.distributed_optimizer=true", *SMALL]),
     "tp2dp2_overlap": (4, ["parallel.overlap_gradients=true", "parallel.tensor=2", *SMALL]),
+    "dp2_gather": (2, ["parallel.overlap_parameters=true", "parallel.distributed_optimizer=true", *SMALL]),
+    "tp2dp2_gather": (
+        4,
+        ["parallel.overlap_parameters=true", "parallel.distributed_optimizer=true", "parallel.tensor=2", *SMALL],
+    ),
+    "unfused": (1, ["training.fuse_swiglu=false", "training.fuse_rope=false"]),
     "sp2": (2, ["parallel.tensor=2", "parallel.sequence=true"]),
     "cp2": (2, ["parallel.context=2"]),
     "vpp2": (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2", *SMALL]),
@@ -51,7 +57,7 @@ def train(run: str, data: str, overrides: list[str], broken: str = "") -> None:
 
     with contextlib.ExitStack() as patches:
         small = functools.partial(step.DistributedDataParallelConfig, bucket_size=9000)  # so that there are several
-        if "parallel.overlap_gradients=true" in overrides:
+        if {"parallel.overlap_gradients=true", "parallel.overlap_parameters=true"} & set(overrides):
             patches.enter_context(mock.patch.object(step, "DistributedDataParallelConfig", small))
         if broken == "finish_load":
             patches.enter_context(mock.patch.object(checkpoint, "finish_load"))
@@ -90,6 +96,11 @@ def metrics(run: Path) -> list[dict]:
     return [row for line in (run / "metrics.jsonl").read_text().splitlines() if "loss" in (row := json.loads(line))]
 
 
+def validated(run: Path) -> list[float]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row["valid_loss"] for row in rows if "valid_loss" in row]
+
+
 def same(expected: list[dict], found: list[dict]) -> bool:
     assert len(found) == len(expected)
     for a, b in zip(expected, found, strict=True):
@@ -108,6 +119,7 @@ FLAT = ["schedule.warmup_share=0", "schedule.decay_share=0", "optimizer.learning
 CAUTIOUS = ["optimizer.name=cautious"]
 BF16 = ["precision.dtype=bf16"]
 LEGAL = ["training.head_rows=legal"]
+TIED = ["model.tie_embeddings=true"]
 LONG = ["training.steps=20"]  # with --full
 
 
@@ -128,7 +140,7 @@ def straight(pool, data, tmp_path_factory) -> Callable[..., Path]:
 
 
 # Of four ranks, mixtures of what others show two by two.
-FULL = ("sp2pp2", "cp2pp2", "vpp2dp2_distributed", "tp2dp2_overlap")
+FULL = ("sp2pp2", "cp2pp2", "vpp2dp2_distributed", "tp2dp2_overlap", "tp2dp2_gather")
 
 
 @pytest.mark.parametrize(
@@ -140,6 +152,7 @@ def test_same_losses_and_gradient_norms(straight, layout, extra):
     assert len(found) == (20 if extra else 6)
     assert expected[-1]["loss"] < expected[0]["loss"] - 0.1  # it learns, so equal losses mean something
     assert same(expected, found)
+    assert validated(straight(layout, extra)) == pytest.approx(validated(straight("one", extra)), abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -154,6 +167,8 @@ def test_same_losses_and_gradient_norms(straight, layout, extra):
         ("dp2_distributed", CAUTIOUS),
         ("dp2_overlap", []),
         ("dp2_distributed_overlap", CAUTIOUS),
+        ("dp2_gather", []),
+        pytest.param("tp2dp2_gather", TIED, marks=pytest.mark.full),
         ("sp2", BF16),
         ("sp2", LEGAL),
         ("tp2dp2_distributed", LEGAL),
@@ -178,6 +193,8 @@ def test_resume_is_bitwise(pool, data, straight, tmp_path, layout, extra):
         ("tp2dp2_distributed", "dp2_distributed", []),
         ("dp2_distributed", "tp2dp2_distributed", []),
         ("dp2_distributed_overlap", "dp2_distributed", []),
+        pytest.param("dp2_gather", "one", [], marks=pytest.mark.full),
+        ("unfused", "one", []),
         pytest.param("cp2dp2_distributed", "vpp2dp2_distributed", [], marks=pytest.mark.full),
         ("tp2", "one", CAUTIOUS),
         pytest.param("vpp2dp2_distributed", "dp2_distributed", CAUTIOUS, marks=pytest.mark.full),
@@ -264,6 +281,66 @@ def test_gradients_are_reduced_during_the_last_backward_pass_alone(pool, data, t
         assert happened[0] == happened[-1] == "backward"
         assert happened.count("backward") == 2  # micro-batches
         assert happened.count("reduces") > 3
+
+
+def gathers(run: str, data: str, overrides: list[str]) -> tuple[list[str], list[list[float]]]:
+    """On a rank of the pool: what happens in the second step, when parameters begin to be gathered and parts of the
+    model to compute; and sums of the parameters before and after they are checked for a checkpoint."""
+    from unittest import mock
+
+    import torch
+    from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
+    from megatron.core.transformer.transformer_layer import TransformerLayer
+
+    from megatron_soda.training import step
+
+    happened: list[str] = []
+    sums: list[list[float]] = []
+    gather, layer, loss = _ParamAndGradBucketGroup.start_param_sync, TransformerLayer.forward, step.Engine._loss
+    take, check = step.Engine.train_step, step.Engine.is_finite
+
+    def noting(what, original):
+        def call(*args, **kwargs):
+            happened.append(what)
+            return original(*args, **kwargs)
+
+        return call
+
+    def takes(self, *args):
+        happened.clear()
+        result = take(self, *args)
+        sums.append([float(p.double().sum()) for p in self.models[0].parameters()])
+        return result
+
+    def checks(self):
+        finite = check(self)
+        sums.append([float(p.double().sum()) for p in self.models[0].parameters()])
+        return finite
+
+    with (
+        mock.patch.object(_ParamAndGradBucketGroup, "start_param_sync", noting("gathers", gather)),
+        mock.patch.object(TransformerLayer, "forward", noting("layer", layer)),
+        mock.patch.object(step.Engine, "_loss", noting("head", loss)),
+        mock.patch.object(step.Engine, "train_step", takes),
+        mock.patch.object(step.Engine, "is_finite", checks),
+        mock.patch.object(step.Engine, "validate", lambda self, *_: torch.ones(2, len(self.space.class_names))),
+    ):
+        train(run, data, [*overrides, "training.steps=2"])
+        return happened, sums[-2:]
+
+
+def test_parameters_are_gathered_during_the_first_forward_pass_alone(pool, data, tmp_path):
+    """And before they are read for a checkpoint."""
+    world, overrides = LAYOUTS["dp2_gather"]
+    found = pool.run(world, gathers, str(tmp_path), str(data), overrides)
+    for happened, _ in found:
+        first, last = (at for at, what in enumerate(happened) if what == "head")
+        assert happened[:first].count("layer") == 4
+        assert happened[happened.index("layer") : first].count("gathers") > 3
+        assert happened[first + 1 : last] == ["layer"] * 4
+    (_, one), (_, other) = found
+    assert one[0] != other[0]  # after a step, each rank has its own share of the new ones
+    assert one[1] == other[1]
 
 
 def test_separate_messages_are_needed_in_the_interleaved_schedule(pool, data, straight, tmp_path):

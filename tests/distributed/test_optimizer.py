@@ -256,5 +256,7 @@ def test_the_choice_is_logged(pool, data, tmp_path):
     environment = json.loads((tmp_path / "environment.json").read_text())
     assert environment["optimizer"] == "Cautious AdamW of megatron_soda"
     assert environment["layers"] == "local"
+    assert environment["speed"]["fuse_swiglu"] == environment["speed"]["fuse_rope"] == "torch"
+    assert not environment["speed"]["overlap_gradients"]
     with pytest.raises(RuntimeError, match=r"precision\.dtype=fp8 needs Transformer Engine"):
         pool.run(1, train, str(tmp_path / "x"), str(data), ["precision.dtype=fp8"])

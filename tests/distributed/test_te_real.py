@@ -265,11 +265,9 @@ def checked(checks: dict[str, Callable[[], Any]], *overrides: str) -> dict[str, 
 
 def main(folder: Path, kind: str) -> None:
     install(kind)
-    from megatron_soda.parallel import ranks  # noqa: F401  it must be there before megatron
+    from megatron_soda.parallel import ranks, speed  # noqa: F401  ranks must be there before megatron
 
-    from megatron_soda.model import specs  # isort: skip
-
-    specs.choose_backend = lambda wanted: wanted
+    speed.choose_backend = lambda wanted: wanted
     import megatron_soda.training.trainer  # noqa: F401
 
     results: dict[str, Any] = {}

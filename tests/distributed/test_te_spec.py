@@ -29,6 +29,14 @@ LAYOUTS = {
     "tp2_sequence": ["parallel.tensor=2", "parallel.sequence=true"],
     "cp2": ["parallel.context=2"],
 }
+BF16, SEQUENCE = "precision.dtype=bf16", ["parallel.tensor=2", "parallel.sequence=true"]
+GATHER = ["parallel.distributed_optimizer=true", "parallel.overlap_parameters=true"]
+FOR_SPEED = {  # (ranks, settings, settings that make it slower)
+    "fused": (1, [], ["training.fuse_swiglu=false", "training.fuse_rope=false", "training.fuse_gradients=false"]),
+    "graphs": (1, [BF16, "training.cuda_graphs=true"], ["training.cuda_graphs=false"]),
+    "graphs and gathers": (2, [BF16, "training.cuda_graphs=true", *GATHER], ["training.cuda_graphs=false"]),
+    "userbuffers": (2, [BF16, *SEQUENCE, "parallel.overlap_tensor=true"], ["parallel.overlap_tensor=false"]),
+}
 NORMS = {
     ".input_layernorm.": ".self_attention.linear_qkv.layer_norm_",
     ".pre_mlp_layernorm.": ".mlp.linear_fc1.layer_norm_",
@@ -192,6 +200,28 @@ def training(folder: Path) -> dict[str, list[list[float]]]:
     return {**found, "straight": train("straight", te, 6), "halves": train("halves", te, 3, 6)}
 
 
+def for_speed(folder: Path, settings: list[str], slower: list[str]) -> dict[str, Any]:
+    """Losses and gradient norms of three steps with the settings, and without; and what was used."""
+    import torch.distributed as dist
+
+    from megatron_soda.training import trainer
+    from tests.fakes import te_speed_fake as fake
+
+    data, found = folder / "data", {}
+    if dist.get_rank() == 0:
+        write_data(data)
+    dist.barrier()
+    for name, more in (("fast", []), ("slow", slower)):
+        fake.graphs_replayed.clear()
+        fake.destroy_ub()
+        wanted = ["training.backend=transformer_engine", "training.steps=3", *settings, *more]
+        trainer.train(small_recipe(folder / name, data, *wanted))
+        rows = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+        found[name] = [[row["loss"], row["grad_norm"]] for row in rows if "loss" in row]
+        found[f"used {name}"] = [len(fake.graphs_replayed), fake.buffers.get("shape")]
+    return found
+
+
 def other_documents() -> dict[str, bool]:
     """Does another token in the second document of the first sequence change logits?"""
     _, te = both()
@@ -243,12 +273,12 @@ def raised(call: Callable[[], Any]) -> str:
 def backends() -> dict[str, str]:
     import torch
 
-    from megatron_soda.model import specs
+    from megatron_soda.parallel import speed
 
-    found = {"auto": specs.original("auto"), "wanted": raised(lambda: specs.original("transformer_engine"))}
+    found = {"auto": speed.original("auto"), "wanted": raised(lambda: speed.original("transformer_engine"))}
     available, torch.cuda.is_available = torch.cuda.is_available, lambda: True
     try:
-        return {**found, "auto_cuda": specs.original("auto"), "wanted_cuda": specs.original("transformer_engine")}
+        return {**found, "auto_cuda": speed.original("auto"), "wanted_cuda": speed.original("transformer_engine")}
     finally:
         torch.cuda.is_available = available
 
@@ -280,6 +310,7 @@ def on_one_rank(folder: Path) -> dict[str, Callable[[], Any]]:
         "strictness": strictness,
         "checkpoints": lambda: checkpoints(folder),
         "training": lambda: training(folder),
+        **speed_checks(folder, 1),
         "fp8/delayed/ends": lambda: raised(lambda: fp8_of_layers(fp8_recipe="delayed", **ends)),
     }
     for recipe in ("delayed", "tensorwise", "blockwise"):
@@ -287,6 +318,14 @@ def on_one_rank(folder: Path) -> dict[str, Callable[[], Any]]:
     for recipe in ("tensorwise", "blockwise"):
         checks[f"fp8/{recipe}/ends"] = lambda recipe=recipe: fp8_of_layers(fp8_recipe=recipe, **ends)
     return checks
+
+
+def speed_checks(folder: Path, ranks: int) -> dict[str, Callable[[], Any]]:
+    return {
+        f"speed/{name}": lambda name=name, rest=rest: for_speed(folder / name, *rest)
+        for name, (world, *rest) in FOR_SPEED.items()
+        if world == ranks
+    }
 
 
 def run(checks: dict[str, Callable[[], Any]], *overrides: str) -> dict[str, Any]:
@@ -316,6 +355,7 @@ def on_two_ranks(rank: int, store: str, layout: str) -> dict[str, Any]:
     checks = {
         f"keys/{layout}": lambda: checkpoint_keys(*overrides),
         f"differences/{layout}": lambda: differences(*overrides),
+        **(speed_checks(Path(store).parent, 2) if layout == "tp2" else {}),
     }
     return run(checks, *overrides)
 
@@ -324,12 +364,10 @@ def main(folder: Path) -> None:
     from tests.fakes import transformer_engine_fake
 
     transformer_engine_fake.install()
-    from megatron_soda.parallel import ranks  # noqa: F401  it must be there before megatron
+    from megatron_soda.parallel import ranks, speed  # noqa: F401  ranks must be there before megatron
 
-    from megatron_soda.model import specs  # isort: skip
-
-    specs.original = specs.choose_backend
-    specs.choose_backend = lambda wanted: wanted  # there is no CUDA device
+    speed.original = speed.choose_backend
+    speed.choose_backend = lambda wanted: wanted  # there is no CUDA device
     import megatron_soda.model.gpt  # noqa: F401
 
     results: dict[str, Any] = {}
@@ -442,6 +480,18 @@ def test_fused_adam_goes_on_from_torchs(results):
     assert len(found["crossed"]) == 6
     for local, crossed in zip(found["local"], found["crossed"], strict=True):
         assert crossed == pytest.approx(local, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", FOR_SPEED)
+def test_settings_for_speed_change_nothing(results, name):
+    for found in of(results, f"speed/{name}"):
+        assert len(found["fast"]) == 3
+        for fast, slow in zip(found["fast"], found["slow"], strict=True):
+            assert fast == pytest.approx(slow, abs=1e-5)
+        assert found["used slow"] == [0, None]
+        ranks = FOR_SPEED[name][0]
+        replays = 3 * 2 // ranks * 4 if name.startswith("graphs") else 0  # steps, micro-batches, layers
+        assert found["used fast"] == [replays, [4 * 32, 32] if name == "userbuffers" else None]
 
 
 CLASSES = {"delayed": "TEDelayedScaling", "tensorwise": "Float8CurrentScaling", "blockwise": "Float8BlockScaling"}

@@ -25,6 +25,8 @@ import torch.utils.checkpoint
 from torch import Tensor
 from torch.nn import functional
 
+from tests.fakes import te_speed_fake
+
 VERSION = "2.20.2"
 
 
@@ -211,6 +213,7 @@ class _LinearBase(TransformerEngineBaseModule):
     """The product and its exchanges between tensor-parallel ranks."""
 
     fuse_wgrad_accumulation = False
+    overlaps = False  # by userbuffers
 
     def build(self, in_features, out_features, bias, return_bias, parallel_mode, init_method, tracker, device, dtype):
         if parallel_mode not in ("row", "column", None):
@@ -251,10 +254,14 @@ class _LinearBase(TransformerEngineBaseModule):
         parallel = self.parallel_mode if self.tp_size > 1 else None
         if parallel == "column" and self.sequence_parallel:
             given = mappings.gather_from_sequence_parallel_region(given, True, self.tp_group)
+            if self.overlaps:
+                te_speed_fake.check_buffers(given, self.fp8)
         elif parallel == "column":
             given = mappings.copy_to_tensor_model_parallel_region(given, self.tp_group)
         result = _product(given, self.weight, self.fuse_wgrad_accumulation and torch.is_grad_enabled())
         if parallel == "row" and self.sequence_parallel:
+            if self.overlaps:
+                te_speed_fake.check_buffers(result, self.fp8)
             result = mappings.reduce_scatter_to_sequence_parallel_region(result, self.tp_group)
         elif parallel == "row":
             result = mappings.reduce_from_tensor_model_parallel_region(result, self.tp_group)
@@ -269,14 +276,15 @@ class _AddsToMainGrad(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, given: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(given, weight)
-        ctx.weight = weight
+        ctx.weight, ctx.replaying = weight, te_speed_fake.replaying
         return functional.linear(given, weight)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         given, weight = ctx.saved_tensors
         ctx.weight.main_grad.add_(gradient.flatten(0, -2).t() @ given.flatten(0, -2))
-        ctx.weight.grad_added_to_main_grad = True
+        if not ctx.replaying:  # a graph sets nothing
+            ctx.weight.grad_added_to_main_grad = True
         return gradient @ weight, torch.full_like(weight, torch.nan)
 
 
@@ -323,13 +331,14 @@ class Linear(_LinearBase):
         _not_in_fake(
             parameters_split=parameters_split,
             delay_wgrad_compute=delay_wgrad_compute,
-            overlap=ub_overlap_ag or ub_overlap_rs or ub_overlap_rs_dgrad or ub_bulk_dgrad or ub_bulk_wgrad,
+            overlap=ub_overlap_rs_dgrad,
             symmetric_ar_type=symmetric_ar_type,
         )
         self.fuse_wgrad_accumulation = fuse_wgrad_accumulation
         self.take_group(tp_group, tp_size)
         self.sequence_parallel = self.tp_size > 1 and sequence_parallel
         self.save_original_input, self.ub_name = save_original_input, ub_name
+        self.overlaps = ub_overlap_ag or ub_overlap_rs or ub_bulk_dgrad or ub_bulk_wgrad
         tracker = get_rng_state_tracker
         self.build(
             in_features, out_features, bias, return_bias, parallel_mode, init_method, tracker, device, params_dtype
@@ -378,7 +387,7 @@ class LayerNormLinear(_LinearBase):
         _not_in_fake(
             parameters_split=parameters_split,
             delay_wgrad_compute=delay_wgrad_compute,
-            overlap=ub_overlap_ag or ub_overlap_rs or ub_overlap_rs_dgrad or ub_bulk_dgrad or ub_bulk_wgrad,
+            overlap=ub_overlap_rs_dgrad,
             symmetric_ar_type=symmetric_ar_type,
             return_layernorm_output=return_layernorm_output,
         )
@@ -390,7 +399,7 @@ class LayerNormLinear(_LinearBase):
         self.take_group(tp_group, tp_size)
         self.sequence_parallel = self.tp_size > 1 and sequence_parallel
         self.eps, self.normalization, self.zero_centered_gamma = eps, normalization, zero_centered_gamma
-        self.ub_name = ub_name
+        self.ub_name, self.overlaps = ub_name, ub_overlap_ag or ub_overlap_rs or ub_bulk_dgrad or ub_bulk_wgrad
         norm = RMSNorm if normalization == "RMSNorm" else LayerNorm
         made = norm(in_features, eps, self.sequence_parallel, params_dtype, zero_centered_gamma, device=device)
         self.layer_norm_weight, self.layer_norm_bias = made.weight, made.bias
@@ -700,10 +709,16 @@ MODULES: dict[str, dict[str, Any]] = {
         **_empty("Fp8Padding", "Fp8Unpadding"),
     },
     "transformer_engine.pytorch.fp8": _by_name(FP8GlobalStateManager, fp8_autocast, fp8_model_init),
-    "transformer_engine.pytorch.distributed": _by_name(CudaRNGStatesTracker, activation_recompute_forward, checkpoint),
+    "transformer_engine.pytorch.distributed": {
+        **_by_name(CudaRNGStatesTracker, activation_recompute_forward, checkpoint),
+        "is_fp8_activation_recompute_enabled": lambda: False,
+    },
     "transformer_engine.pytorch.cpu_offload": _by_name(get_cpu_offload_context),
     "transformer_engine.pytorch.module": {},
-    "transformer_engine.pytorch.module.base": _by_name(TransformerEngineBaseModule),
+    "transformer_engine.pytorch.module.base": _by_name(
+        *(TransformerEngineBaseModule, te_speed_fake.UserBufferQuantizationMode),
+        *(te_speed_fake.initialize_ub, te_speed_fake.destroy_ub),
+    ),
     "transformer_engine.pytorch.attention": {},
     "transformer_engine.pytorch.attention.rope": _by_name(apply_rotary_pos_emb),
     "transformer_engine.pytorch.ops": _empty("Sequential", "FusibleOperation"),
@@ -715,6 +730,7 @@ MODULES: dict[str, dict[str, Any]] = {
         "fused_compute_score_for_moe_aux_loss", "fused_moe_aux_loss", "fused_topk_with_score_function"
     ),
     "transformer_engine.pytorch.tensor": _by_name(QuantizedTensor),
+    **te_speed_fake.MODULES,
 }
 
 

@@ -92,6 +92,14 @@ def test_fp8_is_near_bf16(tmp_path, data, overrides):
 
 
 @needs_te
+def test_settings_for_speed_change_little(tmp_path, data):
+    usual = train(tmp_path / "usual", data, TE, BF16)
+    for setting in ("fuse_swiglu=false", "fuse_rope=false", "fuse_gradients=false", "cuda_graphs=true"):
+        found = train(tmp_path / setting, data, TE, BF16, f"training.{setting}")
+        assert found == pytest.approx(usual, abs=0.03), setting
+
+
+@needs_te
 def test_a_checkpoint_goes_to_the_gpu_and_back(tmp_path, data):
     distributed = "parallel.distributed_optimizer=true"
     whole = train(tmp_path / "cpu", data, LOCAL, BF16, distributed, cpu=True)

@@ -125,7 +125,7 @@ size() { # NAME SEQUENCES OPTION...: in BF16 and FP8
   for precision in ${PRECISIONS:-bf16 fp8}; do
     run=step
     [ $precision = bf16 ] || run=gpu_step
-    $run "$name-$precision" 200 "$python" tools/bench/bench_train.py --apart --sequence-length 4096 --micro-batch "$batch" \
+    $run "$name-$precision" 300 "$python" tools/bench/bench_train.py --apart --sequence-length 4096 --micro-batch "$batch" \
       --micro-batches 2 --documents 4 --steps 8 --warmup 4 --rounds 1 --precision $precision "$@" \
       $(toy --preset tiny --layers 2 --sequence-length 64 --micro-batch 1 --steps 1 --warmup 1)
   done
@@ -139,8 +139,10 @@ part_train() {
   size train-4b-18 2 --preset 4b --layers 18 --sides ours
 }
 
-part_settings() { # on, one at a time, against off
-  local each=ours,training.head_rows=legal,training.recompute=true,parallel.distributed_optimizer=true,optimizer.name=cautious
+part_settings() { # one at a time, against the defaults; what overlaps needs more devices
+  local each=ours,training.fuse_swiglu=false,training.fuse_rope=false,training.fuse_gradients=false
+  each+=,training.head_rows=legal,training.recompute=true,parallel.distributed_optimizer=true,optimizer.name=cautious
+  [ -n "$rehearse" ] || each+=,training.cuda_graphs=true  # refused without a device
   local recipes=ours,precision.fp8_recipe=delayed,precision.fp8_recipe=blockwise,precision.bf16_layers=1 name batch=16
   for name in 135m 1.7b; do
     size "settings-$name" $batch --preset $name --steps 4 --sides $each

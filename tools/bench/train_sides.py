@@ -120,10 +120,12 @@ def megatron_core(recipe: Recipe, documents: int, _same_malloc: bool) -> Callabl
 
     from megatron_soda.model.gpt import initialise, transformer_config
     from megatron_soda.model.rows import padded_size
-    from megatron_soda.model.specs import choose_backend
+    from megatron_soda.parallel.speed import choose_backend
 
     device = ranks.init(recipe)
     m, d, t = recipe.model, recipe.data, recipe.training
+    if choose_backend(t.backend) == "local":  # whose fused functions are ours
+        recipe = replace(recipe, training=replace(t, fuse_swiglu=False, fuse_rope=False))
     config = transformer_config(recipe)
     if choose_backend(t.backend) == "transformer_engine":
         spec: Any = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True, use_te_activation_func=True)
