@@ -25,9 +25,9 @@ from . import executor
 from .index import Shard, digest, read_index
 
 SECONDS_AT_ONCE = 300.0  # of audio in memory, on top of what is being decoded
-SECONDS_FOR_A_GPU = 1800.0  # so that there are enough waves of each length to fill its batches
+SECONDS_FOR_A_GPU = 600.0  # a part of a shard, so that the next is decoded meanwhile; enough to fill batches by length
 MOST_DECODERS = 8  # threads beside a codec on a GPU
-IN_FLIGHT = 64  # recordings that they decode at once, a piece of each ahead
+IN_FLIGHT = 32  # recordings that they decode at once, a piece of each ahead
 
 Item = TypeVar("Item")
 

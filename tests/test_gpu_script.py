@@ -21,7 +21,7 @@ SCRIPT = TOOLS / "bench" / "gpu.sh"
 STAND_IN = """#!/usr/bin/env bash
 case "$*" in *"import xdist"*) exit 1 ;; *gpu_report.py*) exec "$REAL" "$@" ;; esac
 printf '%s\\n' "$(printf '%q ' "$@")" >>"$CALLED"
-case "$*" in *"$HANGS"*) echo $$ $PPID >"$CALLED.pids"; sleep 100 ;; esac
+case "$*" in *"$HANGS"*) echo $$ $PPID >"$CALLED.pids"; exec sleep 100 ;; esac
 case "$*" in *"$FAILS"*) exit 3 ;; esac
 echo '{"rows": {}}'
 """

@@ -20,7 +20,7 @@ def command(
     overrides: Overrides = None,
 ) -> None:
     """Check token stores: intact files, ids in range, every document legal and unique. Exit status 1 if not. Of a
-    recipe, also check that what its settings for speed need is here, and, if it evaluates while training, that its
+    recipe, also check that its settings for speed go together, and, if it evaluates while training, that its
     suites can be measured."""
     from ..data.validate import SIDES, validate
 
@@ -33,9 +33,9 @@ def command(
     names = ["valid"] if whole.data.corpora else SIDES
     if not validate(whole.data_folder, names, whole.data.corpora):
         raise typer.Exit(1)
-    from ..parallel.speed import choose_speed
+    from ..parallel.speed import check_speed
 
-    choose_speed(whole)
+    check_speed(whole)
     if whole.evaluate.every:
         from ..evaluation.during import check
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .bench import Bench
 
 BATCH = 16
-VERSION = 1  # of the answers in a run's evaluate/*-answers.jsonl
+VERSION = 2  # of the answers in a run's evaluate/*-answers.jsonl
 
 
 def answered(bench: "Bench", name: str, task: Task, materials: Sequence[Material]) -> list[Answer | None]:
@@ -35,7 +35,7 @@ def answered(bench: "Bench", name: str, task: Task, materials: Sequence[Material
     with Kept(path, key) as kept:
         for start in track(range(0, len(fitting), BATCH), f"{name}: generate", console=console):
             chosen, seed = fitting[start : start + BATCH], bench.recipe.seed + start
-            digest = _digest([prompts[i] for i in chosen], seed)
+            digest = _digest([(prompts[i], materials[i].to) for i in chosen], seed)
             if digest not in kept.values:
                 answers = answer(bench.studio, task, [materials[i] for i in chosen], Chance(seed))
                 kept.add(digest, [_to_json(one) for one in answers])
@@ -56,8 +56,9 @@ def _prompt(task: Task, material: Material) -> Prompt | None:
         return None
 
 
-def _digest(prompts: Sequence[Prompt | None], seed: int) -> str:
-    parts = [[prompt.ids, prompt.max_tokens] for prompt in prompts if prompt]
+def _digest(asked: Sequence[tuple[Prompt | None, str]], seed: int) -> str:
+    """asked: prompts, and the languages to translate to."""
+    parts = [[prompt.ids, prompt.max_tokens, to] for prompt, to in asked if prompt]
     return hashlib.sha256(json.dumps([seed, parts]).encode()).hexdigest()[:32]
 
 

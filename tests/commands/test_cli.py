@@ -85,8 +85,8 @@ def test_validate_exit_status(monkeypatch, capsys, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"run: {tmp_path}\n")
     assert soda(monkeypatch, "validate", str(recipe)) == 0
-    assert soda(monkeypatch, "validate", str(recipe), "fuse_gradients=true", "training.backend=local") == 2
-    assert "training.fuse_gradients=true needs Transformer Engine" in capsys.readouterr().err
+    assert soda(monkeypatch, "validate", str(recipe), "overlap_parameters=true") == 2
+    assert "it needs parallel.distributed_optimizer=true" in capsys.readouterr().err
     with (tmp_path / "data" / "valid.bin").open("r+b") as file:
         file.truncate(10)
     assert soda(monkeypatch, "validate", str(recipe)) == 1

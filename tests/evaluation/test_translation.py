@@ -22,6 +22,7 @@ from megatron_soda.evaluation.suites.translation import _other
 from megatron_soda.hf.load import load_model
 from megatron_soda.inference import own
 from megatron_soda.inference.own import Answer
+from megatron_soda.inference.task import Prompt
 from megatron_soda.inference.tasks import transcribe
 from megatron_soda.report import build_report
 from tests.evaluation.judges import Listener, fake_judges
@@ -119,10 +120,11 @@ class Translator:
         source, target = self.pairs[tuple(space.codes(np.array(ids[2 : ids.index(space.audio_end)]))[:, 0])]
         if ids[-1] == space.audio_start:
             return [*(space.audio_ids(target["codes"]).tolist() if self.speaks else []), space.audio_end]
-        told = self.text.decode([token for token in ids if token < space.text_size])
+        told = self.text.decode([token for token in ids[1:] if token < space.text_size])
+        first = f"<language>{source['language']}</language>{source['text']}"
         if not told:  # not even the source's language
-            return [*self.text.encode(f"<language>{source['language']}</language>{source['text']}"), space.text_end]
-        assert told.endswith(f"{source['text']}<language>{target['language']}</language>")
+            return [*self.text.encode(first), space.text_end]
+        assert told == f"{first} <language>{target['language']}</language>"
         return [*self.text.encode(target["text"]), space.text_end]
 
 
@@ -194,7 +196,7 @@ def test_figures_by_hand(exported, monkeypatch):
 def test_without_an_own_text_nothing_is_said_that_was_written(exported, monkeypatch):
     write_pairs(exported)
     languages = ("es", "en") * 2
-    given = [Answer(["zero", " "], codes_of(*one), True) for one in zip(STRINGS, languages, strict=True)]
+    given = [Answer(["zero", "."], codes_of(*one), True) for one in zip(STRINGS, languages, strict=True)]
     monkeypatch.setattr(answers, "answer", lambda *_: given)
     row = column(measured(exported))
     assert (row["WER corpus, authors"], row["own text: WER corpus, authors"]) == (0, 1)
@@ -212,6 +214,11 @@ def test_a_model_of_random_weights(exported, monkeypatch, tool):
     measured(exported, judges="")
     with pytest.raises(SodaError, match="nothing was heard; evaluate with a recogniser"):
         tool["main"](exported.run)
+
+
+def test_answers_are_kept_by_their_language():
+    asked = [answers._digest([(Prompt([1], set(), 3), language)], 0) for language in ("en", "es", "en")]
+    assert asked[0] == asked[2] != asked[1]
 
 
 def test_another_speaker_is_neither_sides_if_possible():

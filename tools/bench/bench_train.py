@@ -82,13 +82,15 @@ class Side:
         self.pool.shutdown()
 
     def _run(self, function: Callable[..., Any], *args: Any) -> Any:
-        """The result; None, and a problem, if memory ran out."""
+        """The result; None, and a problem, if it failed."""
         try:
             return self.pool.submit(function, *args).result()
         except BrokenProcessPool:
             self.problem = "killed (out of memory?)"
         except torch.OutOfMemoryError:
             self.problem = "out of memory"
+        except Exception as error:  # the other sides are measured all the same
+            self.problem = f"{type(error).__name__}: {error}"
         return self.problem if function is start else None
 
 

@@ -18,9 +18,10 @@ folder=$(realpath -m "$1")
 shift
 data=${DATA:-runs/quickstart/data} python=${PYTHON:-python3} limit=$((${PART_MIB:-52} * 1024 * 1024))
 all=$folder/all
-rm -rf "$folder"/[0-9]* "$all"
+rm -rf "$all"
 mkdir -p "$all"
-[ $# = 0 ] || cp "$@" "$all"
+[ $# = 0 ] || cp "$@" "$all"  # perhaps from the last pack
+rm -rf "$folder"/[0-9]*
 [ ! -d "$data" ] || data=$(realpath "$data")
 cd "$(dirname "$0")/../.."
 

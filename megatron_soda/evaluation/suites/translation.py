@@ -143,7 +143,7 @@ def _own(written: list[tuple[str, str]], said: list[str], heard: list[str | None
     """What is heard against the model's own text. Without one, every word of the reference counts as wrong."""
     from ..spoken import Heard
 
-    texts = [text.strip() for _, text in written]
+    texts = [text if any(map(str.isalnum, text)) else "" for _, text in written]
     return Heard(
         [text or reference for text, reference in zip(texts, said, strict=True)],
         [one if text else "" for text, one in zip(texts, heard, strict=True)],
