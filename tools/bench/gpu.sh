@@ -97,15 +97,15 @@ part_versions() {
 }
 
 part_tests() {
-  SHOW=${SHOW:-30} step tests-kernels 200 "$python" -m pytest -q -x tests/gpu/test_kernels.py --durations 5
+  SHOW=${SHOW:-30} step tests-kernels 200 "$python" -m pytest -x tests/gpu/test_kernels.py --durations 5
   local together=()  # they wait for imports most of the time
   if [ -z $rehearse ] && "$python" -c "import xdist" 2>/dev/null; then together=(-n 8); fi
-  OMP_NUM_THREADS=2 SHOW=${SHOW:-80} step tests-cuda 320 "$python" -m pytest -q tests/gpu/test_cuda.py --durations 25 \
+  OMP_NUM_THREADS=2 SHOW=${SHOW:-80} step tests-cuda 320 "$python" -m pytest tests/gpu/test_cuda.py --durations 25 \
     --tb short "${together[@]}"
 }
 
 part_sanitizer() {
-  gpu_step sanitizer 240 compute-sanitizer --error-exitcode 9 "$python" -m pytest -q -x tests/gpu/test_kernels.py \
+  gpu_step sanitizer 240 compute-sanitizer --error-exitcode 9 "$python" -m pytest -x tests/gpu/test_kernels.py \
     -k "test_damage_is_found or test_an_id_outside or test_windows_of_a_long_stream or (test_packing and (3-11 or 8-11)) or (test_batches and 2049)"
 }
 
@@ -152,9 +152,10 @@ part_settings() { # one at a time, against the defaults; what overlaps needs mor
 }
 
 part_fp8() {
-  local common=(examples/pretrain/135m.yaml "data.path=$DATA" data.sequence_length=2048 training.steps=200
+  local common=(examples/pretrain/base.yaml model.preset=135m "data.path=$DATA" data.sequence_length=2048 training.steps=200
     training.global_batch_size=32 training.micro_batch_size=16 training.valid_every=200 checkpoint.save_every=200 logging.log_every=1)
-  common+=($(toy model.preset=tiny data.sequence_length=64 training.steps=4 training.global_batch_size=2 training.micro_batch_size=1))
+  common+=($(toy model.preset=tiny data.sequence_length=64 training.steps=4 training.global_batch_size=2 \
+    training.micro_batch_size=1 training.valid_windows=4))
   local kind precision
   for kind in bf16 fp8-tensorwise fp8-delayed fp8-blockwise; do
     precision=(precision.dtype=fp8 "precision.fp8_recipe=${kind#fp8-}")
