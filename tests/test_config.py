@@ -199,6 +199,7 @@ SEQUENCE = ["parallel.tensor=2", "parallel.sequence=true"]
         (["cuda_graphs=true"], 1, "cuda_graphs .* precision.dtype=bf16 or fp8"),
         ([*BF16, "num_layers=4", "parallel.pipeline=2", "cuda_graphs=true"], 2, "cuda_graphs .* parallel.pipeline=1"),
         ([*BF16, "recompute=true", "cuda_graphs=true"], 1, "cuda_graphs .* training.recompute=true"),
+        ([*BF16, "parallel.context=2", "cuda_graphs=true"], 2, "training.cuda_graphs .* parallel.context=2"),
         ([*FP8, "data.sequence_length=4090"], 1, "4090, and must be a multiple of 16 .*4080 or 4096 would work"),
         ([*FP8, "parallel.tensor=2", "parallel.sequence=true", "data.sequence_length=16"], 2, "32 would work"),
         ([*FP8, "precision.fp8_recipe=blockwise", "ffn_hidden_size=320"], 1, "256 or 384 would work"),
@@ -223,7 +224,7 @@ NAMES = "overlap_gradients", "overlap_parameters", "overlap_tensor", "fuse_rope"
         ([*DISTRIBUTED, "overlap_parameters=false"], 2, LOCAL, ["overlap_gradients"]),
         ([*DISTRIBUTED, "overlap_gradients=false"], 2, LOCAL, []),
         ([*DISTRIBUTED, "parallel.pipeline=2"], 2, LOCAL, []),
-        ([*DISTRIBUTED, "parallel.context=2"], 1, TE, ["fuse_gradients"]),
+        ([*DISTRIBUTED, *BF16, "parallel.context=2"], 1, TE, ["fuse_rope", "fuse_gradients"]),
         (["fuse_rope=false", "fuse_gradients=false"], 1, TE, []),
         ([*BF16, *SEQUENCE, "overlap_tensor=true"], 1, TE, ["overlap_tensor", "fuse_rope", "fuse_gradients"]),
         ([*BF16, "cuda_graphs=true"], 1, TE, ["fuse_rope", "fuse_gradients", "cuda_graphs"]),
@@ -257,7 +258,7 @@ def test_one_rank_asks_for_nothing():
         ([*BF16, "cuda_graphs=true"], CPU, "training.cuda_graphs=true needs Transformer Engine"),
         (["fuse_gradients=true"], CPU, "training.fuse_gradients=true needs Transformer Engine"),
         (["fuse_rope=true"], LOCAL, "fuse_rope=true on CUDA .* Transformer Engine"),
-        (["fuse_rope=true", "parallel.context=2"], TE, "fuse_rope=true on CUDA .* parallel.context=1"),
+        (["parallel.context=2"], TE, "parallel.context=2: between ranks, .* takes bf16 alone"),
     ],
 )
 def test_what_is_missing_for_speed(overrides, machine, message):

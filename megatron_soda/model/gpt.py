@@ -15,12 +15,13 @@ from torch import Tensor
 from ..config import Recipe
 from ..config.training import Precision
 from ..data.batch import Batch
-from ..parallel.context import attention_mask, cut, cut_sequences
+from ..parallel.context import attention_mask, cut, cut_sequences, part_of_documents
+from ..parallel.layout import token_unit
 from ..parallel.speed import choose_backend, choose_speed
 from ..vocab import TokenSpace
 from .legal_rows import LegalRows, Piece
 from .rows import TABLES, Rows
-from .specs import is_packed, layer_spec
+from .specs import layer_spec
 
 
 def transformer_config(recipe: Recipe) -> TransformerConfig:
@@ -67,8 +68,7 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
         recompute_method="uniform" if t.recompute else None,
         recompute_num_layers=1 if t.recompute else None,
         use_te_activation_func=bool(speed.fuse_swiglu),  # specs.SwiGLU
-        # Else rotary positions of packed sequences are applied document by document, each waiting for the device. In
-        # the other format Transformer Engine's kernel takes the same positions in every sequence.
+        # Else rotary positions of packed sequences are applied document by document, each waiting for the device.
         apply_rope_fusion=bool(speed.fuse_rope),
         tp_comm_overlap=speed.overlap_tensor,
         **({"cuda_graph_impl": "transformer_engine", "cuda_graph_scope": "mlp"} if speed.cuda_graphs else {}),
@@ -104,7 +104,8 @@ class SodaModel(GPTModel):
     """GPTModel that ends with the hidden states: the head is part of the loss (head.py). `with_head` brings logits."""
 
     with_head = False
-    packed = False  # documents are given as packed sequences, not by a mask: specs.is_packed
+    packed = False  # documents are given as packed sequences, not by a mask: to Transformer Engine
+    token_unit = 1  # if they are split between ranks, what the tokens of a batch are a multiple of
     reset_positions = False  # the recipe's data.reset_positions
     rows: Rows  # of the embedding and the head
     row_of_id: Tensor | None = None  # int64 (vocabulary,); None: a row's number is its id
@@ -188,7 +189,8 @@ def build_model(recipe: Recipe, space: TokenSpace, device: torch.device, chunk: 
         rope_scaling_factor=m.rope_scaling_factor,
         vp_stage=chunk,
     )
-    model.packed, model.reset_positions = is_packed(backend, config), recipe.data.reset_positions
+    model.packed, model.token_unit = backend == "transformer_engine", token_unit(recipe)
+    model.reset_positions = recipe.data.reset_positions
     model.rows, model.row_of_id = rows, rows.of_ids().to(device) if rows.ranks > 1 else None
     if not model.packed:
         stock: Any = model.rotary_pos_emb
@@ -273,7 +275,7 @@ def global_name(model: Any, name: str) -> str:
 class Inputs:
     """What this rank takes of a batch."""
 
-    batch: Batch  # its part of every sequence; tokens and labels as rows (rows.py); `cu_seqlens` are the whole batch's
+    batch: Batch  # its part (context.py); tokens and labels as rows (rows.py); `cu_seqlens` are the whole batch's
     mask: Tensor | None  # bool (sequences, 1, queries, keys), True where attention may look; None: packed sequences
     pieces: list[Piece] | None = None  # what the head is to compute; None: everything, over all rows
 
@@ -282,17 +284,20 @@ class Inputs:
         return [x for x in (*vars(self.batch).values(), self.mask, *pieces) if isinstance(x, Tensor)]
 
 
-def inputs_of(model: SodaModel, batch: Batch, legal: LegalRows | None = None, others: bool = False) -> Inputs:
+def inputs_of(
+    model: SodaModel, batch: Batch, legal: LegalRows | None = None, others: bool = False, tokens: int = 0
+) -> Inputs:
     """Attention stays inside documents: by a mask in the local modules, by packed sequences in Transformer Engine
     (which ignores masks). `legal`: the head is over the rows that the grammar allows, and with `others` over a sample
-    of the rest."""
+    of the rest. `tokens`: packed documents that are split between ranks are padded to so many at least."""
     mask = None if model.packed else attention_mask(batch.segment_id)
-    mine = cut(batch)
+    part = part_of_documents(batch, model.token_unit, tokens) if model.packed else None
+    mine = cut(batch, part)
     if model.row_of_id is not None:
         mine = replace(mine, tokens=model.row_of_id[mine.tokens], labels=model.row_of_id[mine.labels])
     if legal is None:
         return Inputs(mine, mask)
-    group = flat(model, cut_sequences(legal.groups(batch)))
+    group = flat(model, cut_sequences(legal.groups(batch), part))
     turn = legal.turn(batch) if others else None
     return Inputs(mine, mask, legal.pieces(group, flat(model, mine.loss_weight), turn))
 
@@ -303,7 +308,7 @@ def flat(model: SodaModel, x: Tensor) -> Tensor:
 
 
 def forward(model: Any, inputs: Inputs, *, logits: bool = False) -> Tensor:
-    """Hidden states (length of this rank, sequences, hidden_size) of this stage; packed: (all tokens, 1, hidden_size).
+    """Hidden states (length of this rank, sequences, hidden_size) of this stage; packed: (tokens of this rank, 1, ..).
 
     `logits`: on the last stage (sequences, length, rows of this rank) instead, padding included.
     """
@@ -314,10 +319,15 @@ def forward(model: Any, inputs: Inputs, *, logits: bool = False) -> Tensor:
         rotary: Any = module.rotary_pos_emb
         rotary.position_id = batch.position_id if module.reset_positions else batch.position_id[:1]
         return model(batch.tokens, batch.position_id, inputs.mask)
+    # Between context-parallel ranks Transformer Engine wants padded lengths, too. The same tensor says that nothing is
+    # between sequences: partition.py.
+    padded = batch.cu_seqlens if module.config.context_parallel_size > 1 else None
     packed = PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=batch.cu_seqlens,
         cu_seqlens_kv=batch.cu_seqlens,
+        cu_seqlens_q_padded=padded,
+        cu_seqlens_kv_padded=padded,
         max_seqlen_q=batch.longest,
         max_seqlen_kv=batch.longest,
     )

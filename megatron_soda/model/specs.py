@@ -19,12 +19,6 @@ from ..parallel.megatron import mlp_submodules
 from . import fused
 
 
-def is_packed(backend: str, config: TransformerConfig) -> bool:
-    """Whether documents are given as packed sequences. Transformer Engine cannot cut these between context-parallel
-    ranks unless every document is padded, so there its linear layers go with our attention."""
-    return backend == "transformer_engine" and config.context_parallel_size == 1
-
-
 def layer_spec(backend: str, config: TransformerConfig, chunk: int | None = None) -> Any:
     """What megatron-core's GPTModel is to build. `chunk`: of this pipeline stage, if it has several."""
     if backend == "transformer_engine":
@@ -32,8 +26,6 @@ def layer_spec(backend: str, config: TransformerConfig, chunk: int | None = None
         mlp_submodules(spec).activation_func = SwiGLU  # if use_te_activation_func
         attention = spec.submodules.self_attention.submodules
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-        if not is_packed(backend, config):
-            attention.core_attention = MaskedAttention
         return spec
     layer: Any = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm

@@ -2,6 +2,8 @@
 
 A sequence is cut into twice as many pieces as there are ranks. Rank r holds pieces r and 2 R - 1 - r, so that every
 rank has early tokens, which attend to little, and late ones. A single rank holds everything, and nothing is copied.
+
+For our own attention a sequence is a window, for Transformer Engine's a document (partition.py).
 """
 
 from dataclasses import replace
@@ -11,6 +13,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from ..data.batch import Batch
+from .partition import Part, split
 
 
 def places(length: int, ranks: int, rank: int, device: torch.device | None = None) -> Tensor:
@@ -19,19 +22,30 @@ def places(length: int, ranks: int, rank: int, device: torch.device | None = Non
     return torch.cat([pieces[rank], pieces[2 * ranks - 1 - rank]])
 
 
-def cut(batch: Batch) -> Batch:
-    """The part of a batch that this rank has. `cu_seqlens` and `longest` stay those of the whole."""
+def part_of_documents(batch: Batch, unit: int, tokens: int = 0) -> Part | None:
+    """What this rank holds of a batch of packed documents, in partition.py's terms; None: everything, unpadded."""
+    ranks = parallel_state.get_context_parallel_world_size()
+    if ranks == 1:
+        return None
+    return split(batch.cu_seqlens, ranks, parallel_state.get_context_parallel_rank(), unit, tokens)
+
+
+def cut(batch: Batch, part: Part | None = None) -> Batch:
+    """What this rank holds of a batch: `part`, or its places of every window. `cu_seqlens` and `longest` are those of
+    the whole batch."""
     if parallel_state.get_context_parallel_world_size() == 1:
         return batch
-    parts = {name: cut_sequences(x) for name, x in vars(batch).items() if name not in ("cu_seqlens", "longest")}
-    return replace(batch, **parts)
+    mine = {name: cut_sequences(x, part) for name, x in vars(batch).items() if name not in ("cu_seqlens", "longest")}
+    return replace(batch, **mine, **({"cu_seqlens": part.cu_seqlens, "longest": part.longest} if part else {}))
 
 
-def cut_sequences(x: Tensor) -> Tensor:
-    """(sequences, length) -> (sequences, length / ranks): this rank's places."""
+def cut_sequences(x: Tensor, part: Part | None = None) -> Tensor:
+    """(sequences, length) -> (sequences, length / ranks), this rank's places; with `part`, (1, its tokens)."""
     ranks = parallel_state.get_context_parallel_world_size()
     if ranks == 1:
         return x
+    if part is not None:
+        return part.of(x)
     return x[:, places(x.shape[1], ranks, parallel_state.get_context_parallel_rank(), x.device)]
 
 

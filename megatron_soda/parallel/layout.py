@@ -50,6 +50,20 @@ def check_layout(recipe: Recipe, world_size: int) -> int:
     return data_parallel
 
 
+def token_unit(recipe: Recipe) -> int:
+    """What the tokens of a micro-batch must be a multiple of, for sizes on each rank that matrix products like."""
+    return _unit(recipe) * _token_ranks(recipe)
+
+
+def _unit(recipe: Recipe) -> int:
+    return 128 if recipe.precision.dtype == "fp8" and recipe.precision.fp8_recipe == "blockwise" else 16
+
+
+def _token_ranks(recipe: Recipe) -> int:
+    """Ranks that the tokens of a micro-batch are split over."""
+    return recipe.parallel.context * (recipe.parallel.tensor if recipe.parallel.sequence else 1)
+
+
 def _check_fp8_shapes(recipe: Recipe) -> None:
     """On every rank, each dimension of an FP8 matrix product must be a multiple of 16, or of 128 with blockwise
     scaling."""
@@ -59,8 +73,7 @@ def _check_fp8_shapes(recipe: Recipe) -> None:
             f"precision.bf16_layers={recipe.precision.bf16_layers} do not fit into a stage with "
             f"{m.num_layers // w.pipeline} layers"
         )
-    unit = 128 if recipe.precision.fp8_recipe == "blockwise" else 16
-    ranks = w.context * (w.tensor if w.sequence else 1)
+    unit, ranks = _unit(recipe), _token_ranks(recipe)
     heads = (m.num_attention_heads + 2 * m.num_query_groups) * m.head_dim
     for what, value, parts in (
         (

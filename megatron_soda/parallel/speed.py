@@ -59,6 +59,12 @@ def check_speed(recipe: Recipe) -> None:
             f"{key} bucket by bucket, and there are buckets only with parallel.overlap_gradients=true (and "
             "parallel.pipeline=1)",
         )
+    for key, wanted in (("parallel.overlap_tensor", w.overlap_tensor), ("training.cuda_graphs", t.cuda_graphs)):
+        need(
+            not wanted or w.context == 1,
+            f"{key} works on micro-batches of one size: with parallel.context={w.context} documents are padded, and "
+            "sizes differ. Leave it out, or set parallel.context=1",
+        )
     if w.overlap_tensor:
         key = "parallel.overlap_tensor hides exchanges between tensor-parallel ranks behind matrix products"
         need(w.tensor > 1 and w.sequence, f"{key}: it needs parallel.tensor of 2 or more and parallel.sequence=true")
@@ -97,22 +103,22 @@ def choose(recipe: Recipe, replicas: int, *, cuda: bool, engine: bool) -> Speed:
         ("training.cuda_graphs", t.cuda_graphs),
     ):
         need(engine or not wanted, f"{key}=true {TE_LAYERS}")
-    packed = engine and w.context == 1
+    need(engine or not (t.fuse_rope and cuda), f"training.fuse_rope=true on CUDA {TE_LAYERS}")
     need(
-        packed or not (t.fuse_rope and cuda),
-        "training.fuse_rope=true on CUDA takes Transformer Engine's kernel for packed sequences: it needs Transformer "
-        "Engine's layers and parallel.context=1",
+        not (engine and cuda) or w.context == 1 or recipe.precision.dtype != "fp32",
+        f"parallel.context={w.context}: between ranks, Transformer Engine's attention takes bf16 alone; set "
+        "precision.dtype=bf16 or fp8, or training.backend=local",
     )
     split = replicas > 1 and w.pipeline == 1
     gradients = split and _or(w.overlap_gradients, cuda or bool(w.overlap_parameters))
     triton = cuda and importlib.util.find_spec("triton") is not None
-    rope = "transformer_engine" if packed else "torch"
+    rope = "transformer_engine" if engine else "torch"
     return Speed(
         overlap_gradients=gradients,
         overlap_parameters=gradients and w.distributed_optimizer and _or(w.overlap_parameters, cuda),
         overlap_tensor=bool(w.overlap_tensor),
         fuse_swiglu=("triton" if triton else "torch") if _or(t.fuse_swiglu, True) else "",
-        fuse_rope=rope if _or(t.fuse_rope, packed or not cuda) else "",
+        fuse_rope=rope if _or(t.fuse_rope, engine or not cuda) else "",
         fuse_gradients=_or(t.fuse_gradients, engine),
         cuda_graphs=bool(t.cuda_graphs),
     )

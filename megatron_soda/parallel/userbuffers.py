@@ -16,7 +16,7 @@ def start_userbuffers(recipe: Recipe) -> None:
     wanted = [modes.FP8 if precision.dtype == "fp8" else modes.NONE]
     if precision.bf16_layers:
         wanted.append(modes.NONE)
-    tokens = recipe.data.sequence_length * recipe.training.micro_batch_size // recipe.parallel.context
+    tokens = recipe.data.sequence_length * recipe.training.micro_batch_size
     base.destroy_ub()  # those of a run before this one, in the same process
     base.initialize_ub(
         shape=[tokens, recipe.model.hidden_size],

@@ -19,7 +19,7 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor
 
 from ..config import Recipe, choice
-from ..data.batch import Batcher
+from ..data.batch import Batch, Batcher
 from ..data.windows import Samples, Window
 from ..errors import SodaError
 from ..model.gpt import Inputs, build_model, flat, forward, head_weight, inputs_of
@@ -27,6 +27,7 @@ from ..model.head import head_loss
 from ..model.legal_rows import LegalRows
 from ..model.specs import accumulate_in_place
 from ..parallel import cpu, ranks
+from ..parallel.partition import padded_tokens
 from ..parallel.speed import choose_backend
 from ..parallel.userbuffers import start_userbuffers
 from ..parallel.watch import place
@@ -139,6 +140,7 @@ class Engine:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._ahead: tuple[Samples, int, Inputs] | None = None  # samples, the first of a step, its first micro-batch
         self.legal_rows = self._legal_rows(slots or {space.codebooks})
+        self._tokens = 0  # at least, of a micro-batch of packed documents
         self.head_work = [0, 0]  # rows of the head that positions needed, positions
         self.schedule: Any = get_forward_backward_func()
         self._weight_sum = torch.zeros((), dtype=torch.float64, device=device)
@@ -166,17 +168,30 @@ class Engine:
     def micro_batch(self, samples: Samples, first_sample: int, index: int) -> Inputs:
         """This rank's part of micro-batch `index`; the samples of a step are the same at every layout."""
         with self.seconds.of("data"), beside(self.stream) as made:
-            size = self.recipe.training.micro_batch_size
-            rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-            start = first_sample + (index * ranks + rank) * size
-            batch = self.batcher([samples[start + i] for i in range(size)])
-            inputs = inputs_of(self.models[0], batch, self.legal_rows, others=self.models[0].training)
+            batch = self._batch(samples, first_sample, index)
+            inputs = inputs_of(self.models[0], batch, self.legal_rows, self.models[0].training, self._tokens)
             made += inputs.tensors()
             for piece in inputs.pieces or ():
                 count = piece.index.numel() if piece.index is not None else 0
                 self.head_work[0] += count * piece.width * self.rows.ranks
                 self.head_work[1] += count
         return inputs
+
+    def _batch(self, samples: Samples, first_sample: int, index: int) -> Batch:
+        size = self.recipe.training.micro_batch_size
+        rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        start = first_sample + (index * ranks + rank) * size
+        return self.batcher([samples[start + i] for i in range(size)])
+
+    def _common_tokens(self, samples: Samples, first_sample: int, count: int) -> int:
+        """Pipeline stages expect hidden states of one size, so the micro-batches of a step are padded to the longest;
+        0: they have one size anyway, or need none."""
+        p, unit = self.recipe.parallel, self.models[0].token_unit
+        if not self.models[0].packed or p.context == 1 or p.pipeline == 1:
+            return 0
+        with self.seconds.of("data"):
+            batches = (self._batch(samples, first_sample, index) for index in range(count))
+            return max(padded_tokens(batch.cu_seqlens, p.context, unit) for batch in batches)
 
     def _micro_batches(self, samples: Samples, first_sample: int, count: int) -> Iterator[Inputs]:
         for index in range(count):
@@ -190,7 +205,7 @@ class Engine:
     def _build_ahead(self, samples: Samples, first_sample: int) -> None:
         """Builds the first micro-batch of the next step while the device is at this one: else it would wait for it, as
         the host waits for the device at the end of every step. Only where inputs are small: a mask is not."""
-        if self.stream is None or not self.models[0].packed:
+        if self.stream is None or not self.models[0].packed or self._tokens:
             return
         with contextlib.suppress(SodaError):  # which the next step raises
             self._ahead = samples, first_sample, self.micro_batch(samples, first_sample, 0)
@@ -231,6 +246,7 @@ class Engine:
     def _run(self, samples: Samples, first_sample: int, micro_batches: int, forward_only: bool) -> Tensor:
         """The schedule over micro-batches; returns the global loss sums, the same on every rank."""
         self._weight_sum.zero_()
+        self._tokens = self._common_tokens(samples, first_sample, micro_batches)
 
         def batches() -> Iterator[Inputs]:
             return self._micro_batches(samples, first_sample, micro_batches)
@@ -247,7 +263,7 @@ class Engine:
             data_iterator=batches() if single else [batches() for _ in self.ddp],
             model=self.ddp[0] if single else self.ddp,
             num_microbatches=micro_batches,
-            seq_length=length * size if packed else length,
+            seq_length=(self._tokens or length * size) if packed else length,
             micro_batch_size=1 if packed else size,
             forward_only=forward_only,
         )

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -40,6 +41,7 @@ LAYOUTS = {
     ),
     "sp2cp2": (4, ["parallel.tensor=2", "parallel.sequence=true", "parallel.context=2"]),
 }
+SPLIT = ["parallel.context=2", "precision.dtype=bf16"]
 FP8 = {
     "delayed": ["precision.fp8_recipe=delayed"],
     "tensorwise": ["precision.fp8_recipe=tensorwise"],
@@ -72,6 +74,7 @@ def chunks(backend: str, *overrides: str) -> list[Any]:
 MARKS = "tensor_model_parallel", "partition_dim", "partition_stride", "sequence_parallel", "allreduce"
 SETTINGS = "tp_size", "sequence_parallel", "parallel_mode", "use_bias", "return_bias", "in_features", "out_features"
 SETTINGS += "eps", "normalization", "zero_centered_gamma", "attn_mask_type", "qkv_format", "softmax_scale"
+SETTINGS += "cp_global_ranks", "cp_comm_type"
 
 
 def modules_of(part: Any) -> list[Any]:
@@ -118,6 +121,66 @@ def layout(*overrides: str) -> dict[str, Any]:
         "state_dict": [list(part.state_dict()) for part in te],
         "modules": [modules_of(part) for part in te],
     }
+
+
+def split_documents() -> dict[str, Any]:
+    """Of a batch that is split between ranks: the tokens, as we split them and as Transformer Engine's own function
+    does; rotary positions of both; and what its attention calls the function with that exchanges keys and values, which
+    computes on a GPU alone."""
+    import torch
+    from megatron.core import parallel_state
+    from transformer_engine.pytorch.attention.dot_product_attention import backends, context_parallel, utils
+    from transformer_engine.pytorch.attention.rope import apply_rotary_pos_emb
+
+    from megatron_soda.model import gpt
+
+    model, batch = spec.build("transformer_engine", *SPLIT), spec.batch_of(spec.SPLIT)
+    given: dict[str, Any] = {}
+    with mock.patch.object(gpt.SodaModel, "forward", lambda *_, **more: given.update(more)):
+        inputs = gpt.inputs_of(model, batch)
+        gpt.forward(model, inputs)
+    group, packed, tokens = parallel_state.get_context_parallel_group(), given["packed_seq_params"], inputs.batch.tokens
+
+    flat = batch.tokens.flatten(), batch.labels.flatten()
+    *padded, starts = context_parallel.pad_thd_sequences_for_cp(*flat, batch.cu_seqlens, 2 * group.size(), 0, 0)
+    counted = torch.arange(int(starts[-1])) - starts[:-1].repeat_interleave(starts.diff())
+    theirs = context_parallel.get_batch_on_this_cp_rank(starts, *(x[None] for x in padded), counted[None], group)
+
+    places = torch.ones(tokens.numel(), 1, 16, dtype=torch.float64)
+    angles = torch.arange(packed.max_seqlen_q)[:, None, None, None] * torch.full((1, 1, 1, 16), 1e-3).double()
+    split = {"cu_seqlens": packed.cu_seqlens_q, "cp_size": 2, "cp_rank": group.rank()}
+    turned = apply_rotary_pos_emb(places, angles, tensor_format="thd", fused=False, **split)
+    position = torch.atan2(turned[:, 0, 8] - turned[:, 0, 0], turned[:, 0, 8] + turned[:, 0, 0]) / 1e-3
+
+    call: dict[str, Any] = {}
+
+    def exchange(*arguments: Any) -> Any:
+        names = list(inspect.signature(context_parallel.AttnFuncWithCPAndKVP2P.forward).parameters)[1:]
+        call.update(zip(names, arguments, strict=True))
+        return call["q"].flatten(1)
+
+    shapes = (4, 16), (2, 16), (2, 16)
+    layers = (torch.randn(tokens.numel(), *shape, dtype=torch.bfloat16, requires_grad=True) for shape in shapes)
+    fused = int(backends.FusedAttnBackend["F16_arbitrary_seqlen"])
+    attention = model.decoder.layers[0].self_attention
+    with (
+        mock.patch.object(torch.Tensor, "is_cuda", True),
+        mock.patch.object(utils, "_get_fused_attn_backend", return_value=(fused, "")),
+        mock.patch.object(context_parallel.AttnFuncWithCPAndKVP2P, "apply", exchange),
+    ):
+        attention.core_attention(*layers, None, attn_mask_type=attention.attn_mask_type, packed_seq_params=packed)
+    return {
+        "tokens": [tokens.flatten().tolist(), theirs[0].flatten().tolist()],
+        "labels": [inputs.batch.labels.flatten().tolist(), theirs[1].flatten().tolist()],
+        "positions": [position.round(decimals=3).tolist(), theirs[2].flatten().tolist()],
+        "starts": [call["cu_seqlens_q"].tolist(), starts.tolist()],
+        "padded": call["cu_seqlens_q_padded"] is call["cu_seqlens_q"],
+        "call": {name: call[name] for name in CALL},
+        "ranks": [call["cp_global_ranks"], call["cp_group"].size()],
+    }
+
+
+CALL = "max_seqlen_q", "qkv_format", "attn_mask_type", "pad_between_seqs", "use_fused_attention", "fp8", "dropout_p"
 
 
 def exported() -> dict[str, Any]:
@@ -246,6 +309,8 @@ def on_a_rank(rank: int, world: int, store: str, name: str) -> dict[str, Any]:
     os.environ.update(WORLD_SIZE=str(world), RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
     stay_on_loopback()
     dist.init_process_group("gloo", store=dist.FileStore(f"{store}_{name}", world), rank=rank, world_size=world)
+    if name == "split":
+        return checked({name: split_documents}, *SPLIT)[name]
     overrides = LAYOUTS[name][1]
     return checked({name: lambda: layout(*overrides)}, *overrides)[name]
 
@@ -267,11 +332,15 @@ def main(folder: Path, kind: str) -> None:
     install(kind)
     from megatron_soda.parallel import ranks, speed  # noqa: F401  ranks must be there before megatron
 
+    from megatron.core.extensions.transformer_engine import TEDotProductAttention  # isort: skip
+
+    TEDotProductAttention.cp_stream = "a stream"  # or it would make one, of CUDA
     speed.choose_backend = lambda wanted: wanted
     import megatron_soda.training.trainer  # noqa: F401
 
     results: dict[str, Any] = {}
-    for name, (world, _) in LAYOUTS.items():
+    worlds = {name: world for name, (world, _) in LAYOUTS.items()} | ({"split": 2} if kind == "real" else {})
+    for name, world in worlds.items():
         with mp.get_context("fork").Pool(world) as pool:
             arguments = [(rank, world, str(folder / "store"), name) for rank in range(world)]
             results[name] = pool.starmap(on_a_rank, arguments, chunksize=1)
@@ -343,7 +412,35 @@ def test_modules_are_told_the_layout(real, name):
         for settings in linear:
             assert settings["tp_size"] == str(tensor)
             assert settings["sequence_parallel"] == str("sp2" in name)
-        assert any(kind == "TEDotProductAttention" for _, kind, _ in modules) == ("cp2" not in name)
+        attention = [settings for _, kind, settings in modules if kind == "TEDotProductAttention"]
+        assert len(attention) == len(linear) // 4
+        for settings in attention:
+            ranks = json.loads(settings["cp_global_ranks"].replace("None", "[0]"))
+            assert len(ranks) == (2 if "cp2" in name else 1)
+
+
+def test_documents_are_split_as_transformer_engine_does(real):
+    """Ours ends with what fills the batch up."""
+    for rank in spec.of(real, "split"):
+        for what in ("tokens", "labels", "positions", "starts"):
+            ours, theirs = rank[what]
+            assert len(theirs) > 5
+            assert ours[: len(theirs)] == theirs, what
+
+
+def test_its_attention_is_told_of_the_split(real):
+    for rank in spec.of(real, "split"):
+        assert rank["padded"]
+        assert rank["ranks"] == [[0, 1], 2]
+        assert rank["call"] == {
+            "max_seqlen_q": 32,
+            "qkv_format": "thd",
+            "attn_mask_type": "padding_causal",
+            "pad_between_seqs": False,
+            "use_fused_attention": True,
+            "fp8": False,
+            "dropout_p": 0.0,
+        }
 
 
 def test_the_export_has_the_same_weights(real):

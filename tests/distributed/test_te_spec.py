@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -36,6 +37,15 @@ FOR_SPEED = {  # (ranks, settings, settings that make it slower)
     "graphs": (1, [BF16, "training.cuda_graphs=true"], ["training.cuda_graphs=false"]),
     "graphs and gathers": (2, [BF16, "training.cuda_graphs=true", *GATHER], ["training.cuda_graphs=false"]),
     "userbuffers": (2, [BF16, *SEQUENCE, "parallel.overlap_tensor=true"], ["parallel.overlap_tensor=false"]),
+}
+SMALL = "training.micro_batch_size=2"  # several micro-batches a step, which are padded to one size
+MORE = {  # of split documents
+    "cp2_recompute": (2, ["parallel.context=2", "training.recompute=true"]),
+    "cp4": (4, ["parallel.context=4"]),
+    "cp2pp2": (4, ["parallel.context=2", "parallel.pipeline=2", SMALL]),
+    "cp2vpp2": (4, ["parallel.context=2", "parallel.pipeline=2", "parallel.virtual_pipeline=2", SMALL]),
+    "cp2sp2": (4, ["parallel.context=2", "parallel.tensor=2", "parallel.sequence=true"]),
+    "cp2dp2": (4, ["parallel.context=2", "parallel.distributed_optimizer=true", SMALL]),
 }
 NORMS = {
     ".input_layernorm.": ".self_attention.linear_qkv.layer_norm_",
@@ -149,6 +159,78 @@ def differences(*overrides: str) -> dict[str, Any]:
     }
 
 
+SPLIT = (10, 1, 2, 19), (32,)  # one multiple of four, and documents of fewer tokens than chunks
+
+
+def of_all_ranks(model: Any, batch: Any) -> tuple[Any, Any, Any]:
+    """Logits of this rank, without padding; which tokens of the batch they are of; and the logits of all its tokens."""
+    import torch
+    import torch.distributed as dist
+
+    from megatron_soda.model import gpt
+
+    count = batch.tokens.numel()
+    numbered = dataclasses.replace(batch, loss_weight=torch.arange(1.0, count + 1).view_as(batch.loss_weight))
+    inputs = gpt.inputs_of(model, numbered)  # it cuts these as it cuts the tokens
+    number = inputs.batch.loss_weight.flatten().long() - 1
+    logits = gpt.forward(model, inputs, logits=True).flatten(0, 1)[number >= 0]
+    number = number[number >= 0]
+    whole, held = torch.zeros(count, logits.shape[1], dtype=logits.dtype), torch.zeros(count)
+    whole[number], held[number] = logits.detach(), 1
+    if model.config.context_parallel_size > 1:
+        dist.all_reduce(whole)
+        dist.all_reduce(held)
+    assert held.eq(1).all()  # every token is on one rank
+    return logits, number, whole
+
+
+def split_documents(dtype: str) -> dict[str, Any]:
+    """Transformer Engine's layers on two context-parallel ranks, and MaskedAttention on one: largest differences of a
+    logit, and of every gradient as a share of its largest value."""
+    import torch
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    torch.manual_seed(0)
+    batch, found, gradients, dtype = batch_of(SPLIT), [], [], getattr(torch, dtype)
+    wanted = torch.randn(batch.tokens.numel(), build("local").rows.local, dtype=dtype)
+    strong = "model.init_std=0.2"  # so that attention looks at some tokens more than at others
+    models = build("local", strong), build("transformer_engine", strong, "parallel.context=2")
+    for ranks, model in enumerate(models, 1):
+        model.rotary_pos_emb.inv_freq = model.rotary_pos_emb.inv_freq.to(dtype)
+        with mock.patch.object(parallel_state, "get_context_parallel_world_size", return_value=ranks):
+            logits, number, whole = of_all_ranks(model.to(dtype), batch)
+            (logits * wanted[number]).sum().backward()
+        found.append(whole)
+        gradients.append({te_name(name): parameter.grad for name, parameter in model.named_parameters()})
+    local, te = gradients
+    for gradient in te.values():
+        dist.all_reduce(gradient)
+    return {
+        "logits": float((found[0] - found[1]).abs().max() / found[0].abs().max()),
+        "gradients": {k: float((te[k] - v).abs().max() / v.abs().max()) for k, v in local.items()},
+    }
+
+
+def split_isolation() -> dict[str, bool]:
+    """Does another token in the second but last document of the first sequence change logits of others?"""
+    model, batch = build("transformer_engine", "parallel.context=2"), batch_of(SPLIT)
+    before = of_all_ranks(model, batch)[2]
+    batch.tokens[0, 11] += 1
+    changed = (of_all_ranks(model, batch)[2] != before).any(-1)
+    return {"inside": bool(changed[11:13].all()), "outside": bool(changed[:11].any() or changed[13:].any())}
+
+
+def split_training(folder: Path, *overrides: str) -> list[list[float]]:
+    from megatron_soda.training import trainer
+
+    wanted = ["training.backend=transformer_engine", "checkpoint.save_every=3", *overrides]
+    wanted += ["schedule.warmup_share=0", "schedule.decay_share=0"]
+    trainer.train(small_recipe(folder, folder.parent / "data", *wanted))
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [[row["loss"], row["grad_norm"]] for row in rows if "loss" in row]
+
+
 def checkpoints(folder: Path) -> dict[str, str]:
     """By 'saved by -> loaded by', the error; or what is not the same."""
     from megatron_soda.training import checkpoint, checkpoint_files
@@ -179,7 +261,7 @@ def training(folder: Path) -> dict[str, list[list[float]]]:
     Adam going on, under the distributed optimizer, from where torch's stopped."""
     from megatron_soda.training import optimizer, trainer
 
-    data = write_data(folder / "data")
+    data = folder / "data"
 
     def train(name: str, backend: str, *steps: int, distributed: bool = False) -> list[list[float]]:
         flat = [f"parallel.distributed_optimizer={distributed}"]
@@ -345,37 +427,52 @@ def run(checks: dict[str, Callable[[], Any]], *overrides: str) -> dict[str, Any]
     return results
 
 
-def on_two_ranks(rank: int, store: str, layout: str) -> dict[str, Any]:
+def on_some_ranks(rank: int, world: int, folder: Path, layout: str) -> dict[str, Any]:
     import torch.distributed as dist
 
-    os.environ.update(WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2")
+    os.environ.update(WORLD_SIZE=str(world), RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
     stay_on_loopback()
-    dist.init_process_group("gloo", store=dist.FileStore(f"{store}_{layout}", 2), rank=rank, world_size=2)
+    store = dist.FileStore(f"{folder}/store_{layout}", world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    if layout in MORE:
+        return run({f"split/{layout}": lambda: split_training(folder / layout, *MORE[layout][1])}, *MORE[layout][1])
     overrides = LAYOUTS[layout]
-    checks = {
-        f"keys/{layout}": lambda: checkpoint_keys(*overrides),
-        f"differences/{layout}": lambda: differences(*overrides),
-        **(speed_checks(Path(store).parent, 2) if layout == "tp2" else {}),
-    }
+    checks: dict[str, Callable[[], Any]] = {f"keys/{layout}": lambda: checkpoint_keys(*overrides)}
+    if layout == "cp2":
+        checks |= {f"split/{dtype}": lambda dtype=dtype: split_documents(dtype) for dtype in ("float32", "float64")}
+        checks |= {
+            "split/isolation": split_isolation,
+            "split/training": lambda: split_training(folder / "split", *overrides),
+        }
+    else:
+        checks[f"differences/{layout}"] = lambda: differences(*overrides)
+    if layout == "tp2":
+        checks |= speed_checks(folder, 2)
     return run(checks, *overrides)
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, full: bool) -> None:
     from tests.fakes import transformer_engine_fake
 
     transformer_engine_fake.install()
     from megatron_soda.parallel import ranks, speed  # noqa: F401  ranks must be there before megatron
 
+    from megatron.core.extensions.transformer_engine import TEDotProductAttention  # isort: skip
+
+    TEDotProductAttention.cp_stream = "a stream"  # or it would make one, of CUDA
     speed.original = speed.choose_backend
     speed.choose_backend = lambda wanted: wanted  # there is no CUDA device
     import megatron_soda.model.gpt  # noqa: F401
 
     results: dict[str, Any] = {}
-    for layout in [name for name in LAYOUTS if name != "one"]:
-        with mp.get_context("fork").Pool(2) as pool:  # they need not import anything again
-            found = pool.starmap(on_two_ranks, [(rank, str(folder / "store"), layout) for rank in (0, 1)])
+    write_data(folder / "data")
+    for layout in MORE if full else [name for name in LAYOUTS if name != "one"]:
+        world = MORE[layout][0] if full else 2
+        with mp.get_context("fork").Pool(world) as pool:  # they need not import anything again
+            found = pool.starmap(on_some_ranks, [(rank, world, folder, layout) for rank in range(world)], chunksize=1)
         results |= {name: [part[name] for part in found] for name in found[0]}
-    results |= {name: [value] for name, value in run(on_one_rank(folder)).items()}
+    alone = {"training": lambda: training(folder)} if full else on_one_rank(folder)
+    results |= {name: [value] for name, value in run(alone).items()}
     (folder / "results.json").write_text(json.dumps(results))
 
 
@@ -385,8 +482,16 @@ def main(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict[str, list[Any]]:
     """By check, what every rank found."""
-    folder = tmp_path_factory.mktemp("te")
-    command = [sys.executable, "-W", "ignore", "-m", "tests.distributed.test_te_spec", str(folder)]
+    return results_of(tmp_path_factory.mktemp("te"))
+
+
+@pytest.fixture(scope="module")
+def more(tmp_path_factory) -> dict[str, list[Any]]:
+    return results_of(tmp_path_factory.mktemp("more_te"), "full")
+
+
+def results_of(folder: Path, *full: str) -> dict[str, list[Any]]:
+    command = [sys.executable, "-W", "ignore", "-m", "tests.distributed.test_te_spec", str(folder), *full]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # the fake is of a CPU
     child = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr[-4000:]
@@ -449,14 +554,17 @@ def test_a_checkpoint_of_one_loads_in_the_other(results, writer, reader):
     assert found[f"{writer} -> {reader}"] == ""
 
 
-@pytest.mark.parametrize("case", [*LAYOUTS, "tied", "recompute"])
+CASES = "one", "tp2", "tp2_sequence", "tied", "recompute"
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_logits_of_packed_documents_agree(results, case):
     for found in of(results, f"differences/{case}"):
         assert found["size"] > 1
         assert found["logits"] < 1e-5 * max(1, found["size"])
 
 
-@pytest.mark.parametrize("case", [*LAYOUTS, "tied", "recompute"])
+@pytest.mark.parametrize("case", CASES)
 def test_gradients_agree(results, case):
     for found in of(results, f"differences/{case}"):
         assert {k: v for k, v in found["gradients"].items() if not v < 1e-5} == {}
@@ -464,6 +572,31 @@ def test_gradients_agree(results, case):
 
 def test_a_document_does_not_see_the_others(results):
     assert of(results, "documents") == [{"inside": True, "outside": False}]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-13)])
+def test_split_documents_agree_with_masked_attention_on_one_rank(results, dtype, tolerance):
+    for found in of(results, f"split/{dtype}"):
+        assert found["logits"] < tolerance
+        assert {k: v for k, v in found["gradients"].items() if not v < tolerance} == {}
+
+
+def test_a_split_document_does_not_see_the_others(results):
+    assert of(results, "split/isolation") == [{"inside": True, "outside": False}] * 2
+
+
+def test_training_on_split_documents_is_the_same(results):
+    (found,) = of(results, "training")
+    for local, split in zip(found["local"], of(results, "split/training")[0], strict=True):
+        assert split == pytest.approx(local, abs=1e-5)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("layout", MORE)
+def test_training_on_split_documents_is_the_same_at_more_layouts(more, layout):
+    (found,) = of(more, "training")
+    for local, split in zip(found["local"], of(more, f"split/{layout}")[0], strict=True):
+        assert split == pytest.approx(local, abs=1e-5)
 
 
 def test_training_is_the_same_and_resumes_bitwise(results):
@@ -513,4 +646,4 @@ def test_delayed_scaling_takes_all_layers_or_none(results):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), "full" in sys.argv)

@@ -455,13 +455,14 @@ class DotProductAttention(TransformerEngineBaseModule):
             attention_dropout=attention_dropout,
             window_size=window_size,
             softcap=softcap,
-            cp_group=cp_group,
+            cp_comm_type=cp_comm_type != "p2p",
             softmax_type=softmax_type != "vanilla",
             return_max_logit=return_max_logit,
         )
         if attention_type not in ("self", "cross"):
             raise AssertionError(f"attention_type {attention_type} not supported")
         self.take_group(tp_group, tp_size)
+        self.cp_group, self.cp_global_ranks, self.cp_comm_type = cp_group, cp_global_ranks, cp_comm_type
         self.attn_mask_type, self.qkv_format = attn_mask_type, qkv_format
         self.head_dim = kv_channels if isinstance(kv_channels, int) else kv_channels[0]
         self.num_gqa_groups_per_partition = (num_gqa_groups or num_attention_heads) // self.tp_size
@@ -509,7 +510,8 @@ class DotProductAttention(TransformerEngineBaseModule):
         _not_in_fake(
             window_size=window_size,
             core_attention_bias=core_attention_bias is not None,
-            padding=cu_seqlens_q_padded is not None or cu_seqlens_kv_padded is not None,
+            # The real one takes the same tensor as a sign that no rows between sequences are left out.
+            padding=not all(x is None or x is cu_seqlens_q for x in (cu_seqlens_q_padded, cu_seqlens_kv_padded)),
             inference_params=inference_params,
             score_mod=score_mod,
             thd_attention_policies=thd_attention_policies,
@@ -523,9 +525,10 @@ class DotProductAttention(TransformerEngineBaseModule):
             raise AssertionError(f"{key_layer.shape[1]} key heads, not {self.num_gqa_groups_per_partition}")
         if (mask := attn_mask_type or self.attn_mask_type) not in ("padding", "padding_causal"):
             raise AssertionError(f"attention mask type {mask} for packed sequences")
+        ranks = 1 if self.cp_group is None else dist.get_world_size(self.cp_group)
         for starts, longest, tokens in (
-            (cu_seqlens_q, max_seqlen_q, query_layer.shape[0]),
-            (cu_seqlens_kv, max_seqlen_kv, key_layer.shape[0]),
+            (cu_seqlens_q, max_seqlen_q, query_layer.shape[0] * ranks),
+            (cu_seqlens_kv, max_seqlen_kv, key_layer.shape[0] * ranks),
         ):
             if starts.dtype != torch.int32 or starts.ndim != 1:
                 raise AssertionError(f"cu_seqlens are {starts.dtype}")
@@ -534,6 +537,12 @@ class DotProductAttention(TransformerEngineBaseModule):
                 raise AssertionError(f"cu_seqlens end at {int(starts[-1])} of {tokens} tokens")
             if not isinstance(longest, int) or longest < int((starts[1:] - starts[:-1]).max()):
                 raise AssertionError(f"max_seqlen {longest} is not the length of the longest sequence")
+        if ranks > 1:
+            if cu_seqlens_q_padded is None or cu_seqlens_kv_padded is None or mask != "padding_causal":
+                raise AssertionError("cu_seqlens_padded can not be None for context parallelism and thd")
+            from tests.fakes import ring_attention
+
+            return ring_attention.attend(*layers, cu_seqlens_q, self.cp_group, self.softmax_scale)
         parts = []
         for (a, b), (c, d) in zip(pairwise(cu_seqlens_q.tolist()), pairwise(cu_seqlens_kv.tolist()), strict=True):
             q, k, v = query_layer[a:b], key_layer[c:d], value_layer[c:d]
@@ -563,10 +572,14 @@ def apply_rotary_pos_emb(
     cp_rank: int = 0,
 ) -> Tensor:
     """Of packed sequences (tokens, heads, head_dim): positions count from the start of each."""
-    _not_in_fake(other_format=tensor_format != "thd", interleaved=interleaved, cp_size=cp_size > 1)
-    starts = cu_seqlens.long()
-    position = torch.arange(len(t), device=t.device) - starts[:-1].repeat_interleave(starts.diff())
-    if freqs.dtype != torch.float32 or int(position.max()) >= len(freqs):
+    from tests.fakes.ring_attention import positions
+
+    _not_in_fake(other_format=tensor_format != "thd", interleaved=interleaved)
+    if cp_size == 1:
+        position = torch.cat([torch.arange(length, device=t.device) for length in cu_seqlens.diff().tolist()])
+    else:
+        position = torch.cat([positions(length, cp_size, cp_rank) for length in cu_seqlens.diff().tolist()])
+    if (freqs.dtype != torch.float32 and t.dtype != torch.float64) or int(position.max()) >= len(freqs):
         raise AssertionError(f"{len(freqs)} angles of {freqs.dtype} for positions up to {int(position.max())}")
     angles = freqs[position, 0]  # (tokens, 1, head_dim)
     first, second = t.chunk(2, -1)

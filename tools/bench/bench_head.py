@@ -1,10 +1,12 @@
-"""Measures the head and its loss against megatron-core's own: time and memory of forward and backward. Run by hand.
+"""Measures the head and its loss against others: time and memory of forward and backward. Run by hand.
 
-Ours is `head_loss` with z-loss, over all rows and over those that the grammar allows (`legal`); theirs a
-ColumnParallelLinear and `vocab_parallel_cross_entropy`. All end with the gradient of the hidden states and with that of
-the weight added to the float32 main_grad of megatron-core's DDP. The tokens are of legal documents, 4 % of them text.
+Ours is `head_loss` with z-loss, over all rows and over those that the grammar allows (`legal`); megatron-core's a
+ColumnParallelLinear and `vocab_parallel_cross_entropy`. On CUDA also those of Transformer Engine (`te`), Liger and
+cut-cross-entropy (`cce`), where they are installed (head_sides.py). All end with the gradient of the hidden states and
+with that of the weight added to the float32 main_grad of megatron-core's DDP. The tokens are of legal documents, 4 % of
+them text.
 
-The time is taken in one process, the two in turns. The memory is the most that one pass, in a process of its own,
+The time is taken in one process, the sides in turns. The memory is the most that one pass, in a process of its own,
 takes beyond what it found: weights, their gradients and the inputs. On a CPU that is resident memory.
 
     python tools/bench/bench_head.py
@@ -29,6 +31,8 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from head_sides import PACKAGES, Z_WEIGHT, losses_of, missing
+
 from megatron_soda.config import choice, load_recipe
 from megatron_soda.data.batch import Batcher
 from megatron_soda.errors import run_tool
@@ -36,7 +40,7 @@ from megatron_soda.files import to_json
 from megatron_soda.training.metrics import memory_gib
 from megatron_soda.vocab import LLAMA3
 
-SIDES = ("ours", "legal", "megatron-core")
+SIDES = ("ours", "legal", "megatron-core", "te", "liger", "cce")
 Pass = Callable[[], float]
 
 console = Console()
@@ -92,12 +96,21 @@ def make(side: str, device: torch.device, preset: str, precision: str, tokens: i
             classes,
             classes=len(LLAMA3.class_names),
             rows=LLAMA3.size,
-            z_weight=1e-4,
+            z_weight=Z_WEIGHT,
             group=group,
             weight_gradient=weight.main_grad,
             pieces=legal.pieces(legal.groups(batch).reshape(-1), weights) if side == "legal" else None,
         )
         loss.backward()
+        return float(sums[0].sum()) / tokens
+
+    def others_pass() -> float:
+        hidden.grad = None
+        nll, minimised = losses_of(side)(hidden.view(tokens, -1), layer, labels)
+        sums = torch.zeros(2, len(LLAMA3.class_names), dtype=torch.float64, device=device)
+        sums[0].index_add_(0, classes, (nll.detach() * weights).double())
+        sums[1].index_add_(0, classes, weights.double())
+        (minimised * weights).sum().backward()
         return float(sums[0].sum()) / tokens
 
     def their_pass() -> float:
@@ -108,7 +121,7 @@ def make(side: str, device: torch.device, preset: str, precision: str, tokens: i
         loss.backward()
         return float(loss.detach()) / tokens
 
-    return their_pass if side == "megatron-core" else our_pass
+    return {"megatron-core": their_pass, **dict.fromkeys(PACKAGES, others_pass)}.get(side, our_pass)
 
 
 def start(threads: int) -> torch.device:
@@ -125,12 +138,14 @@ def sync(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def times(threads: int, preset: str, precision: str, tokens: int, repeats: int) -> tuple[dict[str, list[float]], dict]:
+def times(
+    sides: list[str], threads: int, preset: str, precision: str, tokens: int, repeats: int
+) -> tuple[dict[str, list[float]], dict]:
     """Seconds of each pass by side, in turns; and the NLL each found."""
     device = start(threads)
-    passes = {side: make(side, device, preset, precision, tokens) for side in SIDES}
+    passes = {side: make(side, device, preset, precision, tokens) for side in sides}
     nll = {side: run() for side, run in passes.items()}  # the first pass sets things up
-    seconds: dict[str, list[float]] = {side: [] for side in SIDES}
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
     for _ in range(repeats):
         for side, run in passes.items():
             sync(device)
@@ -169,7 +184,7 @@ def main(
     precision: Annotated[str, typer.Option(help="fp32 | bf16")] = "fp32",
     device: Annotated[str, typer.Option(help="auto | cpu")] = "auto",
 ) -> None:
-    """Prints a table and one JSON line: our head, over all rows and legal ones, and megatron-core's; 144,644 ids."""
+    """Prints a table and one JSON line: our head, over all rows and legal ones, and others'; 144,644 ids."""
     choice("--device", device, ("auto", "cpu"))
     choice("--precision", precision, ("fp32", "bf16"))
     hidden_size = load_recipe(None, [f"model.preset={preset}"]).model.hidden_size
@@ -177,22 +192,27 @@ def main(
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     shape = threads, preset, precision
-    peaks = {side: fresh(memory, side, *shape, memory_tokens) for side in SIDES}
-    seconds, nll = fresh(times, *shape, tokens, repeats)
-    rows = {side: {"seconds": statistics.median(seconds[side]), "gib": peaks[side], "nll": nll[side]} for side in SIDES}
+    skipped = {side: why for side in PACKAGES if (why := fresh(missing, side, device))}
+    sides = [side for side in SIDES if side not in skipped]
+    peaks = {side: fresh(memory, side, *shape, memory_tokens) for side in sides}
+    seconds, nll = fresh(times, sides, *shape, tokens, repeats)
+    rows = {side: {"seconds": statistics.median(seconds[side]), "gib": peaks[side], "nll": nll[side]} for side in sides}
     table = Table("head", f"ms, {tokens:,} tokens", f"GiB, {memory_tokens:,} tokens", "NLL")
     for side, row in rows.items():
-        table.add_row(side, f"{1000 * row['seconds']:,.0f}", f"{row['gib']:.3f}", f"{row['nll']:.4f}")
+        table.add_row(side, f"{1000 * row['seconds']:,.1f}", f"{row['gib']:.3f}", f"{row['nll']:.4f}")
     ratios = {}
-    for a, b in (("ours", "megatron-core"), ("legal", "ours"), ("legal", "megatron-core")):
+    others = [("ours", side) for side in sides if side in PACKAGES]
+    for a, b in (("ours", "megatron-core"), ("legal", "ours"), ("legal", "megatron-core"), *others):
         faster = statistics.median(theirs / ours for ours, theirs in zip(seconds[a], seconds[b], strict=True))
         smaller = peaks[b] / peaks[a]
         table.add_row(f"{b} / {a}", f"{faster:.2f}", f"{smaller:.1f}", "")
         ratios[f"{b} / {a}"] = {"times_faster": faster, "times_smaller": smaller}
     console.print(table)
+    for side, why in skipped.items():
+        console.print(f"{side} was skipped: {why}")
     facts = {"tokens": tokens, "memory_tokens": memory_tokens, "hidden_size": hidden_size, "vocabulary": LLAMA3.size}
     how = {"repeats": repeats, "threads": threads, "precision": precision}
-    print(to_json({**facts, **how, "rows": rows, "ratios": ratios}))
+    print(to_json({**facts, **how, "rows": rows, "ratios": ratios, "skipped": skipped}))
 
 
 if __name__ == "__main__":
