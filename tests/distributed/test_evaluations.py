@@ -1,8 +1,10 @@
 """Evaluation while training gives what `soda evaluate` gives for the checkpoint, at any layout, and changes no step."""
 
+import functools
 import json
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -32,12 +34,17 @@ def data(real_text_data, tmp_path_factory) -> Path:  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def evaluated(pool, data, tmp_path_factory) -> dict[str, Path]:
-    runs = {}
-    for layout, (world, overrides) in LAYOUTS.items():
-        runs[layout] = tmp_path_factory.mktemp(layout)
-        pool.run(world, train, str(runs[layout]), str(data), [*overrides, *EVERY], timeout=LONG)
-    return runs
+def evaluated(pool, data, tmp_path_factory) -> Callable[[str], Path]:
+    """A run at a layout, evaluated twice."""
+
+    @functools.cache
+    def run_at(layout: str) -> Path:
+        world, overrides = LAYOUTS[layout]
+        run = tmp_path_factory.mktemp(layout)
+        pool.run(world, train, str(run), str(data), [*overrides, *EVERY], timeout=LONG)
+        return run
+
+    return run_at
 
 
 def evaluations(run: Path) -> dict[int, dict[str, float]]:
@@ -57,7 +64,7 @@ def figures(result: dict) -> dict[str, float]:
 
 
 def test_it_is_what_evaluate_says_of_the_checkpoint(pool, data, evaluated, tmp_path):
-    run = evaluated["tp2"]
+    run = evaluated("tp2")
     assert list(evaluations(run)) == [3, 6]
     for step, found in evaluations(run).items():
         name, to = f"step_{step:08d}", tmp_path / f"{step}"
@@ -69,18 +76,19 @@ def test_it_is_what_evaluate_says_of_the_checkpoint(pool, data, evaluated, tmp_p
     assert evaluations(run)[3] != evaluations(run)[6]
 
 
+@pytest.mark.full
 def test_it_is_the_same_at_every_layout(evaluated):
-    expected = evaluations(evaluated["one"])
-    for run in evaluated.values():
+    expected = evaluations(evaluated("one"))
+    for run in map(evaluated, LAYOUTS):
         for step, found in evaluations(run).items():
             assert found == pytest.approx(expected[step], abs=1e-5)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [pytest.param("one", marks=pytest.mark.full), "tp2"])
 def test_no_step_is_another_for_it(pool, data, evaluated, tmp_path, layout):
     world, overrides = LAYOUTS[layout]
     pool.run(world, train, str(tmp_path), str(data), overrides)
-    for expected, found in zip(metrics(tmp_path), metrics(evaluated[layout]), strict=True):
+    for expected, found in zip(metrics(tmp_path), metrics(evaluated(layout)), strict=True):
         for key in ("loss", "grad_norm", "nll"):
             assert found[key] == expected[key]
 
@@ -130,6 +138,7 @@ def stopped(run: str, data: str, overrides: list[str]) -> list[int | None]:
     return [process.returncode for process in started]
 
 
+@pytest.mark.full
 def test_a_stop_ends_it_and_it_is_made_up_for(pool, data, evaluated, tmp_path):
     world, overrides = LAYOUTS["tp2"]
     arguments = str(tmp_path), str(data), [*overrides, *EVERY]
@@ -137,12 +146,13 @@ def test_a_stop_ends_it_and_it_is_made_up_for(pool, data, evaluated, tmp_path):
     assert sorted(folder.name for folder in (tmp_path / "checkpoints").iterdir()) == ["step_00000003"]
     assert evaluations(tmp_path) == {}
     pool.run(world, train_unchecked, *arguments, timeout=LONG)
-    assert evaluations(tmp_path) == evaluations(evaluated["tp2"])
+    assert evaluations(tmp_path) == evaluations(evaluated("tp2"))
 
 
+@pytest.mark.full
 def test_a_resumed_run_measures_what_is_owed(pool, data, evaluated, tmp_path):
     run = tmp_path / "run"
-    shutil.copytree(evaluated["one"], run)
+    shutil.copytree(evaluated("one"), run)
     results = [run / "evaluations" / f"step_{step:08d}" / "eval.json" for step in (3, 6)]
     times = [path.stat().st_mtime_ns for path in results]
     shutil.rmtree(run / "checkpoints" / "step_00000006")
@@ -152,7 +162,7 @@ def test_a_resumed_run_measures_what_is_owed(pool, data, evaluated, tmp_path):
             assert "evaluation" in lines.pop()
             (run / "metrics.jsonl").write_text("".join(lines))
         pool.run(1, train_unchecked, str(run), str(data), EVERY, timeout=LONG)
-        assert evaluations(run) == evaluations(evaluated["one"])
+        assert evaluations(run) == evaluations(evaluated("one"))
         before, times = times, [path.stat().st_mtime_ns for path in results]
         assert times[0] == before[0]
         assert times[1] > before[1]
@@ -160,13 +170,14 @@ def test_a_resumed_run_measures_what_is_owed(pool, data, evaluated, tmp_path):
     assert [path.stat().st_mtime_ns for path in results] == times
 
 
+@pytest.mark.full
 def test_one_that_fails_is_told_of_and_training_goes_on(pool, data, evaluated, tmp_path):
     run = tmp_path / "run"
     said = pool.run(1, failing, str(run), str(data), timeout=LONG)[0]
     assert "step 6 could not be evaluated, training goes on: " in said
     assert f"{run}/checkpoints/step_00000006" in said
     assert evaluations(run) == {6: {}}
-    assert len(metrics(run)) == len(metrics(evaluated["one"]))
+    assert len(metrics(run)) == len(metrics(evaluated("one")))
 
 
 def failing(run: str, data: str) -> str:
