@@ -95,6 +95,7 @@ def test_a_rehearsal_skips_what_needs_a_gpu(run):
     assert "error: no part trian" in run("trian")
 
 
+@pytest.mark.full
 def test_its_commands_are_understood(run):
     said, commands, recipes = run(), {}, 0
     assert said.count(": exit 0,") == len(list(run.out.glob("*.done"))) > 30

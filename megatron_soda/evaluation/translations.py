@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.progress import track
 
 if TYPE_CHECKING:
     from ..inference.decoder import Decoder
@@ -85,6 +84,8 @@ def write_texts(bench: "Bench", pairs: Sequence[Pair]) -> list[Written]:
 
     RUN/evaluate/s2st-texts.jsonl keeps them, so an interrupted suite goes on where it was.
     """
+    from rich.progress import track
+
     from ..console import console
     from ..inference.decoder import Decoder
     from ..inference.sample import Constraint

@@ -106,7 +106,7 @@ class SodaModel(GPTModel):
     with_head = False
     packed = False  # documents are given as packed sequences, not by a mask: to Transformer Engine
     token_unit = 1  # if they are split between ranks, what the tokens of a batch are a multiple of
-    reset_positions = False  # the recipe's data.reset_positions
+    reset_positions = False  # the recipe's. Packed documents always count from their start, which attention cannot tell
     rows: Rows  # of the embedding and the head
     row_of_id: Tensor | None = None  # int64 (vocabulary,); None: a row's number is its id
 

@@ -62,7 +62,7 @@ def main(
     tokens: Annotated[int, typer.Option(min=1)] = 1024,
     repeats: Annotated[int, typer.Option(min=1)] = 15,
 ) -> None:
-    """Prints one line of JSON: medians, in turns, on one thread."""
+    """Prints one JSON line: medians, in turns, on one thread."""
     choice("--precision", precision, ("fp32", "bf16"))
     torch.set_num_threads(1)
     model = load_recipe(None, [f"model.preset={preset}"]).model
