@@ -22,8 +22,8 @@ PACK=${PACK:-.gpu} OUT=$(realpath -m "${OUT:-runs/gpu${rehearse:+_rehearsal}}") 
 DATA=${DATA:-$PACK/data} site=$(realpath -m "$PACK/site")
 export PYTHONPATH=$PWD:$site:${PYTHONPATH:-} PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 unset LD_BIND_NOW  # with it Transformer Engine's library does not load
-device=cuda slow=1
-if [ $rehearse ]; then device=cpu slow=6 CUDA_VISIBLE_DEVICES=''; export CUDA_VISIBLE_DEVICES; fi
+device=cuda slow=1 presets='135m 1.7b'
+if [ $rehearse ]; then device=cpu slow=6 presets=135m CUDA_VISIBLE_DEVICES=''; export CUDA_VISIBLE_DEVICES; fi
 mkdir -p "$OUT"
 card=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1)
 [ -e "$OUT/card" ] || echo "$card" >"$OUT/card"
@@ -113,7 +113,7 @@ part_kernels() { SHOW=40 bench kernels 240 kernels $(toy --scale 0.001 --repeats
 
 part_head() {
   local preset
-  for preset in 135m 1.7b; do
+  for preset in $presets; do
     bench "head-$preset" 120 head --preset $preset --precision bf16 --tokens 16384 --memory-tokens 16384 \
       $(toy --preset tiny --tokens 64 --memory-tokens 64 --repeats 1)
   done
@@ -144,7 +144,7 @@ part_settings() { # one at a time, against the defaults; what overlaps needs mor
   each+=,training.head_rows=legal,training.recompute=true,parallel.distributed_optimizer=true,optimizer.name=cautious
   [ -n "$rehearse" ] || each+=,training.cuda_graphs=true  # refused without a device
   local recipes=ours,precision.fp8_recipe=delayed,precision.fp8_recipe=blockwise,precision.bf16_layers=1 name batch=16
-  for name in 135m 1.7b; do
+  for name in $presets; do
     size "settings-$name" $batch --preset $name --steps 4 --sides $each
     PRECISIONS=fp8 size "recipes-$name" $batch --preset $name --steps 4 --sides $recipes
     batch=4

@@ -213,6 +213,8 @@ def main(folder: Annotated[Path, typer.Argument(help="gpu.sh's OUT")]) -> None:
     found = {"Tests": list(tests(folder))} | {title: list(make(results)) for title, make in SECTIONS.items()}
     machine, failed = result(results, "versions"), sorted(step for step, row in results.items() if row["exit"])
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
+    if machine.get("device") == "CPU":
+        print("A rehearsal: its figures mean nothing.")
     for title, figures in found.items():
         if figures:
             print(f"\n## {title}", *table(figures), sep="\n")
