@@ -321,7 +321,7 @@ def forward(model: Any, inputs: Inputs, *, logits: bool = False) -> Tensor:
         return model(batch.tokens, batch.position_id, inputs.mask)
     # Between context-parallel ranks Transformer Engine wants padded lengths, too. The same tensor says that nothing is
     # between sequences: partition.py.
-    padded = batch.cu_seqlens if module.config.context_parallel_size > 1 else None
+    padded: Any = batch.cu_seqlens if module.config.context_parallel_size > 1 else None
     packed = PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=batch.cu_seqlens,
