@@ -1,4 +1,4 @@
-"""On one CUDA device: training in every precision, Transformer Engine's layers and optimizer against ours."""
+"""On one CUDA device, or two: training in every precision, Transformer Engine's layers and optimizer against ours."""
 
 import importlib.util
 import json
@@ -20,6 +20,7 @@ needs_te = pytest.mark.skipif(
     importlib.util.find_spec("transformer_engine") is None, reason="needs the package transformer-engine"
 )
 needs_apex = pytest.mark.skipif(importlib.util.find_spec("amp_C") is None, reason="needs NVIDIA's apex")
+needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 ROOT = Path(__file__).resolve().parents[2]
 TE = "training.backend=transformer_engine"
 LOCAL = "training.backend=local"
@@ -31,7 +32,7 @@ def data(tmp_path_factory) -> Path:
     return write_data(tmp_path_factory.mktemp("data"), 400)
 
 
-def train(folder: Path, data: Path, *overrides: str, cpu: bool = False) -> list[float]:
+def train(folder: Path, data: Path, *overrides: str, cpu: bool = False, devices: int = 1) -> list[float]:
     """Sizes that FP8 takes: 128 wide, 128 tokens."""
     folder.mkdir(parents=True, exist_ok=True)
     recipe = folder / "recipe.yaml"
@@ -45,8 +46,9 @@ def train(folder: Path, data: Path, *overrides: str, cpu: bool = False) -> list[
         "checkpoint: {save_every: 5}\n"
         "logging: {log_every: 1}\n"
     )
-    command = [sys.executable, "-m", "megatron_soda.train", str(recipe), *overrides]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "" if cpu else "0"}
+    launch = ["-m", "megatron_soda.parallel.one_node", "--nproc-per-node", str(devices)] if devices > 1 else []
+    command = [sys.executable, *launch, "-m", "megatron_soda.train", str(recipe), *overrides]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "" if cpu else ",".join(map(str, range(devices)))}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = (folder / "metrics.jsonl").read_text().splitlines()
@@ -110,6 +112,15 @@ def test_a_checkpoint_goes_to_the_gpu_and_back(tmp_path, data):
     more = [BF16, distributed, "training.steps=12"]
     on_gpu = train(tmp_path / "moved", data, TE, *more)
     assert train(tmp_path / "back", data, LOCAL, *more, cpu=True) == pytest.approx(on_gpu, abs=0.03)
+
+
+@needs_te
+@needs_two
+def test_documents_split_between_two_devices(tmp_path, data):
+    whole = train(tmp_path / "one", data, TE, BF16)
+    for name, backend in (("split", TE), ("masked", LOCAL)):
+        found = train(tmp_path / name, data, backend, BF16, "parallel.context=2", devices=2)
+        assert found == pytest.approx(whole, abs=0.03), name
 
 
 def _logits(backend: str, ids: np.ndarray) -> np.ndarray:
