@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron_soda.config import load_recipe
@@ -53,6 +54,15 @@ class Run:
         said, _ = self.start(*parts, **environment).communicate(timeout=60)
         return said
 
+    def until_it_hangs(self, *parts: str, **environment: str) -> tuple[subprocess.Popen, list[int]]:
+        """And the processes of the step."""
+        process, until, pids = self.start(*parts, **environment), time.monotonic() + 60, Path(f"{self.called}.pids")
+        while not (pids.exists() and pids.read_text().endswith("\n")):
+            assert process.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        return process, [int(pid) for pid in pids.read_text().split()]
+
     def calls(self) -> list[list[str]]:
         """Since the last time."""
         found = [shlex.split(line) for line in self.called.read_text().splitlines()] if self.called.exists() else []
@@ -69,12 +79,8 @@ def test_only_what_did_not_finish_is_run_again(run):
     said = run("head", "generate", FAILS="bench_head.py --preset 1.7b")
     assert [call[0] for call in run.calls()] == ["tools/bench/bench_head.py"] * 2 + ["tools/bench/bench_generate.py"]
     assert "== head-1.7b: exit 3" in said
-    process = run.start("head", "generate", HANGS="bench_head.py --preset 1.7b")
-    pids = run.called.with_name("called.pids")
-    while not (pids.exists() and pids.read_text().endswith("\n")):
-        assert process.poll() is None
-        time.sleep(0.02)
-    for pid in (process.pid, *map(int, pids.read_text().split())):
+    process, pids = run.until_it_hangs("head", "generate", HANGS="bench_head.py --preset 1.7b")
+    for pid in (process.pid, *pids):
         os.kill(pid, signal.SIGKILL)
     process.communicate()
     assert len(run.calls()) == 1
@@ -82,6 +88,34 @@ def test_only_what_did_not_finish_is_run_again(run):
     assert [call[1:3] for call in run.calls()] == [["--preset", "1.7b"]]
     run("head", "generate")
     assert not run.calls()
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_with_its_step(run, how):
+    process, pids = run.until_it_hangs("head", HANGS="bench_head.py")
+    process.send_signal(how)
+    assert process.wait(10) == 130
+    until = time.monotonic() + 10
+    while any(is_running(pid) for pid in pids):
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_a_new_pack_is_installed_in_place_of_the_old(run):
+    folder = Path(run.environment["PACK"]) / "1"
+    folder.mkdir(parents=True)
+    for content in ("old", "new"):
+        (folder / "some-1.0-py3-none-any.whl").write_text(content)
+        for calls in (1, 0):
+            run("setup")
+            assert [call[:3] for call in run.calls()] == [["-m", "pip", "install"]] * calls
 
 
 def test_a_rehearsal_skips_what_needs_a_gpu(run):
@@ -127,6 +161,7 @@ def test_report(tmp_path):
     rows = [{"step": "train-600m-bf16", "exit": 0, "result": training(1, 1, 1)}]  # of a run before
     rows += [{"step": name, "exit": 0, "result": result} for name, result in steps.items()]
     rows += [{"step": "codec-dac", "exit": 124, "result": {"times_faster": 9.0}}]
+    rows += [{"step": "codec-mimi", "exit": None, "result": None}]  # no time was left for it
     (tmp_path / "results.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     (tmp_path / "tests-cuda.log").write_text("..F\n1 failed, 17 passed, 1 skipped in 100 s\n")
     status, said, warned = forked(run_tool, "bench/gpu_report.py", tmp_path)
@@ -139,7 +174,7 @@ def test_report(tmp_path):
     assert "| tests-cuda | 17 | **1 (at most 0)** | 1 |  |" in lines
     found = json.loads(lines[-1])
     assert found["machine"]["device"] == "H100"
-    assert found["failed"] == ["codec-dac"]
+    assert found["failed"] == ["codec-dac", "codec-mimi"]
     cells = {(one["row"], one["column"]): one for one in found["figures"]["Training"]}
     assert cells["600m, BF16", "MFU"] == {
         "row": "600m, BF16", "column": "MFU", "value": 0.45, "aim": 0.5, "most": False, "met": False

@@ -10,7 +10,8 @@ weights everywhere: megatron-core's copies, torch.autocast for transformers, whi
 A window is one document unless --documents says more: megatron-core's layers and transformers know no documents.
 
 Each side is a process of its own. They take turns step by step (--together), or, where memory is short, run after run
-(--apart, --rounds). Ratios are medians over pairs of steps. Memory is the most of the whole process (CPU), or the most
+(--apart, --rounds); --one-process then saves the start of ours after the first, but on a CPU its memory is the most of
+all before. Ratios are medians over pairs of steps. Memory is the most of the whole process (CPU), or the most
 allocated (CUDA). On a CPU megatron-core runs through parallel/cpu.py as ours does, and so has its memory allocator's
 settings; transformers runs as it comes, or with these too (--same-malloc).
 
@@ -18,6 +19,7 @@ settings; transformers runs as it comes, or with these too (--same-malloc).
     python tools/bench/bench_train.py --preset 4b --layers 18 --sequence-length 4096 --precision fp8 --steps 20
 """
 
+import gc
 import os
 import statistics
 import sys
@@ -35,10 +37,10 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from train_sides import FORWARD_BACKWARD, OPTIMIZER, SIDES, Result, ours
+from train_sides import FORWARD_BACKWARD, HEAD_ROWS, OPTIMIZER, SIDES, Result, ours
 
 from megatron_soda.config import choice, load_recipe
-from megatron_soda.errors import run_tool
+from megatron_soda.errors import SodaError, run_tool
 from megatron_soda.files import to_json
 from megatron_soda.model.size import parameter_count, train_flops
 from megatron_soda.training.metrics import memory_gib, mfu, peak_tflops
@@ -47,12 +49,16 @@ from megatron_soda.vocab import LLAMA3
 console = Console()
 
 
-_step: Callable[[int], Result]
+_step: Callable[[int], Result] | None = None
 
 
 def start(side: str, settings: list[str], documents: int, same_malloc: bool, threads: int) -> None:
-    """In the process of a side: its model."""
+    """In the process of a side: its model, in place of the one before."""
     global _step
+    _step = None
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
     torch.set_num_threads(threads)
     recipe = load_recipe(None, [*settings, side] if "=" in side else settings)
     _step = SIDES.get(side, ours)(recipe, documents, same_malloc)
@@ -63,16 +69,18 @@ def start(side: str, settings: list[str], documents: int, same_malloc: bool, thr
 
 def take_step(number: int) -> Result:
     """In the process of a side: one step."""
+    assert _step is not None
     result = _step(number)
     return {**result, "step": result[FORWARD_BACKWARD] + result[OPTIMIZER], "gib": memory_gib()}
 
 
 class Side:
-    """A process with the model of one side, until it is closed or its memory runs out."""
+    """A process with the model of one side, until it is closed or its memory runs out. `after`: a side whose process it
+    takes over."""
 
-    def __init__(self, name: str, *how: Any) -> None:
+    def __init__(self, name: str, *how: Any, after: "Side | None" = None) -> None:
         self.name = name
-        self.pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+        self.pool = after.pool if after else ProcessPoolExecutor(1, mp_context=get_context("spawn"))
         self.problem = self._run(start, name, *how)
 
     def step(self, number: int) -> Result | None:
@@ -95,13 +103,14 @@ class Side:
 
 
 def measure(
-    sides: list[str], how: tuple[Any, ...], steps: int, warmup: int, rounds: int, together: bool
+    sides: list[str], how: tuple[Any, ...], steps: int, warmup: int, rounds: int, together: bool, one_process: bool
 ) -> tuple[dict[str, list[Result]], dict[str, str]]:
     """The steps of each side after its first `warmup` ones, and what stopped a side."""
     results: dict[str, list[Result]] = {side: [] for side in sides}
     problems: dict[str, str] = {}
+    last: Side | None = None  # whose process goes on
     for names in [sides] if together else [[side] for _ in range(rounds) for side in sides]:
-        group = [Side(name, *how) for name in names if name not in problems]
+        group = [Side(name, *how, after=last) for name in names if name not in problems]
         for number in range(warmup + steps):
             for side in group:
                 with console.status(f"{side.name}: step {number + 1} of {warmup + steps}"):
@@ -109,9 +118,13 @@ def measure(
                 if result is not None and number >= warmup:
                     results[side.name].append(result)
         for side in group:
-            side.close()
             if side.problem:
                 problems[side.name] = side.problem
+            last = side if one_process and not side.problem else None
+            if last is None:
+                side.close()
+    if last:
+        last.close()
     return results, problems
 
 
@@ -134,6 +147,9 @@ def main(
         bool | None, typer.Option("--together/--apart", help="all alive at once, or one at a time (default on CUDA)")
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="with --apart: how often each is started")] = 2,
+    one_process: Annotated[
+        bool, typer.Option("--one-process", help="with --apart: ours and ours with a setting in one process")
+    ] = False,
     same_malloc: Annotated[
         bool, typer.Option("--same-malloc", help="transformers keeps freed memory as we do")
     ] = False,
@@ -147,12 +163,16 @@ def main(
     for name in names:
         if "=" not in name:
             choice("--sides", name, tuple(SIDES))
+        if one_process and "=" not in name and name != "ours":
+            raise SodaError(f"--one-process: {name} needs a process of its own")
     os.environ["OMP_NUM_THREADS"] = str(threads)
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     cuda = torch.cuda.is_available()
     if together is None:
-        together = not cuda
+        together = not cuda and not one_process
+    if together and one_process:
+        raise SodaError("--together gives each side a process of its own: leave it or --one-process out")
     overrides = [
         f"model.preset={preset}",
         *([f"model.num_layers={layers}"] if layers else []),
@@ -166,10 +186,11 @@ def main(
     ]
     recipe = load_recipe(None, overrides)
     tokens = recipe.training.global_batch_size * recipe.data.sequence_length
-    flops = train_flops(recipe.model, LLAMA3, recipe.data.sequence_length)
     where = torch.cuda.get_device_name() if cuda else f"CPU, {threads} thread{'s' if threads > 1 else ''}"
     peak = peak_tflops(recipe, where)
-    results, problems = measure(names, (overrides, documents, same_malloc, threads), steps, warmup, rounds, together)
+    results, problems = measure(
+        names, (overrides, documents, same_malloc, threads), steps, warmup, rounds, together, one_process
+    )
 
     rows: dict[str, dict[str, Any]] = {}
     for name in names:
@@ -179,6 +200,7 @@ def main(
             continue
         middle = {key: statistics.median(r[key] for r in found) for key in (FORWARD_BACKWARD, OPTIMIZER, "step")}
         speed = tokens / middle["step"]
+        flops = train_flops(recipe.model, LLAMA3, recipe.data.sequence_length, int(found[-1].get(HEAD_ROWS, 0)))
         share = mfu(flops, speed, 1, peak)
         row = {**middle, "tokens_per_second": speed, "mfu": share, "gib": max(r["gib"] for r in found)}
         rows[name] = {**row, "loss": found[0]["loss"]}

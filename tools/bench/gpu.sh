@@ -21,7 +21,10 @@ if [ "${1:-}" = --rehearse ]; then rehearse=1; shift; fi
 PACK=${PACK:-.gpu} OUT=$(realpath -m "${OUT:-runs/gpu${rehearse:+_rehearsal}}") python=${PYTHON:-python3}
 DATA=${DATA:-$PACK/data} site=$(realpath -m "$PACK/site")
 export PYTHONPATH=$PWD:$site:${PYTHONPATH:-} PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
+marks=$OUT running=''
+trap '[ -z "$running" ] || kill "$running" 2>/dev/null; exit 130' INT TERM
 unset LD_BIND_NOW  # with it Transformer Engine's library does not load
+unset PYTHONDONTWRITEBYTECODE  # or each of a hundred processes compiles megatron-core again
 device=cuda slow=1 presets='135m 1.7b'
 if [ $rehearse ]; then device=cpu slow=6 presets=135m CUDA_VISIBLE_DEVICES=''; export CUDA_VISIBLE_DEVICES; fi
 mkdir -p "$OUT"
@@ -32,17 +35,23 @@ if [ "$card" != "$(cat "$OUT/card")" ]; then echo "error: $OUT is of another car
 step() { # NAME SECONDS COMMAND...: its output in OUT/NAME.log, its last line in results.jsonl if that is JSON
   local name=$1 limit=$(($2 * slow)) began=$SECONDS left=$((part_end - SECONDS)) status last
   shift 2
-  if [ -e "$OUT/$name.done" ]; then return; fi
-  if [ $left -lt 20 ]; then echo "== $name: no time left in this part; run it again"; return; fi
+  if [ -e "$marks/$name.done" ]; then return; fi
+  if [ $left -lt 20 ]; then
+    echo "== $name: no time left in this part; run it again"
+    echo "{\"step\": \"$name\", \"exit\": null, \"result\": null}" >>"$OUT/results.jsonl"
+    return
+  fi
   [ "$limit" -le $left ] || limit=$left
-  timeout -k 10 "$limit" "$@" >"$OUT/$name.log" 2>&1
+  timeout -k 10 "$limit" "$@" >"$OUT/$name.log" 2>&1 &  # which Ctrl-C alone would not reach
+  running=$!
+  wait $running
   status=$?
   echo "== $name: exit $status, $((SECONDS - began)) s"
   tail -n "${SHOW:-12}" "$OUT/$name.log" | cut -c 1-400
   last=$(tail -n 1 "$OUT/$name.log")
   case $last in '{'*'}') ;; *) last=null ;; esac
   echo "{\"step\": \"$name\", \"exit\": $status, \"result\": $last}" >>"$OUT/results.jsonl"
-  [ $status != 0 ] || touch "$OUT/$name.done"
+  [ $status != 0 ] || touch "$marks/$name.done"
 }
 
 gpu_step() { # the same, for what a CPU cannot do
@@ -73,19 +82,21 @@ if torch.cuda.is_available():
 print(json.dumps(found))
 '
 
-part_setup() { # may be run for each folder of the pack as it comes
-  local folder archive
-  mkdir -p "$site"
+part_setup() { # may be run for each folder of the pack as it comes; a file that has changed is unpacked again
+  local folder archive marks=$site/.done
+  mkdir -p "$marks"
   for folder in "$PACK"/[0-9]*/; do
     for archive in "$folder"*.tar.xz; do
-      [ ! -e "$archive" ] || step "unpack-$(basename "$archive")" 120 tar -xJf "$archive" -C "$site"
+      [ ! -e "$archive" ] || step "unpack-$(basename "$archive")-$(digest "$archive")" 120 tar -xJf "$archive" -C "$site"
     done
-    [ ! -e "${folder}data.tar" ] || step unpack-data 60 tar -xf "${folder}data.tar" -C "$PACK"
+    [ ! -e "${folder}data.tar" ] || step "unpack-data-$(digest "${folder}data.tar")" 60 tar -xf "${folder}data.tar" -C "$PACK"
     compgen -G "$folder*.whl" >/dev/null || continue
-    step "install-$(basename "$folder")" 120 "$python" -m pip install -q --no-index --no-deps --no-compile --upgrade \
-      --target "$site" "$folder"*.whl
+    step "install-$(basename "$folder")-$(digest "$folder"*.whl)" 120 "$python" -m pip install -q --no-index --no-deps \
+      --no-compile --upgrade --target "$site" "$folder"*.whl
   done
 }
+
+digest() { cat "$@" | cksum | cut -d ' ' -f 1; }
 
 part_versions() {
   local built
@@ -115,7 +126,7 @@ part_head() {
   local preset
   for preset in $presets; do
     bench "head-$preset" 120 head --preset $preset --precision bf16 --tokens 16384 --memory-tokens 16384 \
-      $(toy --preset tiny --tokens 64 --memory-tokens 64 --repeats 1)
+      $(toy --preset tiny --precision fp32 --tokens 64 --memory-tokens 64 --repeats 1)  # a CPU's BF16 may take minutes
   done
 }
 
@@ -127,7 +138,7 @@ size() { # NAME SEQUENCES OPTION...: in BF16 and FP8
     [ $precision = bf16 ] || run=gpu_step
     $run "$name-$precision" 300 "$python" tools/bench/bench_train.py --apart --sequence-length 4096 --micro-batch "$batch" \
       --micro-batches 2 --documents 4 --steps 8 --warmup 4 --rounds 1 --precision $precision "$@" \
-      $(toy --preset tiny --layers 2 --sequence-length 64 --micro-batch 1 --steps 1 --warmup 1)
+      $(toy --preset tiny --layers 2 --precision fp32 --sequence-length 64 --micro-batch 1 --steps 1 --warmup 1)
   done
 }
 
@@ -145,8 +156,8 @@ part_settings() { # one at a time, against the defaults; what overlaps needs mor
   [ -n "$rehearse" ] || each+=,training.cuda_graphs=true  # refused without a device
   local recipes=ours,precision.fp8_recipe=delayed,precision.fp8_recipe=blockwise,precision.bf16_layers=1 name batch=16
   for name in $presets; do
-    size "settings-$name" $batch --preset $name --steps 4 --sides $each
-    PRECISIONS=fp8 size "recipes-$name" $batch --preset $name --steps 4 --sides $recipes
+    size "settings-$name" $batch --one-process --preset $name --steps 4 --sides $each
+    PRECISIONS=fp8 size "recipes-$name" $batch --one-process --preset $name --steps 4 --sides $recipes
     batch=4
   done
 }

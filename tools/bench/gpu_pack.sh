@@ -21,7 +21,7 @@ all=$folder/all
 rm -rf "$all"
 mkdir -p "$all"
 [ $# = 0 ] || cp "$@" "$all"  # perhaps from the last pack
-rm -rf "$folder"/[0-9]*
+rm -rf "$folder"/[0-9]* "$folder/site" "$folder/data"  # gpu.sh unpacks into these
 [ ! -d "$data" ] || data=$(realpath "$data")
 cd "$(dirname "$0")/../.."
 
@@ -29,7 +29,7 @@ download=("$python" -m pip download -q --only-binary=:all: --python-version 3.12
 for tag in manylinux_2_28 manylinux_2_27 manylinux_2_24 manylinux_2_17 manylinux2014 manylinux1; do
   download+=(--platform "${tag}_x86_64")
 done
-"${download[@]}" --no-deps megatron-core==0.19.2 soundfile soxr av cffi pycparser zstandard  # with theirs comes all of torch
+"${download[@]}" --no-deps megatron-core==0.19.2 soundfile soxr av cffi pycparser zstandard liger-kernel  # with theirs comes all of torch
 compgen -G "$all/pydantic-*.whl" >/dev/null || "${download[@]}" "pydantic>=2.10"
 
 cudart=$("$python" -c '

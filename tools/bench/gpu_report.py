@@ -47,7 +47,7 @@ class Figure:
         return self.value <= self.aim if self.most else self.value >= self.aim
 
 
-Results = dict[str, dict[str, Any]]  # the last of each step: exit, result
+Results = dict[str, dict[str, Any]]  # the last of each step: exit (None: there was no time for it), result
 
 
 def read(folder: Path) -> Results:
@@ -211,7 +211,7 @@ def main(folder: Annotated[Path, typer.Argument(help="gpu.sh's OUT")]) -> None:
     """
     results = read(folder)
     found = {"Tests": list(tests(folder))} | {title: list(make(results)) for title, make in SECTIONS.items()}
-    machine, failed = result(results, "versions"), sorted(step for step, row in results.items() if row["exit"])
+    machine, failed = result(results, "versions"), sorted(step for step, row in results.items() if row["exit"] != 0)
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
     if machine.get("device") == "CPU":
         print("A rehearsal: its figures mean nothing.")

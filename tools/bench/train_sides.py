@@ -18,6 +18,7 @@ from megatron_soda.vocab import LLAMA3
 RATE = 1e-4
 STEPS = 4  # of different data
 FORWARD_BACKWARD, OPTIMIZER = "forward_backward", "optimizer"
+HEAD_ROWS = "head_rows"  # at a position, where not all
 Result = dict[str, float]
 
 
@@ -98,6 +99,7 @@ def ours(recipe: Recipe, documents: int, _same_malloc: bool) -> Callable[[int], 
             "loss": result.loss,
             FORWARD_BACKWARD: clock.parts["step"] - seconds[OPTIMIZER],
             OPTIMIZER: seconds[OPTIMIZER],
+            **({HEAD_ROWS: engine.head_rows} if engine.head_rows else {}),
         }
 
     return step
