@@ -13,7 +13,7 @@ from megatron.core.transformer.cuda_graphs import TECudaGraphHelper
 from ..config import Recipe
 
 
-def capture(recipe: Recipe, ddp: list[Any], optimizer: Any, packed: bool) -> None:
+def capture(recipe: Recipe, ddp: list[Any], optimizer: Any) -> None:
     """From now on forward and backward passes replay what is captured here; validation does not."""
     t, length = recipe.training, recipe.data.sequence_length
     (model,) = ddp
@@ -23,8 +23,8 @@ def capture(recipe: Recipe, ddp: list[Any], optimizer: Any, packed: bool) -> Non
     helper = TECudaGraphHelper(
         model=ddp,
         config=model.config,
-        seq_length=length * t.micro_batch_size if packed else length,
-        micro_batch_size=1 if packed else t.micro_batch_size,
+        seq_length=length * t.micro_batch_size,  # a micro-batch is one packed sequence
+        micro_batch_size=1,
         optimizers=[optimizer],
     )
     waits = model.ddp_config.overlap_param_gather

@@ -283,7 +283,7 @@ class Engine:
         """
         with self.seconds.of("forward_backward"):
             if not self._captured:  # not earlier: a checkpoint may have been loaded since
-                graphs.capture(self.recipe, self.ddp, self.optimizer.inner, self.models[0].packed)
+                graphs.capture(self.recipe, self.ddp, self.optimizer.inner)
                 self._captured = True
             for ddp in self.ddp:
                 ddp.train()
