@@ -12,7 +12,7 @@ from megatron_soda.config.renamed import RENAMED
 from megatron_soda.config.yaml_files import read_yaml
 from megatron_soda.errors import SodaError
 from megatron_soda.model.size import parameter_count, size_of
-from megatron_soda.parallel.layout import check_layout
+from megatron_soda.parallel.layout import check_layout, token_unit
 from megatron_soda.parallel.speed import choose
 from megatron_soda.vocab import LLAMA3
 
@@ -193,6 +193,11 @@ SEQUENCE = ["parallel.tensor=2", "parallel.sequence=true"]
         ),
         (["overlap_parameters=true"], 2, "overlap_parameters .* parallel.distributed_optimizer=true"),
         ([*DISTRIBUTED, "overlap_parameters=true", "overlap_gradients=false"], 2, "parallel.overlap_gradients=true"),
+        (
+            [*DISTRIBUTED, "num_layers=4", "parallel.pipeline=2", "overlap_parameters=true"],
+            4,
+            "overlap_parameters .* parallel.pipeline=1",
+        ),
         ([*BF16, "parallel.tensor=2", "overlap_tensor=true"], 2, "overlap_tensor .* parallel.sequence=true"),
         ([*SEQUENCE, "overlap_tensor=true"], 2, "overlap_tensor .* precision.dtype=bf16 or fp8"),
         ([*SEQUENCE, *FP8, "fp8_recipe=blockwise", "overlap_tensor=true"], 2, "fp8_recipe=tensorwise or delayed"),
@@ -200,6 +205,11 @@ SEQUENCE = ["parallel.tensor=2", "parallel.sequence=true"]
         ([*BF16, "num_layers=4", "parallel.pipeline=2", "cuda_graphs=true"], 2, "cuda_graphs .* parallel.pipeline=1"),
         ([*BF16, "recompute=true", "cuda_graphs=true"], 1, "cuda_graphs .* training.recompute=true"),
         ([*BF16, "parallel.context=2", "cuda_graphs=true"], 2, "training.cuda_graphs .* parallel.context=2"),
+        (
+            [*BF16, *SEQUENCE, "parallel.context=2", "overlap_tensor=true"],
+            4,
+            "parallel.overlap_tensor .* parallel.context=2",
+        ),
         ([*FP8, "data.sequence_length=4090"], 1, "4090, and must be a multiple of 16 .*4080 or 4096 would work"),
         ([*FP8, "parallel.tensor=2", "parallel.sequence=true", "data.sequence_length=16"], 2, "32 would work"),
         ([*FP8, "precision.fp8_recipe=blockwise", "ffn_hidden_size=320"], 1, "256 or 384 would work"),
@@ -210,6 +220,20 @@ def test_layouts_that_do_not_divide(overrides, world, message):
     with pytest.raises(SodaError, match=message):
         check_layout(load_recipe(None, overrides), world)
     assert check_layout(load_recipe(None, []), 4) == 4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "unit"),
+    [
+        ([], 16),
+        (["parallel.context=2"], 32),
+        (["parallel.context=2", "parallel.tensor=2"], 32),
+        (["parallel.context=2", *SEQUENCE], 64),
+        ([*FP8, "precision.fp8_recipe=blockwise", "parallel.context=2"], 256),
+    ],
+)
+def test_tokens_of_a_micro_batch_come_in_units(overrides, unit):
+    assert token_unit(load_recipe(None, overrides)) == unit
 
 
 CPU, LOCAL, TE = {"cuda": False, "engine": False}, {"cuda": True, "engine": False}, {"cuda": True, "engine": True}
@@ -229,7 +253,8 @@ NAMES = "overlap_gradients", "overlap_parameters", "overlap_tensor", "fuse_rope"
         ([*BF16, *SEQUENCE, "overlap_tensor=true"], 1, TE, ["overlap_tensor", "fuse_rope", "fuse_gradients"]),
         ([*BF16, "cuda_graphs=true"], 1, TE, ["fuse_rope", "fuse_gradients", "cuda_graphs"]),
         (DISTRIBUTED, 2, CPU, ["fuse_rope"]),
-        (["overlap_gradients=true"], 2, CPU, ["overlap_gradients", "fuse_rope"]),
+        ([*DISTRIBUTED, "overlap_gradients=true"], 2, CPU, ["overlap_gradients", "fuse_rope"]),
+        (["fuse_rope=true"], 1, CPU, ["fuse_rope"]),
         (["overlap_gradients=true", "fuse_rope=false"], 1, CPU, []),
         ([*DISTRIBUTED, "overlap_parameters=true"], 2, CPU, ["overlap_gradients", "overlap_parameters", "fuse_rope"]),
         ([*DISTRIBUTED, "overlap_parameters=true"], 1, CPU, ["fuse_rope"]),

@@ -24,6 +24,7 @@ LAYOUTS = {
         4,
         ["parallel.overlap_parameters=true", "parallel.distributed_optimizer=true", "parallel.tensor=2", *SMALL],
     ),
+    "cp2_overlap": (2, ["parallel.overlap_gradients=true", "parallel.context=2"]),
     "unfused": (1, ["training.fuse_swiglu=false", "training.fuse_rope=false"]),
     "sp2": (2, ["parallel.tensor=2", "parallel.sequence=true"]),
     "cp2": (2, ["parallel.context=2"]),
@@ -275,12 +276,36 @@ def reductions(run: str, data: str, overrides: list[str]) -> list[str]:
     return happened
 
 
-def test_gradients_are_reduced_during_the_last_backward_pass_alone(pool, data, tmp_path):
-    world, overrides = LAYOUTS["dp2_distributed_overlap"]
+@pytest.mark.parametrize("layout", ["dp2_distributed_overlap", "cp2_overlap"])
+def test_gradients_are_reduced_during_the_last_backward_pass_alone(pool, data, tmp_path, layout):
+    world, overrides = LAYOUTS[layout]
     for happened in pool.run(world, reductions, str(tmp_path), str(data), overrides):
         assert happened[0] == happened[-1] == "backward"
         assert happened.count("backward") == 2  # micro-batches
         assert happened.count("reduces") > 3
+
+
+def fused_calls(run: str, data: str, overrides: list[str]) -> list[bool]:
+    """On a rank of the pool: are the fused functions called?"""
+    from unittest import mock
+
+    import megatron.core.models.common.embeddings.rope_utils as megatron_rope
+
+    from megatron_soda.model import fused
+
+    rope = "fused_apply_rotary_pos_emb"
+    with (
+        mock.patch.object(fused, "swiglu", wraps=fused.swiglu) as swiglu,
+        mock.patch.object(megatron_rope, rope, wraps=getattr(megatron_rope, rope)) as rotate,
+    ):
+        train(run, data, [*overrides, "training.steps=1"])
+    return [swiglu.called, rotate.called]
+
+
+@pytest.mark.parametrize(("layout", "called"), [("one", True), ("unfused", False)])
+def test_functions_are_fused_unless_they_are_not_to_be(pool, data, tmp_path, layout, called):
+    world, overrides = LAYOUTS.get(layout, (1, []))
+    assert pool.run(world, fused_calls, str(tmp_path), str(data), overrides) == [[called, called]]
 
 
 def gathers(run: str, data: str, overrides: list[str]) -> tuple[list[str], list[list[float]]]:

@@ -38,6 +38,14 @@ FOR_SPEED = {  # (ranks, settings, settings that make it slower)
     "graphs and gathers": (2, [BF16, "training.cuda_graphs=true", *GATHER], ["training.cuda_graphs=false"]),
     "userbuffers": (2, [BF16, *SEQUENCE, "parallel.overlap_tensor=true"], ["parallel.overlap_tensor=false"]),
 }
+LAYERS = 3 * 2 * 4  # that are computed: steps, micro-batches, layers
+USED = {  # and validation, after the second and the third step, replays nothing
+    "fused": ("fused gradients", LAYERS * 4),
+    "graphs": ("graphs", LAYERS),
+    "graphs and gathers": ("graphs", LAYERS // 2),
+    "userbuffers": ("buffers", (LAYERS + 2 * 4) * 4),
+}
+FLAT = ["schedule.warmup_share=0", "schedule.decay_share=0"]  # or the schedule would tell where it ends
 SMALL = "training.micro_batch_size=2"  # several micro-batches a step, which are padded to one size
 MORE = {  # of split documents
     "cp2_recompute": (2, ["parallel.context=2", "training.recompute=true"]),
@@ -159,6 +167,7 @@ def differences(*overrides: str) -> dict[str, Any]:
     }
 
 
+LEGAL = "training.head_rows=legal", "training.steps=2"
 SPLIT = (10, 1, 2, 19), (32,)  # one multiple of four, and documents of fewer tokens than chunks
 
 
@@ -224,8 +233,7 @@ def split_isolation() -> dict[str, bool]:
 def split_training(folder: Path, *overrides: str) -> list[list[float]]:
     from megatron_soda.training import trainer
 
-    wanted = ["training.backend=transformer_engine", "checkpoint.save_every=3", *overrides]
-    wanted += ["schedule.warmup_share=0", "schedule.decay_share=0"]
+    wanted = ["training.backend=transformer_engine", "checkpoint.save_every=3", *FLAT, *overrides]
     trainer.train(small_recipe(folder, folder.parent / "data", *wanted))
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [[row["loss"], row["grad_norm"]] for row in rows if "loss" in row]
@@ -264,8 +272,7 @@ def training(folder: Path) -> dict[str, list[list[float]]]:
     data = folder / "data"
 
     def train(name: str, backend: str, *steps: int, distributed: bool = False) -> list[list[float]]:
-        flat = [f"parallel.distributed_optimizer={distributed}"]
-        flat += ["schedule.warmup_share=0", "schedule.decay_share=0"]  # or the schedule would tell where it ends
+        flat = [f"parallel.distributed_optimizer={distributed}", *FLAT]
         for count in steps:
             wanted = [f"training.backend={backend}", f"training.steps={count}", "checkpoint.save_every=3", *flat]
             trainer.train(small_recipe(folder / name, data, *wanted))
@@ -283,7 +290,8 @@ def training(folder: Path) -> dict[str, list[list[float]]]:
 
 
 def for_speed(folder: Path, settings: list[str], slower: list[str]) -> dict[str, Any]:
-    """Losses and gradient norms of three steps with the settings, and without; and what was used."""
+    """Losses and gradient norms of three steps with the settings, and without; and what was used. With them, the third
+    step is another run's in the same process."""
     import torch.distributed as dist
 
     from megatron_soda.training import trainer
@@ -294,13 +302,13 @@ def for_speed(folder: Path, settings: list[str], slower: list[str]) -> dict[str,
         write_data(data)
     dist.barrier()
     for name, more in (("fast", []), ("slow", slower)):
-        fake.graphs_replayed.clear()
-        fake.destroy_ub()
-        wanted = ["training.backend=transformer_engine", "training.steps=3", *settings, *more]
-        trainer.train(small_recipe(folder / name, data, *wanted))
+        fake.used.clear()
+        for steps in (2, 3) if name == "fast" else (3,):
+            wanted = ["training.backend=transformer_engine", f"training.steps={steps}", *FLAT, *settings, *more]
+            trainer.train(small_recipe(folder / name, data, *wanted))
         rows = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
         found[name] = [[row["loss"], row["grad_norm"]] for row in rows if "loss" in row]
-        found[f"used {name}"] = [len(fake.graphs_replayed), fake.buffers.get("shape")]
+        found[f"used {name}"] = dict(fake.used)
     return found
 
 
@@ -392,6 +400,7 @@ def on_one_rank(folder: Path) -> dict[str, Callable[[], Any]]:
         "strictness": strictness,
         "checkpoints": lambda: checkpoints(folder),
         "training": lambda: training(folder),
+        "legal": lambda: split_training(folder / "legal", "training.backend=local", *LEGAL),
         **speed_checks(folder, 1),
         "fp8/delayed/ends": lambda: raised(lambda: fp8_of_layers(fp8_recipe="delayed", **ends)),
     }
@@ -443,6 +452,7 @@ def on_some_ranks(rank: int, world: int, folder: Path, layout: str) -> dict[str,
         checks |= {
             "split/isolation": split_isolation,
             "split/training": lambda: split_training(folder / "split", *overrides),
+            "split/legal": lambda: split_training(folder / "split_legal", *overrides, *LEGAL),
         }
     else:
         checks[f"differences/{layout}"] = lambda: differences(*overrides)
@@ -591,6 +601,13 @@ def test_training_on_split_documents_is_the_same(results):
         assert split == pytest.approx(local, abs=1e-5)
 
 
+def test_rows_of_split_documents_are_those_that_the_grammar_allows(results):
+    (found,) = of(results, "legal")
+    assert len(found) == 2
+    for local, split in zip(found, of(results, "split/legal")[0], strict=True):
+        assert split == pytest.approx(local, abs=1e-5)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("layout", MORE)
 def test_training_on_split_documents_is_the_same_at_more_layouts(more, layout):
@@ -621,10 +638,9 @@ def test_settings_for_speed_change_nothing(results, name):
         assert len(found["fast"]) == 3
         for fast, slow in zip(found["fast"], found["slow"], strict=True):
             assert fast == pytest.approx(slow, abs=1e-5)
-        assert found["used slow"] == [0, None]
-        ranks = FOR_SPEED[name][0]
-        replays = 3 * 2 // ranks * 4 if name.startswith("graphs") else 0  # steps, micro-batches, layers
-        assert found["used fast"] == [replays, [4 * 32, 32] if name == "userbuffers" else None]
+        what, times = USED[name]
+        assert found["used fast"][what] == times
+        assert what not in found["used slow"]
 
 
 CLASSES = {"delayed": "TEDelayedScaling", "tensorwise": "Float8CurrentScaling", "blockwise": "Float8BlockScaling"}

@@ -1,12 +1,15 @@
 """A part of the fake Transformer Engine (transformer_engine_fake.py): userbuffers, which exchange nothing, and CUDA
 graphs, whose replays are calls."""
 
+from collections import Counter
 from collections.abc import Callable
 from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor
+
+used: Counter[str] = Counter()  # how often
 
 # --- transformer_engine.pytorch.module.base
 
@@ -40,6 +43,7 @@ def destroy_ub() -> None:
 
 def check_buffers(whole: Tensor, fp8: bool) -> None:
     """Of a product whose exchange of `whole` (tokens of all ranks, features) is to be overlapped."""
+    used["buffers"] += 1
     if not buffers:
         raise RuntimeError("UB manager is not initialized.")
     if UserBufferQuantizationMode.FP8 if fp8 else UserBufferQuantizationMode.NONE not in buffers["modes"]:
@@ -100,7 +104,7 @@ def _graph(module: Any, sample: Tensor) -> Callable[..., Any]:
         global replaying
         if given.shape != sample.shape or given.dtype != sample.dtype:
             raise RuntimeError(f"captured with {sample.shape}, {sample.dtype}, not {given.shape}, {given.dtype}")
-        graphs_replayed.append(module.layer_number)
+        used["graphs"] += 1
         replaying = True
         try:
             return module._te_cuda_graph_capture(given)
@@ -110,7 +114,6 @@ def _graph(module: Any, sample: Tensor) -> Callable[..., Any]:
     return replay
 
 
-graphs_replayed: list[int] = []  # by the number of the layer
 MODULES: dict[str, dict[str, Any]] = {
     "transformer_engine.pytorch.graph": {
         "make_graphed_callables": make_graphed_callables,

@@ -282,6 +282,7 @@ class _AddsToMainGrad(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         given, weight = ctx.saved_tensors
+        te_speed_fake.used["fused gradients"] += 1
         ctx.weight.main_grad.add_(gradient.flatten(0, -2).t() @ given.flatten(0, -2))
         if not ctx.replaying:  # a graph sets nothing
             ctx.weight.grad_added_to_main_grad = True
