@@ -269,6 +269,13 @@ def test_what_is_chosen_for_speed(overrides, replicas, machine, on):
     assert choose(load_recipe(None, []), 1, **CPU).fuse_rope == "torch"
 
 
+def test_the_choice_is_said():
+    assert choose(load_recipe(None, ["overlap_gradients=true", "fuse_swiglu=false"]), 2, **CPU).line() == (
+        "overlap_gradients on, overlap_parameters off, overlap_tensor off, fuse_swiglu off, fuse_rope torch, "
+        "fuse_gradients off, cuda_graphs off"
+    )
+
+
 def test_one_rank_asks_for_nothing():
     """A checkpoint is exported anywhere."""
     wanted = [*BF16, *SEQUENCE, *DISTRIBUTED, "overlap_parameters=true", "overlap_tensor=true", "cuda_graphs=true"]

@@ -25,13 +25,14 @@ from megatron_soda.parallel.one_node import stay_on_loopback
 from tests.distributed import test_te_spec as spec
 from tests.helpers import SPACE, small_recipe, write_data
 
+SPLIT = ["parallel.context=2", "precision.dtype=bf16"]  # its attention between ranks takes bf16 alone
 LAYOUTS = {
     "one": (1, []),
     "tied": (1, ["model.tie_embeddings=true"]),
     "bf16": (1, ["precision.dtype=bf16"]),
     "tp2": (2, ["parallel.tensor=2"]),
     "sp2": (2, ["parallel.tensor=2", "parallel.sequence=true"]),
-    "cp2": (2, ["parallel.context=2"]),
+    "cp2": (2, SPLIT),
     "pp2": (2, ["parallel.pipeline=2"]),
     "vpp2": (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]),
     "sp2pp2": (4, ["parallel.tensor=2", "parallel.sequence=true", "parallel.pipeline=2"]),
@@ -39,9 +40,8 @@ LAYOUTS = {
         4,
         ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "parallel.tensor=2", "parallel.sequence=true"],
     ),
-    "sp2cp2": (4, ["parallel.tensor=2", "parallel.sequence=true", "parallel.context=2"]),
+    "sp2cp2": (4, ["parallel.tensor=2", "parallel.sequence=true", *SPLIT]),
 }
-SPLIT = ["parallel.context=2", "precision.dtype=bf16"]
 FP8 = {
     "delayed": ["precision.fp8_recipe=delayed"],
     "tensorwise": ["precision.fp8_recipe=tensorwise"],

@@ -6,6 +6,7 @@ Transformer Engine when it is imported. That process does all the work; the test
 
 import contextlib
 import dataclasses
+import functools
 import json
 import multiprocessing as mp
 import os
@@ -294,9 +295,11 @@ def for_speed(folder: Path, settings: list[str], slower: list[str]) -> dict[str,
     step is another run's in the same process."""
     import torch.distributed as dist
 
-    from megatron_soda.training import trainer
+    from megatron_soda.training import step, trainer
     from tests.fakes import te_speed_fake as fake
 
+    # Several buckets, so that one pass does not wait for everything at its beginning.
+    step.DistributedDataParallelConfig = functools.partial(step.DistributedDataParallelConfig, bucket_size=4000)
     data, found = folder / "data", {}
     if dist.get_rank() == 0:
         write_data(data)

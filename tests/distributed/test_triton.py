@@ -112,8 +112,9 @@ def test_the_whole_head(kernels, monkeypatch, pieces):
 @pytest.mark.parametrize("width", [5, 1500])
 def test_swiglu(kernels, width, dtype):
     generator = torch.Generator().manual_seed(width)
-    both = (torch.randn(3, 2, 2 * width, generator=generator) * 3).to(dtype)
-    incoming = torch.randn(3, 2, width, generator=generator).to(dtype)
+    # Neither lies in memory as it is read.
+    both = (torch.randn(3, 2, 2 * width, generator=generator) * 3).to(dtype).transpose(0, 1)
+    incoming = torch.randn(3, 2, width, generator=generator).to(dtype).transpose(0, 1)
     both.requires_grad_()
     exact = both.detach().double().requires_grad_()
     gate, up = exact.chunk(2, -1)

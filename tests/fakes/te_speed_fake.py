@@ -1,7 +1,7 @@
 """A part of the fake Transformer Engine (transformer_engine_fake.py): userbuffers, which exchange nothing, and CUDA
 graphs, whose replays are calls."""
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from enum import Enum
 from typing import Any
@@ -106,10 +106,15 @@ def _graph(module: Any, sample: Tensor) -> Callable[..., Any]:
             raise RuntimeError(f"captured with {sample.shape}, {sample.dtype}, not {given.shape}, {given.dtype}")
         used["graphs"] += 1
         replaying = True
+        hooks = {part: part._forward_pre_hooks for part in module.modules()}
+        for part in hooks:  # a graph calls none
+            part._forward_pre_hooks = OrderedDict()
         try:
             return module._te_cuda_graph_capture(given)
         finally:
             replaying = False
+            for part, own in hooks.items():
+                part._forward_pre_hooks = own
 
     return replay
 

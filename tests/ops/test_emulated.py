@@ -170,7 +170,7 @@ def test_an_id_outside_the_vocabulary(program, bad, place):
 
 BITS, BATCH = "bits.cuh", "batch.cuh"
 MISTAKES = {  # file, what is right, what is wrong
-    "a store past the end": (BITS, "if (index >= codes) return;", "if (index >= codes + 4) return;"),
+    "a store past the end": (BITS, "if (j < count) out[index + j]", "out[index + j]"),
     "a vector at the end": (BITS, "count == 4) {\n    *reinterpret_cast<int4", "1) {\n    *reinterpret_cast<int4"),
     "too many bytes read": (BITS, "if (i < count) word", "if (i < count + 1) word"),
     "no barrier before a read": (BATCH, "= inclusive;\n    __syncthreads();", "= inclusive;"),

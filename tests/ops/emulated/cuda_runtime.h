@@ -1,7 +1,8 @@
 // What csrc/cuda/*.cuh take from CUDA, for a C++ compiler: the kernels run on the CPU, one block at a time.
 //
 // A thread of a block is a fiber. It runs until it needs others (a barrier, or a warp's exchange) or ends; whose turn is
-// next is drawn from a seed, so that results which depend on the order differ from seed to seed. What a device leaves
+// next is drawn from a seed, so that results which depend on the order differ from seed to seed, and at times warps go
+// on to the next barrier one after the other. What a device leaves
 // undefined is an error here: exchanges that not all lanes of the warp reach, or that reach different ones, and barriers
 // that not all threads reach. Shared memory holds garbage when a block begins. Compiled with -fsanitize=address,undefined,
 // accesses outside a buffer and vectors that are not aligned are errors, too.
@@ -106,12 +107,11 @@ class Block {
     }
     for (;;) {
       std::shuffle(turns.begin(), turns.end(), order);
+      const bool warp_by_warp = order() & 1;
       bool ran = false;
       for (const unsigned t : turns) {
-        if (fibers_[t].waits != Waits::kNot) continue;
-        ran = true;
-        resume(t);
-        release_warp(t / kLanes);
+        ran |= run_once(t);
+        while (warp_by_warp && run_warp(t / kLanes)) continue;
       }
       if (!ran && !release_block()) return;
     }
@@ -168,6 +168,19 @@ class Block {
       setcontext(&fiber.beginning);
     }
     __sanitizer_finish_switch_fiber(own, nullptr, nullptr);
+  }
+
+  bool run_once(unsigned thread) {
+    if (fibers_[thread].waits != Waits::kNot) return false;
+    resume(thread);
+    release_warp(thread / kLanes);
+    return true;
+  }
+
+  bool run_warp(unsigned number) {
+    bool ran = false;
+    for (unsigned t = number * kLanes; t < threads_ && t < (number + 1) * kLanes; ++t) ran |= run_once(t);
+    return ran;
   }
 
   // Once every lane waits for the warp.
