@@ -6,8 +6,9 @@ match those of read_pieces: exactly for wav and flac, within 1e-6 for formats de
 
 Its resampler is slower than soxr on a CPU, so `dali` takes each file at its own rate and leaves the rest to reading.py.
 `dali_gpu` resamples on the device. That resampler does not filter out what the lower rate cannot hold (a tone of 14 kHz
-at 48 kHz comes out at 10 kHz, as loud as it was), so a filter goes before it. Up to 0.9 times what both rates can hold
-the result is within -60 dB of soxr's; above, soxr fades out earlier. It has as many samples as soxr's.
+at 48 kHz comes out at 10 kHz, as loud as it was), so a filter goes before it. The result has as many samples as soxr's.
+It differs from it by -63 dB or less up to 0.9 times what both rates can hold (noise; telephone prompts: -74 dB); above,
+soxr fades out earlier, which makes -40 dB of the whole for prompts at 16 kHz.
 
 Everything else is left to read_pieces: other formats, long recordings, segments, and every file that DALI or a look at
 its header finds fault with, for which read_pieces has an error message.

@@ -195,7 +195,7 @@ def test_what_the_lower_rate_cannot_hold_is_filtered_out() -> None:
 @needs_dali
 @pytest.mark.parametrize("rate", [8000, 11025, 16000, 22050, 44100, 48000, 192_000])
 def test_as_many_samples_as_soxr_gives(rate: int) -> None:
-    waves = [np.zeros(n, np.float32) for n in [*range(1, 10), rate - 1, rate, rate + 1, 60 * rate - 1, 60 * rate]]
+    waves = [np.zeros(n, np.float32) for n in [*range(1, 10), rate - 1, rate, rate + 1, 10 * rate - 1]]
     expected = [len(soxr.resample(wave, rate, RATE, quality="HQ")) for wave in waves]
     assert [len(found) for found in Resampler(RATE, "cpu")(waves, [rate] * len(waves))] == expected
 
