@@ -7,18 +7,20 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
+from megatron_soda.audio import dali
 from megatron_soda.audio.reading import read_pieces
 from megatron_soda.audio.sound import BadAudio, Sound
 from megatron_soda.codecs import load_codec
 from megatron_soda.codecs.base import Codec
 from megatron_soda.codecs.description import CodecDescription
 from megatron_soda.data.units import unit_key, write_units
+from megatron_soda.errors import SodaError
 from megatron_soda.files import write_json
 
 from . import executor
@@ -106,16 +108,25 @@ def encode_shard(job: EncodeJob) -> int:
 
 def _decoded(sounds: list[Sound], codec: Codec, job: EncodeJob) -> Iterator[tuple[int, Iterable[np.ndarray]]]:
     """The pieces of each recording, by number. Iterating over those of a bad recording raises BadAudio."""
-    shape = codec.sample_rate, codec.samples_per_frame
+    shape, threads = (codec.sample_rate, codec.samples_per_frame), _decoders()
+    check_decoder(job.decoder, gpu=executor.device != "cpu")
     if job.decoder == "soundfile":
         streams = (read_pieces(sound, *shape, trim=job.trim) for sound in sounds)
-        yield from enumerate(ahead(streams, _decoders()))
-        return
-    from megatron_soda.audio import dali
+    else:
+        on = executor.device if job.decoder == "dali_gpu" else ""
+        decoder = dali.DaliDecoder(*shape, trim=job.trim, threads=max(1, threads), resample_on=on)
+        batches = (decoder.decode(sounds[i : i + dali.BATCH]) for i in range(0, len(sounds), dali.BATCH))
+        batches = chain.from_iterable(ahead([batches], min(1, threads)))  # one batch ahead
+        streams = chain.from_iterable(batches)
+    yield from enumerate(ahead(streams, threads))
 
-    decoder = dali.DaliDecoder(*shape, trim=job.trim)
-    for start in range(0, len(sounds), dali.BATCH):
-        yield from enumerate(decoder.decode(sounds[start : start + dali.BATCH]), start)
+
+def check_decoder(decoder: str, *, gpu: bool) -> None:
+    """Raises SodaError if this prepare.decoder cannot be used here."""
+    if decoder != "soundfile":
+        dali.package()
+    if decoder == "dali_gpu" and not gpu:
+        raise SodaError("prepare.decoder=dali_gpu: there is no GPU to resample on. On a CPU soundfile is as fast")
 
 
 def _decoders() -> int:

@@ -52,7 +52,9 @@ def prepare(recipe: Recipe, dry_run: bool = False) -> dict[str, Any]:
 
 
 def _prepare(recipe: Recipe) -> dict[str, Any]:
-    folder, laps = recipe.data_folder, _Laps()
+    p, folder, laps = recipe.prepare, recipe.data_folder, _Laps()
+    if p.speech and not p.units and not any((folder / "units").glob("part-*.parquet")):  # else all may be encoded
+        encode.check_decoder(p.decoder, gpu=_has_gpu())
     rejects = Rejects(folder / "work" / "rejects.jsonl", folder / "rejects.jsonl")
     found = read_inputs(recipe, folder / "work", rejects)
     laps.end("index")

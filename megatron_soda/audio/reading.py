@@ -88,11 +88,23 @@ def _wave(sound: Sound | Path | str, sample_rate: int, shortest: float, longest:
 # --- samples
 
 
-def finish(blocks: Blocks, rate: int, sample_rate: int, *, shortest: float, longest: float, trim: bool) -> Blocks:
+def finish(
+    blocks: Blocks,
+    rate: int,
+    sample_rate: int,
+    *,
+    shortest: float,
+    longest: float,
+    trim: bool,
+    resampled: np.ndarray | None = None,
+) -> Blocks:
     """Turns decoded blocks, float32 [samples, channels] at `rate` Hz, into checked mono blocks, float32 [samples], at
-    `sample_rate` Hz. `shortest` and `longest` are in seconds. Raises BadAudio, partly only at the end."""
+    `sample_rate` Hz. `shortest` and `longest` are in seconds. `resampled`: the only block, mono, if it has been
+    resampled already. Raises BadAudio, partly only at the end."""
     blocks = _checked(blocks, rate, shortest, longest)
-    if rate != sample_rate:
+    if resampled is not None:
+        blocks = (resampled for _ in blocks)
+    elif rate != sample_rate:
         blocks = _resampled(blocks, rate, sample_rate)
     if trim:
         from . import speech_activity

@@ -62,7 +62,7 @@ def checks() -> list[tuple[str, bool, str, str]]:
             "DALI",
             bool(dali),
             dali or "absent: soundfile, PyAV and soxr decode",
-            "pip install megatron-soda[dali], prepare.decoder=dali; on a CPU soundfile is as fast",
+            "pip install megatron-soda[dali], prepare.decoder=dali_gpu (or dali); on a CPU soundfile is as fast",
         ),
         (
             "judges",

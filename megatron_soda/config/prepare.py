@@ -63,8 +63,8 @@ class Prepare:
     """JSONL, Parquet or txt files (globs), or `wordnet`, which is downloaded."""
     text_share: Share = 0.05
     """Text's share of all training tokens (paper: 5 %)."""
-    decoder: Literal["soundfile", "dali"] = "soundfile"
-    """The decoder for sound files."""
+    decoder: Literal["soundfile", "dali", "dali_gpu"] = "soundfile"
+    """The decoder for sound files. dali_gpu: DALI also resamples, on the codec's GPU."""
     trim: bool = False
     """Cut non-speech from both ends. Needs the extra [vad]."""
     codec: Literal["embedded", "mimi", "encodec", "dac"] = "embedded"
@@ -107,6 +107,11 @@ class Prepare:
         need(
             not self.entries or self.codec == "embedded",
             f"prepare.entries={self.entries}: can only be chosen for the embedded codec; leave it at 0",
+        )
+        need(
+            self.decoder != "dali_gpu" or self.codec != "embedded",
+            "prepare.decoder=dali_gpu resamples on the codec's GPU, and the embedded codec runs on the CPU; use "
+            "soundfile",
         )
         need(
             "recording" in self.split_by,

@@ -1,4 +1,6 @@
-"""DaliDecoder: the same samples and the same reasons as read_pieces. Skipped, but for one test, without DALI."""
+"""DaliDecoder: the same samples and the same reasons as read_pieces. Skipped, but for one test, without DALI.
+
+DALI's resampler runs on its CPU backend here, and on a GPU in tests/gpu."""
 
 import re
 import sys
@@ -9,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import soxr
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_soda.audio import dali
-from megatron_soda.audio.dali import DaliDecoder
+from megatron_soda.audio.dali import DaliDecoder, Resampler
 from megatron_soda.audio.reading import read_pieces
 from megatron_soda.audio.sound import BadAudio, Sound
 from megatron_soda.errors import SodaError
@@ -28,14 +32,14 @@ needs_dali = pytest.mark.skipif(
 )
 
 
-def same(sounds: list[Sound], tolerance: float = 0.0, **options: float) -> list[str]:
+def same(sounds: list[Sound], tolerance: float = 0.0, resample_on: str = "", piece_seconds: float = 60.0) -> list[str]:
     """Compares with read_pieces; returns each reason, or the number of pieces."""
-    found = DaliDecoder(RATE, FRAME, **options).decode(sounds)
+    found = DaliDecoder(RATE, FRAME, resample_on=resample_on, piece_seconds=piece_seconds).decode(sounds)
     assert len(found) == len(sounds)
     seen = []
     for sound, result in zip(sounds, found, strict=True):
         try:
-            expected = list(read_pieces(sound, RATE, FRAME, **options))
+            expected = list(read_pieces(sound, RATE, FRAME, piece_seconds=piece_seconds))
         except BadAudio as error:
             with pytest.raises(BadAudio, match=f"^{re.escape(str(error))}$"):
                 list(result)
@@ -87,7 +91,8 @@ def test_opus(tmp_path: Path) -> None:
 
 
 @needs_dali
-def test_good_and_bad_files_in_one_batch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("resample_on", ["", "cpu"])
+def test_good_and_bad_files_in_one_batch(tmp_path: Path, resample_on: str) -> None:
     def write(name: str, content: bytes) -> Sound:
         (tmp_path / name).write_bytes(content)
         return Sound(str(tmp_path / name))
@@ -95,7 +100,7 @@ def test_good_and_bad_files_in_one_batch(tmp_path: Path) -> None:
     wav, flac, ogg = (encoded(talk(2, 16000), 16000, format) for format in ("WAV", "FLAC", "OGG"))
     nan = tone(RATE)
     nan[5] = np.nan
-    soundfile.write(tmp_path / "nan.wav", nan, RATE, subtype="FLOAT")
+    soundfile.write(tmp_path / "nan.wav", nan, RATE if not resample_on else 16000, subtype="FLOAT")
     encode(tmp_path / "a.g722", tone(16000), 16000, "g722", "g722")
     damaged = bytearray(flac)
     damaged[len(flac) // 2 : len(flac) // 2 + 200] = bytes(200)
@@ -117,7 +122,7 @@ def test_good_and_bad_files_in_one_batch(tmp_path: Path) -> None:
         Sound(str(tmp_path / "a.wav"), start=0.5, end=9.0),
         write("d.wav", wav),
     ]
-    seen = same(sounds, 1e-6)
+    seen = same(sounds, 1e-6 if not resample_on else 0.01, resample_on)
     assert [seen[i] for i in (0, 2, 5, 10, 12, 13, 15)] == ["1"] * 7
     assert [seen[i] for i in (7, 8, 9)] == ["empty file", "no such file", "NaN or infinite samples"]
     assert "bad segment" in seen[14]
@@ -155,3 +160,66 @@ def test_damaged_bytes_give_pieces_or_a_reason(tmp_path: Path, data: st.DataObje
     assert len(np.concatenate(list(fine))) == RATE * 0.3
     with suppress(BadAudio):
         assert np.isfinite(np.concatenate(list(bad))).all()
+
+
+def noise(rate: int, below: float) -> np.ndarray:
+    """Four seconds without anything above that share of what `rate` and RATE can hold."""
+    spectrum = np.fft.rfft(np.random.default_rng(rate).standard_normal(4 * rate))
+    spectrum[int(below * min(rate, RATE) / 2 * 4) :] = 0
+    return (0.1 * np.fft.irfft(spectrum, 4 * rate)).astype(np.float32)
+
+
+def decibels(samples: np.ndarray, against: np.ndarray) -> float:
+    return 20 * np.log10(np.linalg.norm(samples.astype(float)) / np.linalg.norm(against.astype(float)))
+
+
+@needs_dali
+def test_the_resampler_agrees_with_soxr() -> None:
+    rates = [8000, 11025, 16000, 22050, 32000, 44100, 48000, 96000]
+    waves = [noise(rate, 0.9) for rate in rates]
+    for rate, wave, found in zip(rates, waves, Resampler(RATE, "cpu")(waves, rates), strict=True):
+        expected = soxr.resample(wave, rate, RATE, quality="HQ")
+        assert found.shape == expected.shape
+        assert found.dtype == np.float32
+        assert decibels(found - expected, expected) < -60, rate
+
+
+@needs_dali
+def test_what_the_lower_rate_cannot_hold_is_filtered_out() -> None:
+    rates = [32000, 44100, 48000, 96000]
+    waves = [tone(rate, hertz=14_000) * np.hanning(rate).astype(np.float32) for rate in rates]
+    for rate, wave, found in zip(rates, waves, Resampler(RATE, "cpu")(waves, rates), strict=True):
+        assert decibels(found, np.sqrt(RATE / rate) * wave) < -90, rate
+
+
+@needs_dali
+@pytest.mark.parametrize("rate", [8000, 11025, 16000, 22050, 44100, 48000, 192_000])
+def test_as_many_samples_as_soxr_gives(rate: int) -> None:
+    waves = [np.zeros(n, np.float32) for n in [*range(1, 10), rate - 1, rate, rate + 1, 10 * rate - 1]]
+    expected = [len(soxr.resample(wave, rate, RATE, quality="HQ")) for wave in waves]
+    assert [len(found) for found in Resampler(RATE, "cpu")(waves, [rate] * len(waves))] == expected
+
+
+@needs_dali
+def test_files_are_resampled_by_dali(tmp_path: Path) -> None:
+    """What is at the codec's rate already is not touched, what DALI cannot decode goes through soxr."""
+    for name, rate in (("a.flac", 16000), ("b.wav", RATE), ("c.ogg", 48000), ("d.mp3", 16000)):
+        soundfile.write(tmp_path / name, noise(rate, 0.9), rate)
+    sounds = [Sound(str(tmp_path / name)) for name in ("a.flac", "b.wav", "c.ogg", "d.mp3")]
+    found = [np.concatenate(list(one)) for one in DaliDecoder(RATE, FRAME, resample_on="cpu").decode(sounds)]
+    differences = []
+    for sound, samples in zip(sounds, found, strict=True):
+        expected = np.concatenate(list(read_pieces(sound, RATE, FRAME)))
+        assert samples.shape == expected.shape
+        differences.append(float(np.abs(samples - expected).max()))
+    assert differences[1] == differences[3] == 0
+    assert 0 < differences[0] < 1e-3
+    assert 0 < differences[2] < 1e-3
+
+
+@needs_dali
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_fails_is_named() -> None:
+    """Up to there the real package takes the pipeline of a GPU."""
+    with pytest.raises(SodaError, match=r"(?s)cannot resample on cuda:1: .*CUDA is not available.*decoder=dali"):
+        Resampler(RATE, "cuda:1")([tone(16000)], [16000])

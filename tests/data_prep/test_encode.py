@@ -1,5 +1,6 @@
-"""Sound for a codec on a GPU is decoded ahead, in threads: what is written is the same."""
+"""Sound for a codec on a GPU is decoded ahead, in threads: what is written is the same. Also with DALI's fake."""
 
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,10 @@ from data_prep.index import make_index
 from data_prep.utterance import Utterance
 from megatron_soda.audio.sound import Sound
 from megatron_soda.codecs.description import CodecDescription
+from megatron_soda.data.units import read_units
+from megatron_soda.errors import SodaError
 from tests.exported import RATE, FakeCodec
+from tests.fakes import dali_fake
 
 LENGTHS = 0.5, 130.0, 1.5, 0.7, 65.0, 1.1, 0.9, 2.0  # seconds; the second is three pieces
 
@@ -34,10 +38,15 @@ def utterances(tmp_path_factory) -> list[Utterance]:
     return [Utterance(str(i), sound, "text") for i, sound in enumerate(sounds)]
 
 
-def written(utterances: list[Utterance], folder: Path) -> list[bytes]:
+def made(utterances: list[Utterance], folder: Path, decoder: str) -> encode.EncodeJob:
     index = make_index(iter(utterances), folder / "index", shard_size=99, reject=lambda one: pytest.fail(str(one)))
     codec = CodecDescription.of(FakeCodec(), {"spec": "embedded", "path": "."})
-    (job,) = encode.encode_jobs(index.shards, folder, codec, decoder="soundfile", trim=False)
+    (job,) = encode.encode_jobs(index.shards, folder, codec, decoder=decoder, trim=False)
+    return job
+
+
+def written(utterances: list[Utterance], folder: Path) -> list[bytes]:
+    job = made(utterances, folder, "soundfile")
     assert encode.encode_shard(job) == 2
     return [job.out.read_bytes(), encode.rejects_path(job.out).read_bytes()]
 
@@ -84,3 +93,46 @@ def test_who_decodes(monkeypatch):
     for cores, threads in ((1, 1), (8, 4), (96, encode.MOST_DECODERS)):
         monkeypatch.setattr(encode.os, "sched_getaffinity", lambda _, cores=cores: range(cores))
         assert encode._decoders() == threads
+
+
+def test_dali_resamples_on_the_codecs_gpu(utterances, tmp_path, monkeypatch):
+    """The second of two. As soundfile and soxr do: the same codes, rows and reasons."""
+    rng = np.random.default_rng(1)
+    for i, rate in enumerate((4000, RATE, 6000) * 8):  # three batches, with the others
+        soundfile.write(tmp_path / f"{i}.flac", rng.uniform(-0.2, 0.2, rng.integers(rate // 2, 3 * rate)), rate)
+    nan = np.ones(RATE, np.float32)
+    nan[7] = np.nan
+    soundfile.write(tmp_path / "nan.wav", nan, 2 * RATE, subtype="FLOAT")
+    more = [Utterance(path.name, Sound(str(path)), "text") for path in sorted(tmp_path.glob("*.*"))]
+    monkeypatch.setattr(encode, "load_codec", lambda **_: FakeCodec())
+    encode._codec.cache_clear()
+    wanted = made(utterances + more, tmp_path / "soundfile", "soundfile")
+    assert encode.encode_shard(wanted) == 3
+
+    pretended, pipelines = dali_fake.modules()
+    for name, module in pretended.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(executor, "device", "cuda:1")
+    monkeypatch.setattr(encode, "_decoders", lambda: 3)
+    job = made(utterances + more, tmp_path / "dali", "dali_gpu")
+    assert encode.encode_shard(job) == 3
+    assert encode.rejects_path(job.out).read_bytes() == encode.rejects_path(wanted.out).read_bytes()
+    for found, expected in zip(read_units([job.out]), read_units([wanted.out]), strict=True):
+        assert found | {"codes": found["codes"].tolist()} == expected | {"codes": expected["codes"].tolist()}
+    decoding = [one for one in pipelines if not one.resampled_on]
+    (resampling,) = (one for one in pipelines if one.resampled_on)
+    assert {(one.num_threads, one.device_id) for one in decoding} == {(3, None)}
+    assert (resampling.resampled_on, resampling.device_id) == (["gpu"], 1)
+    encode._codec.cache_clear()
+
+
+def test_dali_needs_its_package_and_a_gpu(monkeypatch):
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    with pytest.raises(SodaError, match=r"megatron-soda\[dali\]"):
+        encode.check_decoder("dali_gpu", gpu=True)
+    encode.check_decoder("soundfile", gpu=False)
+    for name, module in dali_fake.modules()[0].items():
+        monkeypatch.setitem(sys.modules, name, module)
+    with pytest.raises(SodaError, match="no GPU"):
+        encode.check_decoder("dali_gpu", gpu=False)
+    encode.check_decoder("dali", gpu=False)

@@ -475,11 +475,15 @@ def test_dali_decodes_if_asked(prepared, speech, tmp_path, monkeypatch):
 
     with pytest.raises(SodaError, match=r"megatron-soda\[dali\]"):
         prepare(recipe(tmp_path / "none", speech, "prepare.decoder=dali"))
+    assert not (tmp_path / "none/data/work/index").exists()
+    with pytest.raises(SodaError, match="the embedded codec runs on the CPU"):
+        recipe(tmp_path / "none", speech, "prepare.decoder=dali_gpu")
     seen = []
 
     class Decoder:
-        def __init__(self, sample_rate, samples_per_frame, *, trim):
+        def __init__(self, sample_rate, samples_per_frame, *, trim, threads, resample_on):
             self.shape = sample_rate, samples_per_frame
+            assert (threads, resample_on) == (1, "")
 
         def decode(self, sounds):
             seen.extend(sounds)
@@ -490,6 +494,7 @@ def test_dali_decodes_if_asked(prepared, speech, tmp_path, monkeypatch):
         raise BadAudio("no luck: third")
 
     monkeypatch.setattr(dali, "DaliDecoder", Decoder)
+    monkeypatch.setattr(dali, "package", lambda: None)
     summary = prepare(recipe(tmp_path / "run", speech, "prepare.decoder=dali"))
     assert len(seen) == 12
     assert summary["reject_reasons"] == {"no luck": 1}

@@ -4,8 +4,8 @@ The models have random weights and the sizes of the released ones; the sound is 
 hand means: one wave at a time, padded with zeros to whole frames. On a CPU ours does the same, so the bar there is to
 be no slower; on CUDA it makes batches, and the bar is five times as fast, which has not been measured. The two run in
 turns. On a CPU two worker processes are also measured against one, each with --threads threads: the bar is 1.8. With
---decoders, the same waves as FLAC files at 16 kHz go through a job of `soda prepare`: decoded between batches, and
-ahead, in so many threads.
+--decoders, the same waves as FLAC files at 16 kHz go through a job of `soda prepare`: decoded between batches, ahead
+in so many threads, and, on CUDA where DALI is installed, by DALI (`prepare.decoder=dali_gpu`).
 
     python tools/bench/bench_codecs.py --codec encodec
     python tools/bench/bench_codecs.py --codec dac --seconds 60 --repeats 5
@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,7 +43,7 @@ from megatron_soda.audio.sound import Sound
 from megatron_soda.codecs import Codec, load_codec
 from megatron_soda.codecs.description import CodecDescription
 from megatron_soda.config import choice
-from megatron_soda.errors import run_tool
+from megatron_soda.errors import SodaError, run_tool
 
 NAMES = ("mimi", "encodec", "dac")
 RATE = 24_000  # Hz, of all three
@@ -165,13 +166,19 @@ def from_files(
     made = make_index(
         iter(write_files(folder, seconds)), folder / "index", shard_size=10**6, reject=lambda one: print(one)
     )
-    (job,) = encode.encode_jobs(made.shards, folder, described, decoder="soundfile", trim=False)
     executor.device = device
+    sides = {"files": ("soundfile", 0), "files, decoded ahead": ("soundfile", decoders)}
+    try:
+        encode.check_decoder("dali_gpu", gpu=device != "cpu")
+        sides["files, DALI"] = "dali_gpu", decoders
+    except SodaError as error:
+        console.print(f"without DALI: {error}", style="dim", markup=False)
     times: dict[str, list[float]] = {}
     for turn in range(repeats + 1):
-        for side, threads in {"files": 0, "files, decoded ahead": decoders}.items():
+        for side, (decoder, threads) in sides.items():
+            (job,) = encode.encode_jobs(made.shards, folder, described, decoder=decoder, trim=False)
             with mock.patch.object(encode, "_decoders", return_value=threads):
-                taken = seconds_of(lambda: encode.encode_shard(job))
+                taken = seconds_of(partial(encode.encode_shard, job))
             if turn:
                 times.setdefault(side, []).append(taken)
     return times

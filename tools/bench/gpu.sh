@@ -111,7 +111,7 @@ part_tests() {
   SHOW=${SHOW:-30} step tests-kernels 200 "$python" -m pytest -x tests/gpu/test_kernels.py --durations 5
   local together=()  # they wait for imports most of the time
   if [ -z $rehearse ] && "$python" -c "import xdist" 2>/dev/null; then together=(-n 8); fi
-  OMP_NUM_THREADS=2 SHOW=${SHOW:-80} step tests-cuda 320 "$python" -m pytest tests/gpu/test_cuda.py --durations 25 \
+  OMP_NUM_THREADS=2 SHOW=${SHOW:-80} step tests-cuda 320 "$python" -m pytest tests/gpu/test_cuda.py tests/gpu/test_dali.py --durations 25 \
     --tb short "${together[@]}"
 }
 

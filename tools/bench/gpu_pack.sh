@@ -7,13 +7,14 @@
 #                                                  to be unpacked beside the packages, and wheels it needs
 #
 # Only what such a machine is likely to lack: it has PyTorch for CUDA with triton, numpy, transformers, pyarrow, pytest.
+# DALI is left out, so `codecs` measures without it: its wheel has 190 MiB, more than PART_MIB. Install it there instead.
 # From the environment:
 #   PYTHON     with PyTorch for CUDA, to compile csrc; without, the other machine has to
 #   DATA       a prepared folder of tokens (default runs/quickstart/data)
 #   PART_MIB   the most that a folder may hold (default 52, since the repository travels too). Where only one can be
 #              brought at a time, run `gpu.sh setup` after each.
 set -euo pipefail
-case ${1:-} in '' | -h | --help) sed -n '2,16s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
+case ${1:-} in '' | -h | --help) sed -n '2,17s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
 folder=$(realpath -m "$1")
 shift
 data=${DATA:-runs/quickstart/data} python=${PYTHON:-python3} limit=$((${PART_MIB:-52} * 1024 * 1024))

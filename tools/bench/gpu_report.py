@@ -158,6 +158,7 @@ def codecs(results: Results) -> Iterator[Figure]:
         yield Figure(name, "x one wave at a time", found.get("times_faster"), 5.0)
         yield Figure(name, "from files, x real time", ratio(length, seconds.get("files, decoded ahead")))
         yield Figure(name, "decoded ahead, x in between", found.get("decoded_ahead"), 1.0)
+        yield Figure(name, "files, DALI, x real time", ratio(length, seconds.get("files, DALI")))
 
 
 def generate(results: Results) -> Iterator[Figure]:
