@@ -48,7 +48,10 @@ class Run:
     def start(self, *parts: str, **environment: str) -> subprocess.Popen:
         found = self.environment | {"HANGS": "no such", "FAILS": "no such"} | environment
         command = ["bash", str(SCRIPT), *parts]
-        return subprocess.Popen(command, env=found, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        return subprocess.Popen(
+            command, env=found, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell ignores it in the background
+        )  # fmt: skip
 
     def __call__(self, *parts: str, **environment: str) -> str:
         said, _ = self.start(*parts, **environment).communicate(timeout=60)

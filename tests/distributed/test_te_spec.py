@@ -10,6 +10,7 @@ import functools
 import json
 import multiprocessing as mp
 import os
+import signal
 import subprocess
 import sys
 import traceback
@@ -39,6 +40,7 @@ FOR_SPEED = {  # (ranks, settings, settings that make it slower)
     "graphs and gathers": (2, [BF16, "training.cuda_graphs=true", *GATHER], ["training.cuda_graphs=false"]),
     "userbuffers": (2, [BF16, *SEQUENCE, "parallel.overlap_tensor=true"], ["parallel.overlap_tensor=false"]),
 }
+LIMIT = 1200  # seconds, ten times what it takes
 LAYERS = 3 * 2 * 4  # that are computed: steps, micro-batches, layers
 USED = {  # and validation, after the second and the third step, replays nothing
     "fused": ("fused gradients", LAYERS * 4),
@@ -506,8 +508,15 @@ def more(tmp_path_factory) -> dict[str, list[Any]]:
 def results_of(folder: Path, *full: str) -> dict[str, list[Any]]:
     command = [sys.executable, "-W", "ignore", "-m", "tests.distributed.test_te_spec", str(folder), *full]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # the fake is of a CPU
-    child = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert child.returncode == 0, child.stderr[-4000:]
+    log = folder / "log"
+    with log.open("wb") as file:
+        child = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True)
+    try:
+        status = child.wait(LIMIT)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)  # ranks that wait for each other, too
+    assert status == 0, log.read_text(errors="replace")[-4000:]
     return json.loads((folder / "results.json").read_text())
 
 

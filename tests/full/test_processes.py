@@ -233,7 +233,9 @@ def test_a_terminal_that_is_closed(recipe, run, straight):
     ours, theirs = pty.openpty()
     launcher = start(
         recipe, STEPS, SAVE, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=False,
-        preexec_fn=lambda: (os.setsid(), fcntl.ioctl(0, termios.TIOCSCTTY, 0)),
+        preexec_fn=lambda: (  # nohup ignores the signal
+            os.setsid(), fcntl.ioctl(0, termios.TIOCSCTTY, 0), signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        ),
     )  # fmt: skip
     os.close(theirs)
     reader = threading.Thread(target=drain, args=(ours,), daemon=True)

@@ -110,6 +110,7 @@ def test_a_terminal_that_is_closed(tmp_path):
     """Its processes get SIGHUP, and what they print from then on is an error: they save all the same."""
     pid, terminal = pty.fork()
     if pid == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
         os.chdir(ROOT)
         os.execv(sys.executable, [sys.executable, "-c", STEPS, str(tmp_path / "saved"), "0.2"])
     said = b""

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Measures what only a machine with a GPU can show. Needs PyTorch for CUDA and Python 3.12; no network.
 #
-#   bash tools/bench/gpu.sh                      all parts: about 25 minutes on an H100
+#   bash tools/bench/gpu.sh                      all parts: 25 to 30 minutes on an H100 (an estimate)
 #   bash tools/bench/gpu.sh setup versions       these parts, in this order
 #   bash tools/bench/gpu.sh --rehearse [PART..]  on a CPU at toy size; what needs a GPU is skipped
 #   PARTS: setup versions tests sanitizer kernels head train settings fp8 codecs generate report
@@ -111,8 +111,8 @@ part_tests() {
   SHOW=${SHOW:-30} step tests-kernels 200 "$python" -m pytest -x tests/gpu/test_kernels.py --durations 5
   local together=()  # they wait for imports most of the time
   if [ -z $rehearse ] && "$python" -c "import xdist" 2>/dev/null; then together=(-n 8); fi
-  OMP_NUM_THREADS=2 SHOW=${SHOW:-80} step tests-cuda 320 "$python" -m pytest tests/gpu/test_cuda.py tests/gpu/test_dali.py --durations 25 \
-    --tb short "${together[@]}"
+  OMP_NUM_THREADS=2 SHOW=${SHOW:-80} step tests-cuda 320 "$python" -m pytest tests/gpu/test_cuda.py tests/gpu/test_dali.py \
+    --durations 25 --tb short "${together[@]}"
 }
 
 part_sanitizer() {
