@@ -152,10 +152,11 @@ def test_a_dead_disk_is_not_taken_for_a_stopped_rank(recipe, run):
     assert launcher.returncode == 1
     host = os.uname().nodename
     place = (
+        r"nothing has progressed for \d+ s\. "
         rf"Rank 1 \({host}\): step \d+, data, in frozen_read \(windows\.py:\d+, __getitem__\)\. Rank 0 \({host}\): step"
     )
-    assert re.search(rf"warning: nothing has gone on for \d+ s\. {place} \d+, \w+, waiting in ", out, re.MULTILINE), out
-    assert re.search(rf"^error on rank 0 \({host}\): nothing has gone on for \d+ s\. {place}", out, re.MULTILINE), out
+    assert re.search(rf"warning: {place} \d+, \w+, waiting in ", out, re.MULTILINE), out
+    assert re.search(rf"^error on rank 0 \({host}\): {place}", out, re.MULTILINE), out
     assert "no sign of life" not in out
 
 
@@ -208,7 +209,7 @@ def test_slurm_warns_before_the_time_is_up(recipe, run, straight, tmp_path):
     assert batch.returncode == 0, out
     assert (tmp_path / "log").read_text() == "scancel --signal=TERM 17\nscontrol requeue 17\n"
     reached = max(losses(run))
-    assert f"Stopped at step {reached}, saved." in out, out
+    assert f"Stopped at step {reached} and saved." in out, out
     assert survivors(recipe, 5) == []
     goes_on(recipe, run, straight, reached)
 
@@ -225,7 +226,7 @@ def test_a_second_signal_does_not_break_the_save(recipe, run, straight):
                 process.send_signal(signal.SIGINT)
     out = launcher.communicate(timeout=120)[0]
     reached = max(losses(run))
-    assert f"Stopped at step {reached}, saved." in out, out
+    assert f"Stopped at step {reached} and saved." in out, out
     goes_on(recipe, run, straight, reached)
 
 
